@@ -1,0 +1,1 @@
+"""Texts, and the calibration batches made of them."""

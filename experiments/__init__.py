@@ -1,0 +1,1 @@
+"""The command line, its configs, sweeps and stored results."""

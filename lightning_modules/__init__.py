@@ -1,0 +1,1 @@
+"""LightningModules: thin shells over `rotpruner`."""
