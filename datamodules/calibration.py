@@ -1,0 +1,301 @@
+"""Text → cached token tensor → batches that are a pure function of the seed and of how many came before.
+
+Shapes: N sequences, T tokens each (`seq_len`), B sequences a batch and rank.
+"""
+
+import hashlib
+import json
+import os
+import re
+from collections.abc import Iterable, Iterator
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import lightning
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from datamodules.texts import check_text, documents, hub_text, text_identity
+from rotpruner.embedded import cache_directory, locked
+from rotpruner.errors import InputError
+from rotpruner.loading import load_tokenizer
+
+_FORMAT = 1  # of the cached tensor: raise it whenever the same arguments would give other tokens
+_PIECE = 1_000_000  # characters tokenised at once
+_BETWEEN_WORDS = re.compile(r"(?<=[^\W\d_]) (?=[^\W\d_])")
+_BLANK_LINE = re.compile(r"(?<=\S)\n\n")
+
+
+def calibration_tokens(
+    source: str,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    num_sequences: int,
+    seq_len: int,
+    seed: int,
+    tokenizer_name: str,
+) -> Tensor:
+    """Windows of the text's tokens, (num_sequences, seq_len) int64, from the cache if they are there.
+
+    The documents are joined with blank lines, tokenised without special tokens and cut into windows that do
+    not overlap. Which windows: the start of a seeded permutation of all of them; for a streamed hub data set,
+    whose documents come shuffled by the seed, the first ones. `tokenizer_name` stands for the tokenizer in
+    the cache's key only if it has no backend to hash. Too short a text raises InputError.
+    """
+    _check_sizes(num_sequences, seq_len, seed)
+    key = {
+        "format": _FORMAT,
+        "text": text_identity(source, "calibration"),
+        "tokenizer": _tokenizer_identity(tokenizer, tokenizer_name),
+        "num_sequences": num_sequences,
+        "seq_len": seq_len,
+        "seed": seed,
+    }
+    digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
+    path = cache_directory() / "calibration" / f"{digest}.safetensors"
+    shape, vocabulary = (num_sequences, seq_len), len(tokenizer)
+    tokens = _load(path, shape, vocabulary)
+    if tokens is None:
+        with locked(path):
+            tokens = _load(path, shape, vocabulary)  # somebody else may have built it while we waited
+            if tokens is None:
+                tokens = _windows(source, tokenizer, shape, seed)
+                assert 0 <= tokens.min() <= tokens.max() < vocabulary
+                _save(tokens, path)
+    return tokens
+
+
+def _check_sizes(num_sequences: int, seq_len: int, seed: int) -> None:
+    for name, value, least in (
+        ("num_sequences", num_sequences, 1),
+        ("seq_len", seq_len, 2),
+        ("seed", seed, 0),
+    ):
+        if value < least:
+            raise InputError(f"{name} {value} is too small: pass {least} or more")
+
+
+def _windows(source: str, tokenizer: PreTrainedTokenizerBase, shape: tuple[int, int], seed: int) -> Tensor:
+    num_sequences, seq_len = shape
+    hub = hub_text(source)
+    streamed = hub is not None and not hub.whole
+    found: list[Tensor] = []
+    count = 0
+    for piece in pieces(documents(source, split="calibration", seed=seed)):
+        ids = tokenizer(piece, add_special_tokens=False, return_attention_mask=False, verbose=False).input_ids
+        found.append(torch.tensor(ids, dtype=torch.int32))  # half the memory of int64 while the text is read
+        count += len(ids)
+        if streamed and count >= num_sequences * seq_len:
+            break
+    total = count // seq_len
+    if total < num_sequences:
+        mend = "pass a longer text, a smaller seq_len or fewer num_sequences"
+        raise InputError(
+            f"text {source!r} holds {total} windows of {seq_len} tokens, {num_sequences} are wanted: {mend}"
+        )
+    windows = torch.cat(found)[: total * seq_len].view(total, seq_len)
+    order = torch.arange(total) if streamed else torch.randperm(total, generator=_generator("windows", seed))
+    return windows[order[:num_sequences]].long()
+
+
+def pieces(texts: Iterable[str], limit: int = _PIECE) -> Iterator[str]:
+    """The documents joined with blank lines, cut into pieces of a little over `limit` characters.
+
+    The pieces' tokens, one after another, are those of the joined text for byte-level tokenisers (GPT-2,
+    SmolLM2, Llama 3, Qwen): they split a text in front of a space between two letters, which is where it is
+    cut here. Sentencepiece ones may add a word mark at each cut. Text without such a place is cut before a
+    blank line, or else not at all.
+    """
+    held, separator = "", ""
+    for text in texts:
+        held += separator + text
+        separator = "\n\n"
+        start = 0
+        while (earliest := start + limit) < len(held):
+            cut = _BETWEEN_WORDS.search(held, earliest, earliest + 10_000) or _BLANK_LINE.search(
+                held, earliest
+            )
+            if cut is None:
+                break
+            yield held[start : cut.start()]
+            start = cut.start()
+        held = held[start:]
+    if held:
+        yield held
+
+
+def _tokenizer_identity(tokenizer: PreTrainedTokenizerBase, name: str) -> str:
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    return name if backend is None else hashlib.sha256(backend.to_str().encode()).hexdigest()
+
+
+def _generator(*parts: object) -> torch.Generator:
+    """A generator of its own for each tuple of parts, whatever the global random state is."""
+    digest = hashlib.sha256(repr(parts).encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
+
+
+def _digest(tokens: Tensor) -> str:
+    return hashlib.sha256(tokens.numpy().tobytes()).hexdigest()
+
+
+def _save(tokens: Tensor, path: Path) -> None:
+    scratch = path.with_suffix(".tmp")  # we hold the lock: no other writer has it open
+    save_file({"tokens": tokens}, scratch, metadata={"sha256": _digest(tokens)})
+    os.replace(scratch, path)
+
+
+def _load(path: Path, shape: tuple[int, int], vocabulary: int) -> Tensor | None:
+    """The cached tensor, or None if it is absent or damaged."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            tokens, metadata = file.get_tensor("tokens"), file.metadata() or {}
+    except (OSError, SafetensorError):
+        return None
+    sound = (
+        tokens.shape == shape and tokens.dtype == torch.int64 and metadata.get("sha256") == _digest(tokens)
+    )
+    return tokens if sound and 0 <= tokens.min() <= tokens.max() < vocabulary else None
+
+
+class CalibrationBatches:
+    """Endless passes over the sequences; each `iter` hands out `len(self)` batches, one epoch's worth.
+
+    The n-th batch ever handed out is a pure function of (seed, n): every epoch is a fresh permutation of the
+    rows, cut into global batches of `batch_size * world_size`, the rest dropped; each rank takes a strided
+    share. An `iter` goes on where the last one stopped, so an epoch cut short (Lightning's
+    `limit_train_batches`) and a resumed one alike give the batches that an uninterrupted run would see.
+    """
+
+    def __init__(
+        self, tokens: Tensor, batch_size: int, seed: int = 0, rank: int = 0, world_size: int = 1
+    ) -> None:
+        """`tokens` is (N, T) int64; `batch_size` counts one rank's rows."""
+        if batch_size < 1:
+            raise InputError(f"batch_size {batch_size} is too small: pass 1 or more")
+        if batch_size * world_size > len(tokens):
+            ranks = f" on each of {world_size} ranks" if world_size > 1 else ""
+            mend = "pass a smaller batch_size or more num_sequences"
+            raise InputError(f"batch_size {batch_size}{ranks} is more than {len(tokens)} sequences: {mend}")
+        self.tokens = tokens
+        self.seed, self.rank, self.world_size = seed, rank, world_size
+        self.global_batch = batch_size * world_size
+        self.position = 0  # batches handed out since the beginning
+
+    def __len__(self) -> int:
+        return len(self.tokens) // self.global_batch
+
+    def __iter__(self) -> Iterator[dict[str, Tensor]]:
+        for _ in range(len(self)):
+            batch = self.batch(self.position)
+            self.position += 1
+            yield batch
+
+    def batch(self, position: int) -> dict[str, Tensor]:
+        """`input_ids` (B, T) and `index` (B,), the row numbers, of this rank's share of a batch."""
+        epoch, step = divmod(position, len(self))
+        order = torch.randperm(len(self.tokens), generator=_generator("batches", self.seed, epoch))
+        index = order[step * self.global_batch :][: self.global_batch][self.rank :: self.world_size]
+        return {"input_ids": self.tokens[index], "index": index}
+
+    def _setting(self) -> dict[str, int]:
+        return {"sequences": len(self.tokens), "global_batch": self.global_batch, "seed": self.seed}
+
+    def state_dict(self) -> dict[str, int]:
+        """The position and what gives it its meaning, alike on all ranks."""
+        return {"position": self.position, **self._setting()}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Go on at a saved position. Another setting than the saved one raises InputError."""
+        for name, value in self._setting().items():
+            if state[name] != value:
+                raise InputError(
+                    f"the checkpoint's batches have {name} {state[name]}, not {value}: resume as it was begun"
+                )
+        self.position = state["position"]
+
+
+class CalibrationDataModule(lightning.LightningDataModule):
+    """Calibration sequences for a fit, tokenised once and cached.
+
+    ```yaml
+    data:
+      class_path: datamodules.calibration.CalibrationDataModule
+      init_args:
+        calibration: wikipedia_calibration  # or c4, wikitext2, owner/name, a .txt, .jsonl, .parquet, a directory
+        num_sequences: 128
+        seq_len: 1024
+        batch_size: 1
+        seed: 0
+        model: smollm2-135m
+    ```
+
+    Args:
+        calibration: the text, a name or a path (see `datamodules.texts`).
+        num_sequences: how many windows of the text are used.
+        seq_len: tokens in a window.
+        batch_size: windows in a batch of one rank.
+        seed: chooses the windows and the order of the batches.
+        model: whose tokenizer is used: an embedded or hub name, or a local directory.
+    """
+
+    def __init__(
+        self,
+        calibration: str = "wikipedia_calibration",
+        num_sequences: int = 128,
+        seq_len: int = 1024,
+        batch_size: int = 1,
+        seed: int = 0,
+        model: str = "smollm2-135m",
+    ) -> None:
+        super().__init__()
+        _check_sizes(num_sequences, seq_len, seed)
+        CalibrationBatches(torch.empty(num_sequences, 0), batch_size)  # refuses a batch_size that cannot be
+        check_text(calibration)
+        self.calibration, self.model = calibration, model
+        self.num_sequences, self.seq_len = num_sequences, seq_len
+        self.batch_size, self.seed = batch_size, seed
+        self._batches: CalibrationBatches | None = None
+        self._saved: dict[str, int] | None = None
+
+    @cached_property
+    def tokens(self) -> Tensor:
+        """(num_sequences, seq_len) int64."""
+        return calibration_tokens(
+            self.calibration,
+            load_tokenizer(self.model),
+            num_sequences=self.num_sequences,
+            seq_len=self.seq_len,
+            seed=self.seed,
+            tokenizer_name=self.model,
+        )
+
+    def prepare_data(self) -> None:
+        """One process a node fills the cache."""
+        self.tokens  # noqa: B018
+
+    def setup(self, stage: str | None = None) -> None:
+        """The others read it."""
+        self.tokens  # noqa: B018
+
+    def train_dataloader(self) -> CalibrationBatches:
+        """This rank's batches."""
+        rank, world_size = (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
+        self._batches = CalibrationBatches(self.tokens, self.batch_size, self.seed, rank, world_size)
+        if self._saved:
+            self._batches.load_state_dict(self._saved)
+        return self._batches
+
+    # Lightning restores a loader's own state only when it resumes within an epoch, the data module's always.
+
+    def state_dict(self) -> dict[str, Any]:
+        """The batches' position."""
+        return self._batches.state_dict() if self._batches else {}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Kept until the batches are made, which is after a checkpoint is read."""
+        self._saved = dict(state_dict)

@@ -1,0 +1,94 @@
+"""Models and tokenizers by name or path, checked before anything is done with them."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from rotpruner import embedded
+from rotpruner.errors import InputError
+from rotpruner.families import family_of, linear_modules
+from rotpruner.patterns import Pattern
+
+logger = logging.getLogger(__name__)
+
+
+def _resolve(name: str) -> str:
+    """Path or hub name that `from_pretrained` takes, for an embedded name, a directory or a hub name."""
+    if name in embedded.MODELS:
+        return str(embedded.model_directory(name))
+    path = Path(name).expanduser()
+    looks_local = path.is_absolute() or name.startswith((".", "~")) or name.count("/") != 1
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise InputError(f"model directory '{name}' has no config.json; give a directory in Hugging Face form")
+        return str(path)
+    if path.exists() or looks_local:
+        raise InputError(
+            f"model '{name}' is neither a directory, nor an embedded name ({', '.join(embedded.MODELS)}), "
+            "nor a hub name (owner/name)"
+        )
+    return name
+
+
+def _pretrained(loader: Any, name: str, **kwargs: Any) -> Any:
+    source = _resolve(name)
+    try:
+        return loader.from_pretrained(source, trust_remote_code=False, **kwargs)
+    except InputError:
+        raise
+    except Exception as error:  # hub, file and format errors come in a dozen classes; the user needs one line
+        logger.debug("loading %s failed", name, exc_info=True)
+        reason = " ".join(str(error).split())[:300]
+        raise InputError(f"cannot load '{name}': {type(error).__name__}: {reason}") from error
+
+
+def load_config(name: str) -> Any:
+    """The `transformers` config of a model of a known family.
+
+    Raises:
+        InputError: nothing loadable has that name, or its family has no table.
+    """
+    config = _pretrained(AutoConfig, name)
+    family_of(config)
+    return config
+
+
+def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
+    """The tokenizer of a model; raises `InputError` if it cannot be loaded."""
+    return _pretrained(AutoTokenizer, name)
+
+
+def load_model(name: str, dtype: torch.dtype | None = None) -> PreTrainedModel:
+    """A causal language model in evaluation mode, its weights checked to be finite.
+
+    Args:
+        name: embedded name, local directory or hub name.
+        dtype: of the weights; None keeps the checkpoint's.
+
+    Raises:
+        InputError: it cannot be loaded, its family is unknown, or a weight is NaN or infinite.
+    """
+    load_config(name)
+    model = _pretrained(AutoModelForCausalLM, name, dtype="auto" if dtype is None else dtype).eval()
+    for parameter_name, parameter in model.named_parameters():
+        if not torch.isfinite(parameter).all():
+            raise InputError(f"weight {parameter_name} of '{name}' holds NaN or infinity; repair the checkpoint")
+    return model
+
+
+def meta_model(config: Any) -> PreTrainedModel:
+    """The model of a config without memory for its weights."""
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config)
+
+
+def check_pattern(model: nn.Module, pattern: Pattern) -> None:
+    """Raise `InputError` if a decoder linear cannot take the pattern; a model on the meta device will do."""
+    for name, linear in linear_modules(model).items():
+        pattern.validate(name, linear.weight.shape)

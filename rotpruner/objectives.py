@@ -1,0 +1,100 @@
+"""What the pruned model is trained for, as a weighted sum of terms in nats per token.
+
+Shapes: N = tokens, D = width of the residual stream, V = vocabulary. Logits are made from final hidden
+states chunk by chunk and again in the backward pass, so that no (N, V) tensor is ever held.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from rotpruner.errors import InputError
+
+Head = Callable[[Tensor], Tensor]
+
+_CHUNK = 512  # tokens whose logits are held at once: 100 MB of float32 at a vocabulary of 49k
+
+
+@dataclass(frozen=True)
+class Objective:
+    """Weights of the terms; a term of weight zero is not computed.
+
+    Attributes:
+        cross_entropy: of the next token.
+        kl: KL(dense ‖ pruned) of the next-token distributions.
+        cosine: 1 − cosine similarity of the final hidden states of the dense and the pruned model.
+    """
+
+    cross_entropy: float = 0.0
+    kl: float = 1.0
+    cosine: float = 0.0
+
+    def __post_init__(self) -> None:
+        weights = asdict(self)
+        for name, value in weights.items():
+            if value < 0 or not math.isfinite(value):
+                raise InputError(f"objective weight {name}={value:g} is not a finite number >= 0")
+        if not any(weights.values()):
+            raise InputError("every objective weight is 0; give at least one of cross_entropy, kl, cosine")
+
+    @property
+    def needs_teacher(self) -> bool:
+        return self.kl > 0 or self.cosine > 0
+
+    def __call__(
+        self, student: Tensor, teacher: Tensor | None, input_ids: Tensor, head: Head
+    ) -> dict[str, Tensor]:
+        """The terms and their weighted sum.
+
+        Args:
+            student, teacher: final hidden states of the pruned and the dense model in the original
+                basis, (batch, seq_len, D); the teacher may be None if `needs_teacher` is false.
+            input_ids: (batch, seq_len); the last position has no target.
+            head: hidden states (…, D) → logits (…, V).
+
+        Returns:
+            `{"loss": sum, term: value, …}`, float32 scalars, means over tokens.
+        """
+        terms: dict[str, Tensor] = {}
+        states = student[:, :-1].flatten(0, 1)
+        targets = input_ids[:, 1:].flatten()
+        dense = None if teacher is None else teacher[:, :-1].flatten(0, 1)
+        if self.cross_entropy:
+            terms["cross_entropy"] = _mean(_cross_entropy, states, targets, head)
+        if self.kl:
+            assert dense is not None
+            terms["kl"] = _mean(_kl, states, dense, head)
+        if self.cosine:
+            assert dense is not None
+            terms["cosine"] = 1 - F.cosine_similarity(states.float(), dense.float(), dim=-1).mean()
+        loss = sum((getattr(self, name) * term for name, term in terms.items()), states.new_zeros(()).float())
+        return {"loss": loss, **terms}
+
+
+def _mean(term: Callable[[Tensor, Tensor, Head], Tensor], states: Tensor, other: Tensor, head: Head) -> Tensor:
+    total = states.new_zeros((), dtype=torch.promote_types(states.dtype, torch.float32))
+    for part, other_part in zip(states.split(_CHUNK), other.split(_CHUNK), strict=True):
+        total = total + checkpoint(term, part, other_part, head, use_reentrant=False)
+    return total / len(states)
+
+
+def _logits(states: Tensor, head: Head) -> Tensor:
+    logits = head(states)
+    return logits.to(torch.promote_types(logits.dtype, torch.float32))
+
+
+def _cross_entropy(states: Tensor, targets: Tensor, head: Head) -> Tensor:
+    return F.cross_entropy(_logits(states, head), targets, reduction="sum")
+
+
+def _kl(states: Tensor, dense: Tensor, head: Head) -> Tensor:
+    with torch.no_grad():
+        expected = _logits(dense, head).log_softmax(-1)
+    return F.kl_div(_logits(states, head).log_softmax(-1), expected, reduction="sum", log_target=True)

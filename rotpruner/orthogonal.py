@@ -1,0 +1,115 @@
+"""Orthogonal matrices as functions of free parameters, and their action on activations and weights.
+
+Shapes: S = sites (places that share a space's form, such as layers), B = blocks of a block-diagonal
+matrix (such as heads), n = width of a block. A rotation is stored by its blocks, (S, B, n, n) or, at
+one site, (B, n, n); it stands for the block-diagonal (B·n, B·n) matrix. Row vectors: x' = x Q.
+"""
+
+from __future__ import annotations
+
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor, nn
+
+from rotpruner.errors import InputError
+
+MapName = Literal["cayley", "exponential"]
+
+
+def skew_symmetric(upper: Tensor, n: int) -> Tensor:
+    """The skew matrices (…, n, n) whose strict upper triangles, row by row, are `upper` (…, n(n−1)/2)."""
+    rows, columns = torch.triu_indices(n, n, offset=1, device=upper.device)
+    A = upper.new_zeros(*upper.shape[:-1], n, n)
+    A[..., rows, columns] = upper
+    return A - A.mT
+
+
+def cayley(A: Tensor) -> Tensor:
+    """Cayley transform (I − A/2)⁻¹ (I + A/2) of skew matrices (…, n, n).
+
+    With the halves it agrees with exp(A) to second order, so both maps take the same learning rate.
+    """
+    identity = torch.eye(A.shape[-1], dtype=A.dtype, device=A.device)
+    return torch.linalg.solve(identity - A / 2, identity + A / 2)
+
+
+ORTHOGONAL_MAPS = {"cayley": cayley, "exponential": torch.linalg.matrix_exp}
+
+
+class OrthogonalMatrices(nn.Module):
+    """Learnable orthogonal blocks Q = Q₀ · map(A), A skew and zero at the start.
+
+    Args:
+        sites, blocks, n: shape of the result (S, B, n, n).
+        map_name: `cayley` or `exponential`.
+
+    The parameter and all arithmetic keep their own dtype (float32 unless the module is cast), whatever
+    autocast says: bf16 would cost orthogonality four digits.
+    """
+
+    start: Tensor
+
+    def __init__(self, sites: int, blocks: int, n: int, map_name: MapName = "cayley") -> None:
+        super().__init__()
+        if map_name not in get_args(MapName):
+            raise InputError(f"unknown orthogonal map '{map_name}'; choose one of {', '.join(get_args(MapName))}")
+        self.n, self.map_name = n, map_name
+        self.skew = nn.Parameter(torch.zeros(sites, blocks, n * (n - 1) // 2))
+        self.register_buffer("start", torch.eye(n).expand(sites, blocks, n, n).clone())
+
+    def forward(self) -> Tensor:
+        with torch.autocast(self.skew.device.type, enabled=False):
+            return self.start @ ORTHOGONAL_MAPS[self.map_name](skew_symmetric(self.skew, self.n))
+
+    @torch.no_grad()
+    def restart(self, Q: Tensor) -> None:
+        """Start again from Q (S, B, n, n), orthogonal."""
+        self.start.copy_(Q)
+        self.skew.zero_()
+
+
+def random_orthogonal(sites: int, blocks: int, n: int, generator: torch.Generator) -> Tensor:
+    """Haar-distributed orthogonal blocks (S, B, n, n), float32 (Stewart, 1980: QR with positive diagonal)."""
+    Q, R = torch.linalg.qr(torch.randn(sites, blocks, n, n, generator=generator, dtype=torch.float64))
+    return (Q * R.diagonal(dim1=-2, dim2=-1).sign().unsqueeze(-2)).float()
+
+
+def orthogonality_error(Q: Tensor) -> float:
+    """‖QᵀQ − I‖∞, the largest absolute entry, over all blocks of (…, n, n)."""
+    Q = Q.detach().double()
+    return (Q.mT @ Q - torch.eye(Q.shape[-1], dtype=Q.dtype, device=Q.device)).abs().max().item()
+
+
+def rotate_features(x: Tensor, Q: Tensor) -> Tensor:
+    """x · diag(Q₁, …, Q_B): features (…, R·B·n) by blocks (B, n, n).
+
+    When the features hold more heads than the rotation has blocks, each block serves R neighbouring
+    heads: the query heads of one key-value head.
+    """
+    blocks, n = Q.shape[0], Q.shape[-1]
+    if blocks == 1 and x.shape[-1] == n:
+        return x @ Q[0]
+    repeat = x.shape[-1] // (blocks * n)
+    heads = x.unflatten(-1, (blocks, repeat, n))
+    return torch.einsum("...bri,bij->...brj", heads, Q).flatten(-3)
+
+
+def rotate_weight(weight: Tensor, reads: Tensor | None, writes: Tensor | None) -> Tensor:
+    """W' = Q_Bᵀ W Q_A for W (O, I) that reads the space of Q_A and writes that of Q_B; None is the identity."""
+    if reads is not None:
+        weight = rotate_features(weight, reads.to(weight.dtype))
+    if writes is not None:
+        Q = writes.to(weight.dtype)
+        if Q.shape[0] == 1 and weight.shape[0] == Q.shape[-1]:
+            return Q[0].mT @ weight
+        heads = weight.unflatten(0, (Q.shape[0], -1, Q.shape[-1]))
+        weight = torch.einsum("bij,bric->brjc", Q, heads).flatten(0, 2)
+    return weight
+
+
+def rotate_bias(bias: Tensor | None, writes: Tensor | None) -> Tensor | None:
+    """b' = b Q_B for b (O,)."""
+    if bias is None or writes is None:
+        return bias
+    return rotate_features(bias, writes.to(bias.dtype))

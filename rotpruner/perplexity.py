@@ -1,0 +1,73 @@
+"""Perplexity, the one measure: non-overlapping windows, float32 logits, float64 sums."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from rotpruner.errors import InputError
+
+
+def windows(input_ids: Tensor, seq_len: int, max_tokens: int | None = None) -> Tensor:
+    """Cut ids (tokens,) into non-overlapping windows (count, seq_len); what does not fill one is dropped.
+
+    Raises:
+        InputError: `seq_len` < 2, `max_tokens` < 1, or the text does not fill one window.
+    """
+    if seq_len < 2:
+        raise InputError(f"seq_len {seq_len} is too small; a window needs 2 tokens or more to have a target")
+    if max_tokens is not None and max_tokens < 1:
+        raise InputError(f"max_tokens {max_tokens} is not positive; leave it out to take the whole text")
+    used = input_ids[:max_tokens]
+    count = len(used) // seq_len
+    if count == 0:
+        raise InputError(
+            f"the text is too short: {len(used)} tokens do not fill one window of seq_len {seq_len}; "
+            "give a longer text or a smaller seq_len"
+        )
+    return used[: count * seq_len].view(count, seq_len)
+
+
+def summed_nll(logits: Tensor, input_ids: Tensor) -> tuple[Tensor, int]:
+    """Sum of next-token negative log-likelihoods and their number, for logits (B, T, V) and ids (B, T).
+
+    Cross-entropy in float32 (float64 for float64 logits), the sum in float64.
+    """
+    targets = input_ids[:, 1:]
+    logits = logits[:, :-1].to(torch.promote_types(logits.dtype, torch.float32))
+    nll = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none")
+    return nll.double().sum(), targets.numel()
+
+
+@torch.no_grad()
+def perplexity(
+    model: Callable[..., Any],
+    input_ids: Tensor,
+    *,
+    seq_len: int = 1024,
+    max_tokens: int | None = None,
+    progress: Callable[[Tensor], Any] = lambda windows: windows,
+) -> float:
+    """exp of the mean negative log-likelihood over `seq_len − 1` targets a window.
+
+    Args:
+        model: a causal language model in evaluation mode.
+        input_ids: (tokens,), a text tokenised once without special tokens.
+        seq_len: tokens a window.
+        max_tokens: use only the first tokens of the text.
+        progress: wraps the iteration over windows, for a progress bar.
+
+    Raises:
+        InputError: as `windows`.
+    """
+    total, count = 0.0, 0
+    for window in progress(windows(input_ids, seq_len, max_tokens)):
+        nll, targets = summed_nll(model(input_ids=window[None], use_cache=False).logits, window[None])
+        total += nll.item()
+        count += targets
+    return math.exp(total / count) if total / count < 700 else math.inf

@@ -1,0 +1,91 @@
+"""The protocol of a pruner, and the table of their names.
+
+A pruner sees one linear at a time: its weight W (O, I) and the second moment of its input,
+H = E[x xᵀ] (I, I), both already in the basis in which pruning happens. It answers with a mask and,
+if its method has one, with an updated weight. Choosing a mask and updating under a given mask are
+separate decisions: `prune(…, mask=M)` keeps M.
+
+A new pruner is one file with one subclass of `Pruner`; it is named in a config by its import path,
+`my_module.MyPruner`, or by a short name once it stands in `PRUNERS`.
+"""
+
+from __future__ import annotations
+
+import importlib
+from abc import ABC, abstractmethod
+from typing import ClassVar, Literal
+
+from torch import Tensor
+
+from rotpruner.errors import InputError
+from rotpruner.patterns import Pattern
+from rotpruner.statistics import Moment
+
+#: What a pruner needs to know of a linear's input: nothing, E[x_j²] of each feature, or all of E[x xᵀ].
+Needs = Literal["nothing", "diagonal", "full"]
+
+
+class Pruner(ABC):
+    """Scores weights, chooses masks, and may update what is left.
+
+    `needs` tells how much of the input's second moment `saliency` and `prune` read.
+    """
+
+    needs: ClassVar[Needs] = "diagonal"
+
+    @abstractmethod
+    def saliency(self, weight: Tensor, moment: Moment | None) -> Tensor:
+        """How much each weight matters, (O, I) non-negative float32; differentiable in both arguments.
+
+        Args:
+            weight: (O, I), in the basis of pruning.
+            moment: second moment of the input in the same basis; None only if `needs` is `"nothing"`.
+        """
+
+    def mask(self, weight: Tensor, moment: Moment | None, pattern: Pattern) -> Tensor:
+        """The weights that stay, (O, I) bool."""
+        return pattern.mask(self.saliency(weight, moment))
+
+    def prune(
+        self, weight: Tensor, moment: Moment | None, pattern: Pattern, mask: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Prune one weight: (weight (O, I) with zeros outside the mask, mask (O, I) bool).
+
+        Args:
+            weight: (O, I); not changed in place.
+            moment: as in `saliency`.
+            pattern: what the mask must look like.
+            mask: keep exactly these weights instead of choosing.
+        """
+        if mask is None:
+            mask = self.mask(weight, moment, pattern)
+        return weight * mask, mask
+
+
+#: Short names. Values are import paths, so that naming a pruner costs the import of that pruner only.
+PRUNERS = {
+    "magnitude": "rotpruner.pruners.magnitude.Magnitude",
+    "wanda": "rotpruner.pruners.wanda.Wanda",
+}
+
+
+def resolve_pruner(name: str | Pruner) -> Pruner:
+    """A pruner by its short name or by the import path of a `Pruner` subclass that needs no arguments.
+
+    Raises:
+        InputError: no such name, module or class, or the class is not a `Pruner`.
+    """
+    if isinstance(name, Pruner):
+        return name
+    path = PRUNERS.get(name, name)
+    module_name, _, class_name = path.rpartition(".")
+    known = f"choose one of {', '.join(PRUNERS)}, or give the import path of a Pruner subclass"
+    if not module_name:
+        raise InputError(f"unknown pruner '{name}'; {known}")
+    try:
+        pruner_class = getattr(importlib.import_module(module_name), class_name)
+    except (ImportError, AttributeError) as error:
+        raise InputError(f"unknown pruner '{name}' ({error}); {known}") from None
+    if not (isinstance(pruner_class, type) and issubclass(pruner_class, Pruner)):
+        raise InputError(f"'{name}' is not a subclass of rotpruner.pruners.Pruner; {known}")
+    return pruner_class()

@@ -1,0 +1,18 @@
+"""Wanda: weights times the norm of their inputs (Sun et al., 2024, arXiv:2306.11695, equation 1)."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from rotpruner.pruners.base import Pruner
+from rotpruner.statistics import Moment
+
+
+class Wanda(Pruner):
+    """Saliency |W_ij| · ‖x_j‖₂, with the root mean square in place of the norm: one factor for all, same masks."""
+
+    needs = "diagonal"
+
+    def saliency(self, weight: Tensor, moment: Moment | None) -> Tensor:
+        assert moment is not None
+        return weight.abs().float() * moment.diagonal().clamp_min(0).sqrt()

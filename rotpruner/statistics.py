@@ -1,0 +1,110 @@
+"""What calibration tells of each linear's input: its second moment H = E[x xᵀ], gathered once.
+
+The moment is gathered in the original basis and rotated on demand, H' = Qᵀ H Q, so that no step of
+training looks at calibration activations again. It is stored by diagonal blocks (B, n, n), B·n = I,
+as large as the rotation of the input's space needs: the whole matrix for the residual stream, one
+block a head for values, single entries where nothing rotates.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from einops import rearrange
+from torch import Tensor, nn
+
+from rotpruner.orthogonal import rotate_features
+
+
+@dataclass(frozen=True)
+class Moment:
+    """Second moment of one input, by diagonal blocks, seen from a rotated basis.
+
+    Attributes:
+        blocks: (B, n, n) float32 or float64, in the basis in which it was gathered.
+        rotation: (b, n, n) blocks of Q, or None for that basis itself.
+    """
+
+    blocks: Tensor
+    rotation: Tensor | None = None
+
+    def rotate(self, Q: Tensor | None) -> Moment:
+        """The same moment seen from x Q. Nothing is computed until it is asked for."""
+        assert self.rotation is None, "moments are rotated from the basis in which they were gathered"
+        return Moment(self.blocks, Q)
+
+    @cached_property
+    def _diagonal(self) -> Tensor:
+        if self.rotation is None:
+            return self.blocks.diagonal(dim1=-2, dim2=-1).flatten()
+        count, n = self.rotation.shape[0], self.rotation.shape[-1]
+        Q = self.rotation.to(self.blocks.dtype)
+        H = self._heads(n)
+        Q = Q.repeat_interleave(H.shape[0] // count, dim=0)
+        return ((H @ Q) * Q).sum(-2).flatten()
+
+    def _heads(self, n: int) -> Tensor:
+        """The diagonal blocks of width n, (I/n, n, n)."""
+        if self.blocks.shape[-1] == n:
+            return self.blocks
+        heads = rearrange(self.blocks, "b (h i) (k j) -> b h i k j", i=n, j=n)
+        return rearrange(heads.diagonal(dim1=1, dim2=3), "b i j h -> (b h) i j")
+
+    def diagonal(self) -> Tensor:
+        """E[x_j²] of every feature, (I,)."""
+        return self._diagonal
+
+    @cached_property
+    def _full(self) -> Tensor:
+        assert self.blocks.shape[0] == 1, "only the diagonal blocks of this moment were gathered"
+        H = self.blocks[0]
+        if self.rotation is None:
+            return H
+        Q = self.rotation.to(H.dtype)
+        return rotate_features(rotate_features(H, Q).mT, Q)
+
+    def full(self) -> Tensor:
+        """E[x xᵀ], (I, I). Gathered only for pruners with `needs = "full"`."""
+        return self._full
+
+
+@torch.no_grad()
+def gather_moments(
+    model: nn.Module, linears: Mapping[str, nn.Module], block_widths: Mapping[str, int], batches: Iterable[Tensor]
+) -> dict[str, Moment]:
+    """Second moments of the inputs of some linears, averaged over all tokens.
+
+    Args:
+        model: called as `model(input_ids=…)` on every batch, in its own basis.
+        linears: modules to watch, by name; one of each group that reads the same input is enough.
+        block_widths: for each name, the width n of the diagonal blocks to keep; it divides the input width.
+        batches: token ids, each (sequences, seq_len).
+
+    Returns:
+        For each name its moment, float32 sums (float64 for a float64 model).
+    """
+    sums: dict[str, Tensor] = {}
+    tokens = 0
+
+    def watch(name: str, n: int):
+        def hook(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+            x = args[0].detach().flatten(0, -2)
+            x = x.to(torch.promote_types(x.dtype, torch.float32))
+            heads = rearrange(x, "t (b n) -> b n t", n=n)
+            product = heads.square().sum(-1, keepdim=True) if n == 1 else heads @ heads.mT
+            sums[name] = sums[name] + product if name in sums else product
+
+        return hook
+
+    handles = [module.register_forward_pre_hook(watch(name, block_widths[name])) for name, module in linears.items()]
+    try:
+        for input_ids in batches:
+            model(input_ids=input_ids, use_cache=False, logits_to_keep=1)
+            tokens += input_ids.numel()
+    finally:
+        for handle in handles:
+            handle.remove()
+    return {name: Moment(total / tokens) for name, total in sums.items()}
