@@ -6,8 +6,7 @@ Shapes: N sequences, T tokens each (`seq_len`), B sequences a batch and rank.
 import hashlib
 import json
 import os
-import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -19,15 +18,12 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from datamodules.texts import check_text, documents, hub_text, text_identity
+from datamodules.texts import check_text, documents, hub_text, pieces, text_identity
 from rotpruner.embedded import cache_directory, locked
 from rotpruner.errors import InputError
 from rotpruner.loading import load_tokenizer
 
 _FORMAT = 1  # of the cached tensor: raise it whenever the same arguments would give other tokens
-_PIECE = 1_000_000  # characters tokenised at once
-_BETWEEN_WORDS = re.compile(r"(?<=[^\W\d_]) (?=[^\W\d_])")
-_BLANK_LINE = re.compile(r"(?<=\S)\n\n")
 
 
 def calibration_tokens(
@@ -39,7 +35,7 @@ def calibration_tokens(
     seed: int,
     tokenizer_name: str,
 ) -> Tensor:
-    """Windows of the text's tokens, (num_sequences, seq_len) int64, from the cache if they are there.
+    """Windows of the text's tokens, (N, T) int64, from the cache if they are there.
 
     The documents are joined with blank lines, tokenised without special tokens and cut into windows that do
     not overlap. Which windows: the start of a seeded permutation of all of them; for a streamed hub data set,
@@ -57,7 +53,7 @@ def calibration_tokens(
     }
     digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
     path = cache_directory() / "calibration" / f"{digest}.safetensors"
-    shape, vocabulary = (num_sequences, seq_len), len(tokenizer)
+    shape, vocabulary = (num_sequences, seq_len), 1 + max(tokenizer.get_vocab().values())
     tokens = _load(path, shape, vocabulary)
     if tokens is None:
         with locked(path):
@@ -70,13 +66,10 @@ def calibration_tokens(
 
 
 def _check_sizes(num_sequences: int, seq_len: int, seed: int) -> None:
-    for name, value, least in (
-        ("num_sequences", num_sequences, 1),
-        ("seq_len", seq_len, 2),
-        ("seed", seed, 0),
-    ):
-        if value < least:
-            raise InputError(f"{name} {value} is too small: pass {least} or more")
+    bounds = {"num_sequences": (num_sequences, 1), "seq_len": (seq_len, 2), "seed": (seed, 0)}
+    for name, (value, bound) in bounds.items():
+        if value < bound:
+            raise InputError(f"{name} {value} is too small: pass {bound} or more")
 
 
 def _windows(source: str, tokenizer: PreTrainedTokenizerBase, shape: tuple[int, int], seed: int) -> Tensor:
@@ -93,39 +86,11 @@ def _windows(source: str, tokenizer: PreTrainedTokenizerBase, shape: tuple[int, 
             break
     total = count // seq_len
     if total < num_sequences:
-        mend = "pass a longer text, a smaller seq_len or fewer num_sequences"
-        raise InputError(
-            f"text {source!r} holds {total} windows of {seq_len} tokens, {num_sequences} are wanted: {mend}"
-        )
+        wanted = f"{num_sequences} are wanted: pass a longer text, a smaller seq_len or fewer num_sequences"
+        raise InputError(f"text {source!r} holds {total} windows of {seq_len} tokens, {wanted}")
     windows = torch.cat(found)[: total * seq_len].view(total, seq_len)
     order = torch.arange(total) if streamed else torch.randperm(total, generator=_generator("windows", seed))
     return windows[order[:num_sequences]].long()
-
-
-def pieces(texts: Iterable[str], limit: int = _PIECE) -> Iterator[str]:
-    """The documents joined with blank lines, cut into pieces of a little over `limit` characters.
-
-    The pieces' tokens, one after another, are those of the joined text for byte-level tokenisers (GPT-2,
-    SmolLM2, Llama 3, Qwen): they split a text in front of a space between two letters, which is where it is
-    cut here. Sentencepiece ones may add a word mark at each cut. Text without such a place is cut before a
-    blank line, or else not at all.
-    """
-    held, separator = "", ""
-    for text in texts:
-        held += separator + text
-        separator = "\n\n"
-        start = 0
-        while (earliest := start + limit) < len(held):
-            cut = _BETWEEN_WORDS.search(held, earliest, earliest + 10_000) or _BLANK_LINE.search(
-                held, earliest
-            )
-            if cut is None:
-                break
-            yield held[start : cut.start()]
-            start = cut.start()
-        held = held[start:]
-    if held:
-        yield held
 
 
 def _tokenizer_identity(tokenizer: PreTrainedTokenizerBase, name: str) -> str:
@@ -156,9 +121,8 @@ def _load(path: Path, shape: tuple[int, int], vocabulary: int) -> Tensor | None:
             tokens, metadata = file.get_tensor("tokens"), file.metadata() or {}
     except (OSError, SafetensorError):
         return None
-    sound = (
-        tokens.shape == shape and tokens.dtype == torch.int64 and metadata.get("sha256") == _digest(tokens)
-    )
+    sound = tokens.dtype == torch.int64 and tokens.shape == shape
+    sound = sound and metadata.get("sha256") == _digest(tokens)
     return tokens if sound and 0 <= tokens.min() <= tokens.max() < vocabulary else None
 
 
@@ -202,20 +166,17 @@ class CalibrationBatches:
         index = order[step * self.global_batch :][: self.global_batch][self.rank :: self.world_size]
         return {"input_ids": self.tokens[index], "index": index}
 
-    def _setting(self) -> dict[str, int]:
-        return {"sequences": len(self.tokens), "global_batch": self.global_batch, "seed": self.seed}
-
     def state_dict(self) -> dict[str, int]:
-        """The position and what gives it its meaning, alike on all ranks."""
-        return {"position": self.position, **self._setting()}
+        """The position, and what gives it its meaning; alike on all ranks."""
+        setting = {"sequences": len(self.tokens), "global_batch": self.global_batch, "seed": self.seed}
+        return {"position": self.position, **setting}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
         """Go on at a saved position. Another setting than the saved one raises InputError."""
-        for name, value in self._setting().items():
-            if state[name] != value:
-                raise InputError(
-                    f"the checkpoint's batches have {name} {state[name]}, not {value}: resume as it was begun"
-                )
+        for name, value in self.state_dict().items():
+            if name != "position" and state[name] != value:
+                change = f"{name} {state[name]}, not {value}"
+                raise InputError(f"the checkpoint's batches have {change}: resume with its own settings")
         self.position = state["position"]
 
 
@@ -226,7 +187,7 @@ class CalibrationDataModule(lightning.LightningDataModule):
     data:
       class_path: datamodules.calibration.CalibrationDataModule
       init_args:
-        calibration: wikipedia_calibration  # or c4, wikitext2, owner/name, a .txt, .jsonl, .parquet, a directory
+        calibration: wikipedia_calibration  # any name or path that `datamodules.texts` lists
         num_sequences: 128
         seq_len: 1024
         batch_size: 1
@@ -235,7 +196,7 @@ class CalibrationDataModule(lightning.LightningDataModule):
     ```
 
     Args:
-        calibration: the text, a name or a path (see `datamodules.texts`).
+        calibration: the text, a name or a path.
         num_sequences: how many windows of the text are used.
         seq_len: tokens in a window.
         batch_size: windows in a batch of one rank.
@@ -265,14 +226,9 @@ class CalibrationDataModule(lightning.LightningDataModule):
     @cached_property
     def tokens(self) -> Tensor:
         """(num_sequences, seq_len) int64."""
-        return calibration_tokens(
-            self.calibration,
-            load_tokenizer(self.model),
-            num_sequences=self.num_sequences,
-            seq_len=self.seq_len,
-            seed=self.seed,
-            tokenizer_name=self.model,
-        )
+        sizes = {"num_sequences": self.num_sequences, "seq_len": self.seq_len, "seed": self.seed}
+        tokenizer = load_tokenizer(self.model)
+        return calibration_tokens(self.calibration, tokenizer, **sizes, tokenizer_name=self.model)
 
     def prepare_data(self) -> None:
         """One process a node fills the cache."""
@@ -286,16 +242,17 @@ class CalibrationDataModule(lightning.LightningDataModule):
         """This rank's batches."""
         rank, world_size = (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
         self._batches = CalibrationBatches(self.tokens, self.batch_size, self.seed, rank, world_size)
-        if self._saved:
+        if self._saved is not None:
             self._batches.load_state_dict(self._saved)
+            self._saved = None
         return self._batches
 
     # Lightning restores a loader's own state only when it resumes within an epoch, the data module's always.
 
     def state_dict(self) -> dict[str, Any]:
         """The batches' position."""
-        return self._batches.state_dict() if self._batches else {}
+        return self._batches.state_dict() if self._batches is not None else {}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Kept until the batches are made, which is after a checkpoint is read."""
-        self._saved = dict(state_dict)
+        self._saved = state_dict or None

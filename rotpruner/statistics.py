@@ -8,9 +8,10 @@ block a head for values, single entries where nothing rotates.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Hashable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import torch
 from einops import rearrange
@@ -35,6 +36,10 @@ class Moment:
         """The same moment seen from x Q. Nothing is computed until it is asked for."""
         assert self.rotation is None, "moments are rotated from the basis in which they were gathered"
         return Moment(self.blocks, Q)
+
+    def to(self, device: torch.device | str) -> Moment:
+        """The same moment on another device."""
+        return Moment(self.blocks.to(device), None if self.rotation is None else self.rotation.to(device))
 
     @cached_property
     def _diagonal(self) -> Tensor:
@@ -69,6 +74,16 @@ class Moment:
     def full(self) -> Tensor:
         """E[x xᵀ], (I, I). Gathered only for pruners with `needs = "full"`."""
         return self._full
+
+    @cached_property
+    def _derived(self) -> dict[Hashable, Any]:
+        return {}
+
+    def derive(self, key: Hashable, compute: Callable[[Moment], Tensor]) -> Tensor:
+        """`compute(self)`, once for each `key`: what linears that read one input share, such as a factorisation."""
+        if key not in self._derived:
+            self._derived[key] = compute(self)
+        return self._derived[key]
 
 
 @torch.no_grad()

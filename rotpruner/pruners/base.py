@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import importlib
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from typing import ClassVar, Literal
 
 from torch import Tensor
@@ -61,11 +62,34 @@ class Pruner(ABC):
             mask = self.mask(weight, moment, pattern)
         return weight * mask, mask
 
+    def prune_group(
+        self,
+        weights: Sequence[Tensor],
+        moment: Moment | None,
+        pattern: Pattern,
+        masks: Sequence[Tensor] | None = None,
+    ) -> list[tuple[Tensor, Tensor]]:
+        """Prune linears that read one input, such as q, k and v: the same results as `prune` of each.
+
+        Args:
+            weights: each (O_k, I).
+            moment: as in `saliency`, of the input they share.
+            pattern: what each mask must look like.
+            masks: keep exactly these weights, each (O_k, I) bool, instead of choosing.
+        """
+        given = [None] * len(weights) if masks is None else masks
+        return [
+            self.prune(weight, moment, pattern, mask) for weight, mask in zip(weights, given, strict=True)
+        ]
+
 
 #: Short names. Values are import paths, so that naming a pruner costs the import of that pruner only.
 PRUNERS = {
     "magnitude": "rotpruner.pruners.magnitude.Magnitude",
     "wanda": "rotpruner.pruners.wanda.Wanda",
+    "ria": "rotpruner.pruners.ria.RIA",
+    "sparsegpt": "rotpruner.pruners.sparsegpt.SparseGPT",
+    "alps": "rotpruner.pruners.alps.ALPS",
 }
 
 

@@ -1,0 +1,153 @@
+"""The end of a fit: prune with the learned rotations, export, and compare with the controls."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning import Callback, LightningModule, Trainer
+from torch import Tensor
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from callbacks.terminal import console, results_table, track
+from datamodules.evaluation import perplexities, tokenize_texts
+from datamodules.texts import check_text
+from rotpruner.artifacts import save_model, save_rotations, write_json
+from rotpruner.errors import InputError
+from rotpruner.loading import load_model, load_tokenizer
+from rotpruner.oneshot import parameter_count, prune_model, sparsity_of
+from rotpruner.provenance import commit
+from rotpruner.rotations import random_rotations
+
+Row = dict[str, Any]
+
+
+class Finish(Callback):
+    """After the last step, write `rotations/`, `export/` and `results.json` into the run directory.
+
+    ```yaml
+    trainer:
+      callbacks:
+        - class_path: callbacks.finish.Finish
+          init_args: {texts: [wikipedia_test], max_tokens: 16384}
+    ```
+
+    The four rows of `results.json`: `dense`, the model as it came; `pruner`, the same pruner on the
+    untouched model (neither fused nor untied); `random_rotation`, the same pruner in a random basis of
+    the same spaces; `rotpruner`, in the learned one. Every row but the first is saved, loaded again by
+    plain `transformers` and evaluated in float32. Finished rows survive an interruption.
+
+    Args:
+        texts: names or paths of test texts, none of which calibrated anything.
+        seq_len: tokens a window.
+        max_tokens: the first tokens of each text that are used; None takes all.
+        config: what to record as the run's configuration; the command line fills it in.
+    """
+
+    def __init__(
+        self,
+        texts: list[str] = ["wikipedia_test"],  # noqa: B006 - read by the command line, never changed
+        seq_len: int = 1024,
+        max_tokens: int | None = 16384,
+    ) -> None:
+        if not texts:
+            raise InputError("texts of Finish is empty; name at least one test text")
+        for text in texts:
+            check_text(text)
+        self.texts, self.seq_len, self.max_tokens = texts, seq_len, max_tokens
+        self.config: Mapping[str, Any] = {}
+        self._ids: dict[str, Tensor] = {}
+        self._training_seconds = 0.0
+        self._fit_started = 0.0
+
+    def state_dict(self) -> dict[str, Any]:
+        """Seconds of fitting so far, so that a resumed run reports all of them."""
+        return {"training_seconds": self._elapsed()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Count on."""
+        self._training_seconds = state_dict["training_seconds"]
+
+    def _elapsed(self) -> float:
+        return self._training_seconds + (time.perf_counter() - self._fit_started if self._fit_started else 0.0)
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Read the test texts before anything long begins."""
+        self._fit_started = time.perf_counter()
+        if trainer.is_global_zero:
+            tokenizer = load_tokenizer(pl_module.model_name)  # type: ignore[arg-type]
+            self._ids = tokenize_texts(self.texts, tokenizer, self.seq_len, self.max_tokens)
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Only after training has run to its end; an interrupted fit is resumed, not finished."""
+        if not trainer.is_global_zero or trainer.interrupted or trainer.received_sigterm:
+            return
+        with torch.no_grad():
+            self._finish(Path(trainer.default_root_dir), trainer, pl_module)
+
+    def _finish(self, run: Path, trainer: Trainer, module: Any) -> None:
+        training_seconds = self._elapsed()
+        name, pruner, pattern = module.model_name, module.pruner, module.pattern
+        tokenizer, batches = load_tokenizer(name), trainer.datamodule.tokens.split(1)  # type: ignore[attr-defined]
+        learned = {space: Q.detach().cpu() for space, Q in module.rotated.rotations().items()}
+        drawn = random_rotations(module.rotated.base.config, module.spaces, module.seed)
+        moments = {group: moment.to("cpu") for group, moment in module.rotated.moments.items()}
+
+        def pruned(rotations: dict[str, Tensor] | None, directory: Path) -> None:
+            model = load_model(name)
+            shared = moments if rotations else None
+            prune_model(model, pruner, pattern, track(batches, "calibration"), rotations, shared)
+            save_model(model, tokenizer, directory, replace=True)
+
+        save_rotations(learned, module.rotated.base, run / "rotations", replace=True)
+        rows = [
+            self._row(run, "dense", None, lambda directory: None, load_model(name, torch.float32)),
+            self._row(run, "pruner", pattern, lambda directory: pruned(None, directory)),
+            self._row(run, "random_rotation", pattern, lambda directory: pruned(drawn, directory)),
+            self._row(
+                run, "rotpruner", pattern, lambda directory: pruned(learned, directory), seconds=training_seconds
+            ),
+        ]
+        results = {"rows": rows, "config": self.config, "commit": commit()}
+        write_json(results, run / "results.json")
+        shutil.rmtree(run / "rows")
+        console.print(results_table(results))
+        console.print(f"export: {run / 'export'}")
+
+    def _row(
+        self,
+        run: Path,
+        name: str,
+        pattern: Any,
+        build: Callable[[Path], None],
+        model: PreTrainedModel | None = None,
+        seconds: float = 0.0,
+    ) -> Row:
+        """Build, reload, evaluate; or read what an interrupted finish has left of it."""
+        kept = run / "rows" / f"{name}.json"
+        if kept.is_file():
+            return json.loads(kept.read_text(encoding="utf-8"))
+        started = time.perf_counter()
+        with tempfile.TemporaryDirectory(dir=run) as scratch:
+            directory = run / "export" if name == "rotpruner" else Path(scratch) / name
+            if model is None:
+                console.print(f"{name}: prune, save, load again")
+                build(directory)
+                model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
+            seconds += time.perf_counter() - started
+            row = {
+                "name": name,
+                "pattern": None if pattern is None else str(pattern),
+                "sparsity": sparsity_of(model),
+                "seconds": round(seconds, 1),
+                "ppl": perplexities(model, self._ids, self.seq_len, self.max_tokens, track),
+                "parameters": parameter_count(model),
+            }
+        write_json(row, kept)
+        return row

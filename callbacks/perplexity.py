@@ -1,0 +1,98 @@
+"""Watch the perplexity of the pruned model while it learns."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from lightning import Callback, LightningModule, Trainer
+from torch import Tensor
+from torchmetrics import Metric
+
+from datamodules.evaluation import token_ids
+from datamodules.texts import check_text, text_name
+from rotpruner.errors import InputError
+from rotpruner.loading import load_tokenizer
+from rotpruner.perplexity import summed_nll, windows
+
+
+class WindowPerplexity(Metric):
+    """Perplexity over windows: cross-entropy in float32, sums in float64, reduced over ranks."""
+
+    higher_is_better = False
+    total: Tensor
+    count: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.add_state("total", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
+        self.add_state("count", torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
+
+    def update(self, logits: Tensor, input_ids: Tensor) -> None:
+        """Add windows: logits (B, T, V) and their ids (B, T)."""
+        nll, targets = summed_nll(logits, input_ids)
+        self.total += nll
+        self.count += targets
+
+    def compute(self) -> Tensor:
+        """exp of the mean negative log-likelihood, float64."""
+        return torch.exp(self.total / self.count)
+
+
+class Perplexity(Callback):
+    """Log `ppl/<text>` of the pruned model with the masks of the moment, every `every_n_steps` steps.
+
+    ```yaml
+    trainer:
+      callbacks:
+        - class_path: callbacks.perplexity.Perplexity
+          init_args: {texts: [wikipedia_test], every_n_steps: 50, max_tokens: 8192}
+    ```
+
+    Args:
+        texts: names or paths; for watching only, nothing is chosen by them.
+        every_n_steps: how often.
+        seq_len: tokens a window.
+        max_tokens: the first tokens of each text that are used.
+    """
+
+    def __init__(
+        self, texts: list[str], every_n_steps: int = 50, seq_len: int = 1024, max_tokens: int = 8192
+    ) -> None:
+        if every_n_steps < 1:
+            raise InputError(f"every_n_steps {every_n_steps} of Perplexity is not positive; give 1 or more")
+        for text in texts:
+            check_text(text)
+        self.texts, self.every_n_steps = texts, every_n_steps
+        self.seq_len, self.max_tokens = seq_len, max_tokens
+        self._windows: dict[str, Tensor] = {}
+        self._last = -1
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Tokenise the texts before anything long begins."""
+        tokenizer = load_tokenizer(pl_module.model_name)  # type: ignore[arg-type]
+        self._windows = {
+            text_name(text): windows(token_ids(text, tokenizer), self.seq_len, self.max_tokens) for text in self.texts
+        }
+
+    @torch.no_grad()
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Ranks share the windows; those left over by an uneven split are dropped."""
+        step = trainer.global_step
+        if step % self.every_n_steps or step == self._last:
+            return
+        self._last = step
+        for name, text_windows in self._windows.items():
+            share = len(text_windows) // trainer.world_size
+            if share == 0:
+                share, first = len(text_windows), 0
+            else:
+                first = share * trainer.global_rank
+            metric = WindowPerplexity().to(pl_module.device)
+            for window in text_windows[first : first + share].to(pl_module.device).split(1):
+                metric.update(pl_module.rotated(window).logits, window)  # type: ignore[operator, union-attr]
+            value = metric.compute().item()
+            pl_module.log(f"ppl/{name}", value if math.isfinite(value) else math.inf, prog_bar=True)

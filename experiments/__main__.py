@@ -1,0 +1,51 @@
+"""The command line: `python -m experiments COMMAND …`."""
+
+from __future__ import annotations
+
+import errno
+import os
+import sys
+from importlib import import_module
+
+from rotpruner.errors import InputError
+
+#: Command → (module with a `main(arguments)`, what it does).
+COMMANDS = {
+    "fit": ("experiments.fit", "learn rotations, prune, export and compare: fit -c CONFIG.yaml"),
+    "prune": ("experiments.prune", "prune a model once, in its own basis or a rotated one"),
+    "evaluate": ("experiments.evaluate", "perplexity of a model on texts"),
+}
+
+
+def main(arguments: list[str]) -> int:
+    """Run one command; 0 if it went well, 2 after one line on standard error if the input cannot be used."""
+    if arguments[:1] in (["-h"], ["--help"]):
+        print("usage: python -m experiments COMMAND [options]\n")
+        for name, (_, purpose) in COMMANDS.items():
+            print(f"  {name:10} {purpose}")
+        print("\n`python -m experiments COMMAND --help` lists a command's options.")
+        return 0
+    try:
+        if not arguments or arguments[0] not in COMMANDS:
+            given = f"unknown command '{arguments[0]}'" if arguments else "no command given"
+            raise InputError(f"{given}; choose one of {', '.join(COMMANDS)}")
+        # A quiet terminal: these libraries draw bars of their own for every file that they open.
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+        module, _ = COMMANDS[arguments[0]]
+        import_module(module).main(arguments[1:])
+    except InputError as error:
+        return _refuse(str(error))
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            raise
+        return _refuse(f"the disk is full while writing '{error.filename}'; free some space and run again")
+    return 0
+
+
+def _refuse(message: str) -> int:
+    print("error:", " ".join(message.split()), file=sys.stderr)
+    return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,47 @@
+"""Arguments of the one-shot commands: errors in one line, results on standard output, the rest on standard error."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from typing import Any, NoReturn
+
+from rotpruner.errors import InputError
+
+
+class Parser(argparse.ArgumentParser):
+    """`argparse` whose errors are `InputError`s."""
+
+    def __init__(self, command: str, description: str) -> None:
+        super().__init__(
+            prog=f"python -m experiments {command}",
+            description=description,
+            formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+            allow_abbrev=False,
+        )
+        self.add_argument("--json", action="store_true", help="print one JSON object on standard output")
+
+    def error(self, message: str) -> NoReturn:
+        raise InputError(f"{message}; see {self.prog} --help")
+
+
+def at_least(minimum: int) -> Any:
+    """An `argparse` type: integers not below a minimum."""
+
+    def integer(text: str) -> int:
+        value = int(text)
+        if value < minimum:
+            raise argparse.ArgumentTypeError(f"{value} is too small; give {minimum} or more")
+        return value
+
+    return integer
+
+
+def report(result: dict[str, Any], as_json: bool) -> None:
+    """Print a command's result, for programs or for people."""
+    if as_json:
+        print(json.dumps(result))
+        return
+    for key, value in result.items():
+        for name, item in value.items() if isinstance(value, dict) else [("", value)]:
+            print(f"{key} {name}".strip(), f"{item:,.4f}".rstrip("0").rstrip(".") if isinstance(item, float) else item)

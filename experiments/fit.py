@@ -1,0 +1,120 @@
+"""`python -m experiments fit`: learn rotations from a config file, then prune, export and compare.
+
+Options are LightningCLI's: `-c` stacks config files, and every argument can be overridden, as in
+`--model.pattern 4:8 --trainer.max_steps 50 --data.calibration my_text.txt`.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import yaml
+from jsonargparse import ArgumentError
+from lightning import Callback, LightningModule, Trainer
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.loggers import CSVLogger
+from transformers.utils import logging as transformers_logging
+
+from callbacks.finish import Finish
+from callbacks.terminal import console, results_table
+from datamodules.calibration import CalibrationDataModule
+from lightning_modules.rotation_module import RotationModule
+from rotpruner.artifacts import write_text
+from rotpruner.errors import InputError
+
+
+class RunRecord(Callback):
+    """Write `config.yaml` into the run directory once the model and the texts have turned out to be usable."""
+
+    def __init__(self, config: dict[str, Any]) -> None:
+        self.config = config
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Whole or not at all: the file decides whether a later start is the same run."""
+        if trainer.is_global_zero:
+            write_text(yaml.safe_dump(self.config, sort_keys=False), Path(trainer.default_root_dir) / "config.yaml")
+
+
+class FitCLI(LightningCLI):
+    """LightningCLI over one run directory, `trainer.default_root_dir`.
+
+    A run directory belongs to one configuration: a finished run is shown again, an unfinished one goes on
+    from its last checkpoint, and another configuration is refused.
+    """
+
+    resume_from: Path | None = None
+
+    def __init__(self, arguments: list[str]) -> None:
+        super().__init__(
+            RotationModule,
+            CalibrationDataModule,
+            args=arguments,
+            run=False,
+            save_config_callback=None,  # it writes before the model has been checked: see RunRecord
+            seed_everything_default=0,
+            auto_configure_optimizers=False,  # the rotations exist only after configure_model
+            parser_kwargs={"exit_on_error": False, "prog": "python -m experiments fit"},
+        )
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """One model name and one seed for all parts."""
+        parser.link_arguments("model.model", "data.model")
+        parser.link_arguments("seed_everything", "data.seed")
+        parser.link_arguments("seed_everything", "model.seed")
+        parser.set_defaults({"trainer.default_root_dir": "runs/fit", "trainer.barebones": False})
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        """Parse, with one-line errors."""
+        try:
+            self.config = parser.parse_args(args)
+        except ArgumentError as error:
+            raise InputError(f"{error}; see python -m experiments fit --help") from error
+
+    def before_instantiate_classes(self) -> None:
+        """Look at the run directory before anything is built."""
+        self.run_directory = Path(self.config.trainer.default_root_dir)
+        config = yaml.safe_load(self.parser.dump(self.config, skip_link_targets=False, skip_none=False))
+        self.config_record = {key: value for key, value in config.items() if key != "config"}
+        recorded = self.run_directory / "config.yaml"
+        if not recorded.is_file():
+            return
+        if yaml.safe_load(recorded.read_text(encoding="utf-8")) != self.config_record:
+            raise InputError(
+                f"run directory '{self.run_directory}' belongs to another configuration ({recorded}); "
+                "choose another --trainer.default_root_dir, or remove it"
+            )
+        if (self.run_directory / "results.json").is_file():
+            show(self.run_directory)
+            sys.exit(0)
+        checkpoint = self.run_directory / "checkpoints" / "last.ckpt"
+        if checkpoint.is_file():
+            console.print(f"going on from {checkpoint}")
+            self.resume_from = checkpoint
+
+    def instantiate_trainer(self, **kwargs: Any) -> Any:
+        """Log to CSV files in the run directory unless a logger is asked for."""
+        if self.config.trainer.logger is None:
+            kwargs["logger"] = CSVLogger(self.run_directory, name="logs")
+        trainer = super().instantiate_trainer(**kwargs)
+        trainer.callbacks.append(RunRecord(self.config_record))
+        return trainer
+
+
+def show(run: Path) -> None:
+    """Print the results of a finished run."""
+    results = json.loads((run / "results.json").read_text(encoding="utf-8"))
+    console.print(f"{run} is finished; remove it to run again")
+    console.print(results_table(results))
+
+
+def main(arguments: list[str]) -> None:
+    """Parse, check, fit; everything lands in the run directory."""
+    transformers_logging.disable_progress_bar()
+    cli = FitCLI(arguments)
+    for callback in cli.trainer.callbacks:  # type: ignore[attr-defined]
+        if isinstance(callback, Finish):
+            callback.config = cli.config_record
+    cli.trainer.fit(cli.model, cli.datamodule, ckpt_path=cli.resume_from, weights_only=True)

@@ -1,0 +1,68 @@
+"""`python -m experiments prune`: prune a model once, without learning."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import get_args
+
+from callbacks.terminal import console, track
+from datamodules.calibration import calibration_tokens
+from datamodules.texts import check_text
+from experiments.arguments import Parser, at_least, report
+from rotpruner.artifacts import check_new_directory, load_rotations, save_model
+from rotpruner.errors import InputError
+from rotpruner.families import SPACES
+from rotpruner.loading import check_pattern, load_config, load_model, load_tokenizer, meta_model
+from rotpruner.oneshot import prune_model, sparsity_of
+from rotpruner.patterns import Scope, parse_pattern
+from rotpruner.pruners import PRUNERS, resolve_pruner
+from rotpruner.rotations import random_rotations
+
+
+def main(arguments: list[str]) -> None:
+    """Print `{"output", "pattern", "sparsity", "seconds"}` after writing an ordinary checkpoint."""
+    parser = Parser("prune", "Prune every decoder linear and save a checkpoint that plain transformers loads.")
+    parser.add_argument("--model", required=True, help="embedded name, directory or hub name")
+    parser.add_argument("--pruner", required=True, help=f"{', '.join(PRUNERS)}, or the import path of a Pruner")
+    parser.add_argument("--pattern", required=True, help="N:M, or a sparsity in [0, 1); 0.0 only rotates")
+    parser.add_argument("--scope", choices=get_args(Scope), default="row", help="where a sparsity is counted")
+    parser.add_argument("--calibration", default="wikipedia_calibration", help="name or path of a text")
+    parser.add_argument("--num_sequences", type=at_least(1), default=64)
+    parser.add_argument("--seq_len", type=at_least(2), default=1024, help="tokens a sequence")
+    parser.add_argument("--seed", type=at_least(0), default=0, help="of the calibration and of random rotations")
+    parser.add_argument("--rotations", help="directory of learned rotations, or 'random'")
+    parser.add_argument("--output", required=True, type=Path, help="directory to write; must not exist yet")
+    options = parser.parse_args(arguments)
+
+    pruner, pattern = resolve_pruner(options.pruner), parse_pattern(options.pattern, options.scope)
+    check_new_directory(options.output)
+    check_text(options.calibration)
+    config = load_config(options.model)
+    check_pattern(meta_model(config), pattern)
+    if options.seq_len > config.max_position_embeddings:
+        limit = config.max_position_embeddings
+        raise InputError(f"seq_len {options.seq_len} is longer than the model's {limit} positions; shorten it")
+    tokenizer = load_tokenizer(options.model)
+    tokens = calibration_tokens(
+        options.calibration,
+        tokenizer,
+        num_sequences=options.num_sequences,
+        seq_len=options.seq_len,
+        seed=options.seed,
+        tokenizer_name=options.model,
+    )
+    model = load_model(options.model)
+    rotations = None
+    if options.rotations == "random":
+        rotations = random_rotations(config, SPACES, options.seed)
+    elif options.rotations is not None:
+        rotations = load_rotations(options.rotations, model)
+
+    started = time.perf_counter()
+    prune_model(model, pruner, pattern, track(tokens.split(1), "calibration"), rotations)
+    seconds = round(time.perf_counter() - started, 1)
+    save_model(model, tokenizer, options.output)
+    console.print(f"saved {options.output}")
+    result = {"output": str(options.output), "pattern": str(pattern), "sparsity": sparsity_of(model)}
+    report({**result, "seconds": seconds}, options.json)

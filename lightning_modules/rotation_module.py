@@ -1,0 +1,178 @@
+"""The LightningModule: a frozen language model, its learnable rotations and the pruner they are learned for."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any, Literal
+
+import torch
+from lightning import LightningModule
+from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from torch import Tensor
+
+from rotpruner.artifacts import load_rotations
+from rotpruner.errors import InputError
+from rotpruner.families import check_space
+from rotpruner.loading import check_pattern, load_config, load_model, meta_model
+from rotpruner.objectives import Objective
+from rotpruner.orthogonal import MapName, orthogonality_error
+from rotpruner.patterns import Scope, parse_pattern
+from rotpruner.pruners import resolve_pruner
+from rotpruner.rotated_model import RotatedModel
+from rotpruner.rotations import LearnedRotations, Start
+from rotpruner.surrogates import Surrogate
+
+BaseDtype = Literal["bfloat16", "float16", "float32", "float64"]
+
+
+class RotationModule(LightningModule):
+    """Learns rotations of a frozen model by the loss of its pruned output.
+
+    ```yaml
+    model:
+      model: smollm2-135m
+      pruner: wanda
+      pattern: "2:4"             # quoted, or YAML reads a number in base 60
+      spaces: [residual, value_heads]
+      surrogate: {name: constant}
+      objective: {kl: 1.0}
+      optimizer: {class_path: torch.optim.Adam, init_args: {lr: 0.003}}
+    ```
+
+    Args:
+        model: embedded name, local directory or hub name.
+        pruner: short name or import path of a `Pruner` subclass.
+        pattern: `N:M` or a sparsity.
+        scope: where an unstructured sparsity is counted.
+        spaces: which spaces rotate.
+        orthogonal_map: how orthogonal matrices are parametrised.
+        start: rotations at the first step.
+        init_rotations: directory of saved rotations to start from instead.
+        surrogate: how the gradient passes the mask.
+        objective: what is minimised.
+        base_dtype: of the frozen weights and the activations; rotations are float32 (float64 with float64).
+        gradient_checkpointing: recompute each block in the backward pass; slower, much smaller.
+        optimizer: of the rotations.
+        lr_scheduler: `cosine` falls to zero at the run's last step; any other scheduler steps once an
+            optimiser step.
+        seed: of a random start.
+
+    Raises:
+        InputError: an argument that cannot work, before the weights are loaded.
+    """
+
+    rotated: RotatedModel
+
+    def __init__(
+        self,
+        model: str = "smollm2-135m",
+        pruner: str = "wanda",
+        pattern: str | float = "2:4",
+        scope: Scope = "row",
+        spaces: list[str] = ["residual", "value_heads"],  # noqa: B006 - read by the command line, never changed
+        orthogonal_map: MapName = "cayley",
+        start: Start = "identity",
+        init_rotations: str | None = None,
+        surrogate: Surrogate = Surrogate(),  # noqa: B008 - frozen
+        objective: Objective = Objective(),  # noqa: B008 - frozen
+        base_dtype: BaseDtype = "bfloat16",
+        gradient_checkpointing: bool = False,
+        optimizer: OptimizerCallable = partial(torch.optim.Adam, lr=3e-3),
+        lr_scheduler: LRSchedulerCallable | Literal["constant", "cosine"] = "cosine",
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        # Checkpoints hold no base weights, so loading one must not ask for them.
+        self.strict_loading = False
+        self.pruner = resolve_pruner(pruner)
+        self.pattern = parse_pattern(pattern, scope)
+        if not spaces:
+            raise InputError("spaces is empty; name at least one of residual, value_heads")
+        self.model_name, self.spaces = model, spaces
+        config = load_config(model)
+        for space in spaces:
+            check_space(config, space)
+        check_pattern(meta_model(config), self.pattern)
+        self.orthogonal_map, self.start, self.seed = orthogonal_map, start, seed
+        self.init_rotations = init_rotations
+        self.surrogate, self.objective = surrogate, objective
+        self.base_dtype = getattr(torch, base_dtype)
+        self.gradient_checkpointing = gradient_checkpointing
+        self._optimizer, self._lr_scheduler = optimizer, lr_scheduler
+        self._restored_mask_rotations: dict[str, Tensor] | None = None
+
+    def configure_model(self) -> None:
+        """Load the base model and put it under rotations, once."""
+        if hasattr(self, "rotated"):
+            return
+        base = load_model(self.model_name, self.base_dtype)
+        rotations = LearnedRotations(base.config, self.spaces, self.orthogonal_map, self.start, self.seed)
+        if self.base_dtype == torch.float64:
+            rotations = rotations.double()
+        if self.init_rotations is not None:
+            rotations.restart(load_rotations(self.init_rotations, base))
+        self.rotated = RotatedModel(
+            base,
+            rotations,
+            self.pruner,
+            self.pattern,
+            self.surrogate,
+            self.objective,
+            self.gradient_checkpointing,
+        )
+
+    def configure_optimizers(self) -> Any:
+        """Only the rotations learn."""
+        optimizer = self._optimizer(self.rotated.rotations.parameters())
+        if self._lr_scheduler == "constant":
+            return optimizer
+        if self._lr_scheduler == "cosine":
+            steps = int(self.trainer.estimated_stepping_batches)
+            scheduler: Any = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+        else:
+            scheduler = self._lr_scheduler(optimizer)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def on_fit_start(self) -> None:
+        """Gather the calibration statistics and choose the first masks, or those of a checkpoint."""
+        tokens = self.trainer.datamodule.tokens  # type: ignore[attr-defined]
+        limit = self.rotated.base.config.max_position_embeddings
+        if tokens.shape[1] > limit:
+            raise InputError(f"seq_len {tokens.shape[1]} is longer than the model's {limit} positions; shorten it")
+        self.rotated.calibrate(tokens.to(self.device).split(1))
+        self.rotated.refresh_masks(self._restored_mask_rotations)
+
+    def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
+        """The core's loss of `{"input_ids": (B, T), "index": (B,)}`."""
+        losses = self.rotated.loss(batch["input_ids"], batch["index"])
+        self.log_dict({f"train/{name}": value.detach() for name, value in losses.items()}, prog_bar=True)
+        return losses["loss"]
+
+    @torch.no_grad()
+    def on_train_end(self) -> None:
+        """Nothing of the last step's graph is needed any more."""
+        self.rotated.basis.rotations = {}
+
+    def orthogonality_error(self) -> float:
+        """‖QᵀQ − I‖∞ over all rotations."""
+        return max(orthogonality_error(Q) for Q in self.rotated.rotations().values())
+
+    # -- checkpoints -----------------------------------------------------------------------------
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """Rotations only; the base model is found again by its name."""
+        return {
+            name: value
+            for name, value in super().state_dict(*args, **kwargs).items()
+            if not name.startswith("rotated.base.")
+        }
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Add what determines the masks, and the random state."""
+        checkpoint["mask_rotations"] = self.rotated.mask_rotations
+        checkpoint["rng_state"] = torch.get_rng_state()
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Masks are chosen again once the statistics are there."""
+        self._restored_mask_rotations = checkpoint["mask_rotations"]
+        torch.set_rng_state(checkpoint["rng_state"])

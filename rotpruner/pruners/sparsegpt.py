@@ -1,0 +1,193 @@
+"""SparseGPT: prune column by column, later columns make up (Frantar & Alistarh, 2023, arXiv:2301.00774).
+
+Shapes: O = output features, I = input features. Weights are held transposed, (I, O), so that a column of
+the paper's W is contiguous.
+
+The paper eliminates columns with the upper Cholesky factor U of H⁻¹ = UᵀU: column j is pruned to
+q_j = m_j w_j, its error e_j = (w_j − q_j) / U_jj, and every later column k loses e_j U_jk. Over all columns
+that is Q = Ŵ − E U. With R = U⁻¹, hence H = R Rᵀ, E = (Ŵ − Q) R, and column j as the loop meets it is
+
+    w_j = ŵ_j + Σ_{i<j} (ŵ_i − q_i) R_ij / R_jj,        1 / U_jj = R_jj.
+
+So R alone is enough: one Cholesky factorisation in place of the paper's two and an inversion.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from rotpruner.errors import InputError
+from rotpruner.patterns import NM, Pattern, Unstructured, _keep_largest
+from rotpruner.pruners.base import Pruner
+from rotpruner.statistics import Moment
+
+#: Below this many columns, a loop over them costs less than halving further.
+_LEAF = 8
+
+#: How often the damping may grow tenfold before the Hessian is refused.
+_ATTEMPTS = 6
+
+#: Chooses a mask: scores (columns, O) of the columns from `start` on → bool of the same shape.
+Choose = Callable[[Tensor, int], Tensor]
+
+
+class SparseGPT(Pruner):
+    """Saliency w² / [H⁻¹]_jj; the kept weights make up for the removed ones.
+
+    `saliency` scores the untouched weight. `mask` and `prune` score columns as the elimination reaches
+    them: N:M group by group, unstructured patterns `mask_block` columns at a time.
+
+    Args:
+        damping: λ = damping · mean(diag H) is added to H's diagonal, ten times more while H stays singular.
+        mask_block: columns whose unstructured mask is chosen at once, from one sparsity.
+    """
+
+    needs = "full"
+
+    def __init__(self, damping: float = 0.01, mask_block: int = 128) -> None:
+        if damping <= 0:
+            raise InputError(f"damping {damping:g} is not positive; 0.01 is usual")
+        self.damping, self.mask_block = damping, mask_block
+
+    def saliency(self, weight: Tensor, moment: Moment | None) -> Tensor:
+        return obs_saliency(weight, moment, self.damping)
+
+    def mask(self, weight: Tensor, moment: Moment | None, pattern: Pattern) -> Tensor:
+        return self.prune(weight, moment, pattern)[1]
+
+    @torch.no_grad()
+    def prune(
+        self, weight: Tensor, moment: Moment | None, pattern: Pattern, mask: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        assert moment is not None
+        dtype = torch.promote_types(weight.dtype, torch.float32)
+        R = upper_factor(moment, self.damping, dtype)
+        unit, choose = self._selection(pattern)
+        if mask is None and choose is None:
+            mask = pattern.mask(self.saliency(weight, moment))
+        if mask is not None:
+            unit, choose = 1, None
+        pruned, kept = _eliminate(weight.mT.to(dtype), R, unit, choose, None if mask is None else mask.mT)
+        return pruned.mT.to(weight.dtype, memory_format=torch.contiguous_format), kept.mT.contiguous()
+
+    def prune_group(
+        self,
+        weights: Sequence[Tensor],
+        moment: Moment | None,
+        pattern: Pattern,
+        masks: Sequence[Tensor] | None = None,
+    ) -> list[tuple[Tensor, Tensor]]:
+        row_local = isinstance(pattern, NM) or (isinstance(pattern, Unstructured) and pattern.scope == "row")
+        if masks is None and not row_local:
+            return super().prune_group(weights, moment, pattern)
+        # Rows do not see each other: one pass over the columns serves them all.
+        heights = [len(weight) for weight in weights]
+        mask = None if masks is None else torch.cat(list(masks))
+        pruned, kept = self.prune(torch.cat(list(weights)), moment, pattern, mask)
+        return list(zip(pruned.split(heights), kept.split(heights), strict=True))
+
+    def _selection(self, pattern: Pattern) -> tuple[int, Choose | None]:
+        """How many columns to choose a mask for at once, and how; None for a pattern that must see them all."""
+        if isinstance(pattern, NM):
+            return pattern.m, lambda scores, start: pattern.mask(scores.mT).mT
+        if not isinstance(pattern, Unstructured):
+            return 1, None
+
+        def choose(scores: Tensor, start: int) -> Tensor:
+            columns, rows = scores.shape
+            flat = scores.mT if pattern.scope == "row" else scores.mT.reshape(1, -1)
+            # Differences of one rounded running total: the blocks' counts add up to the pattern's.
+            size = 1 if pattern.scope == "row" else rows
+            due = [round(pattern.sparsity * size * stop) for stop in (start, start + columns)]
+            return _keep_largest(flat, flat.shape[1] - (due[1] - due[0])).view(rows, columns).mT
+
+        return self.mask_block, choose
+
+
+def _eliminate(
+    W: Tensor, R: Tensor, unit: int, choose: Choose | None, mask: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Prune the columns in order: (weights (I, O) with zeros outside the mask, mask (I, O) bool).
+
+    Halves the columns down to a few, so that almost all arithmetic is in a few large matrix products.
+
+    Args:
+        W: transposed weight ŵ, (I, O).
+        R: upper factor of the damped Hessian, (I, I).
+        unit, choose: chooses the mask of `unit` columns when the elimination reaches them; or
+        mask: keeps these weights, (I, O) bool.
+    """
+    precision = R.diagonal()  # 1 / U_jj
+    S = (R / precision).mT.contiguous()  # S_ji = R_ij / R_jj
+    current = W.clone(memory_format=torch.contiguous_format)  # w_j once all columns before j are done
+    removed = current.clone()  # ŵ_j, and ŵ_j − q_j once column j is done
+    kept = torch.zeros_like(current) if mask is None else mask.to(W.dtype, memory_format=torch.contiguous_format)
+    chosen = 0 if mask is None else len(W)
+
+    def eliminate(start: int, stop: int) -> None:
+        """Columns start … stop − 1; `current` already holds what the columns before `start` do to them."""
+        nonlocal chosen
+        if start == chosen:
+            chosen = min(start + unit, len(W))
+            scores = (current[start:chosen] * precision[start:chosen, None]).abs_()
+            kept[start:chosen] = choose(scores, start)
+        if stop - start <= _LEAF and stop <= chosen:
+            for j in range(start, stop):
+                if j > start:
+                    current[j].addmv_(removed[start:j].mT, S[j, start:j])
+                removed[j].addcmul_(current[j], kept[j], value=-1)
+            return
+        half = (stop - start) // 2
+        # Columns that choose together must have seen the same columns.
+        middle = start + (-(-half // unit) * unit if stop - start > unit else half)
+        eliminate(start, middle)
+        current[middle:stop].addmm_(S[middle:stop, start:middle], removed[start:middle])
+        eliminate(middle, stop)
+
+    eliminate(0, len(W))
+    return current * kept, kept.bool()
+
+
+def damped_hessian(moment: Moment, damping: float, dtype: torch.dtype) -> Tensor:
+    """H + damping · mean(diag H) · I, (I, I). A dead input's row holds nothing else, so it sees no other input.
+
+    Raises:
+        InputError: H is not finite.
+    """
+    H = moment.full().to(dtype)
+    mean = H.diagonal().mean()
+    if not H.isfinite().all():
+        raise InputError("the second moment of a linear's input is not finite; check the model and its dtype")
+    # Without any activation the weights themselves must decide: the identity does that.
+    return H + torch.diag(torch.where(mean > 0, damping * mean, 1.0).expand(len(H)))
+
+
+def upper_factor(moment: Moment, damping: float, dtype: torch.dtype) -> Tensor:
+    """Upper R (I, I) with R Rᵀ the damped Hessian; linears that read one moment share it.
+
+    Raises:
+        InputError: H is not finite, or no covariance at all.
+    """
+
+    def factor(moment: Moment) -> Tensor:
+        for attempt in range(_ATTEMPTS):
+            H = damped_hessian(moment, damping * 10**attempt, dtype)
+            # Reversing both axes turns LAPACK's lower factor into the upper one.
+            L, failure = torch.linalg.cholesky_ex(H.flip(0, 1))
+            if not failure:
+                return L.flip(0, 1)
+        raise InputError("the second moment of a linear's input is not positive semidefinite")
+
+    return moment.derive(("upper_factor", damping, dtype), factor)
+
+
+def obs_saliency(weight: Tensor, moment: Moment | None, damping: float) -> Tensor:
+    """w² / [H⁻¹]_jj (O, I): the loss of removing one weight (equation 3 of SparseGPT; Hassibi & Stork, 1992)."""
+    assert moment is not None
+    W = weight.to(torch.promote_types(weight.dtype, torch.float32))
+    R = upper_factor(moment, damping, W.dtype)
+    U = torch.linalg.solve_triangular(R, torch.eye(len(R), dtype=R.dtype, device=R.device), upper=True)
+    return (W.square() / U.square().sum(0)).float()
