@@ -42,7 +42,7 @@ class RotationCheckpoint(Checkpoint):
             return
         self._last = step
         run = Path(trainer.default_root_dir)
-        trainer.save_checkpoint(run / "checkpoints" / "last.ckpt")
+        trainer.save_checkpoint(run / "checkpoints" / "last.ckpt", weights_only=False)
         if trainer.is_global_zero:
             rotations = pl_module.rotated.rotations()  # type: ignore[operator, union-attr]
             save_rotations(rotations, pl_module.rotated.base, run / "rotations", replace=True)  # type: ignore

@@ -7,7 +7,9 @@ Options are LightningCLI's: `-c` stacks config files, and every argument can be 
 from __future__ import annotations
 
 import json
+import logging
 import sys
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -113,6 +115,11 @@ def show(run: Path) -> None:
 def main(arguments: list[str]) -> None:
     """Parse, check, fit; everything lands in the run directory."""
     transformers_logging.disable_progress_bar()
+    # Lightning's notes on seeds and accelerators would stand between a mistake and its one line of explanation.
+    for name in ("lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    # Lightning 2.6 asks torch 2.13 about pytrees in a way that torch has deprecated.
+    warnings.filterwarnings("ignore", message=".*LeafSpec.* is deprecated")
     cli = FitCLI(arguments)
     for callback in cli.trainer.callbacks:  # type: ignore[attr-defined]
         if isinstance(callback, Finish):

@@ -1,3 +1,28 @@
 """Learn orthogonal rotations of a language model so that it prunes well, merge them away, keep a plain checkpoint."""
 
+from rotpruner.api import learn, prune
+from rotpruner.artifacts import load_rotations, save_rotations
+from rotpruner.errors import InputError
+from rotpruner.loading import load_model, load_tokenizer
+from rotpruner.oneshot import prune_model
+from rotpruner.perplexity import perplexity
+from rotpruner.rotated_model import RotatedModel
+from rotpruner.rotations import LearnedRotations, merge_rotations, random_rotations
+
 __version__ = "0.1.0"
+
+__all__ = [
+    "InputError",
+    "LearnedRotations",
+    "RotatedModel",
+    "learn",
+    "load_model",
+    "load_rotations",
+    "load_tokenizer",
+    "merge_rotations",
+    "perplexity",
+    "prune",
+    "prune_model",
+    "random_rotations",
+    "save_rotations",
+]

@@ -39,7 +39,7 @@ class Objective:
     def __post_init__(self) -> None:
         weights = asdict(self)
         for name, value in weights.items():
-            if value < 0 or not math.isfinite(value):
+            if not 0 <= value < math.inf:
                 raise InputError(f"objective weight {name}={value:g} is not a finite number >= 0")
         if not any(weights.values()):
             raise InputError("every objective weight is 0; give at least one of cross_entropy, kl, cosine")
@@ -73,8 +73,8 @@ class Objective:
             terms["kl"] = _mean(_kl, states, dense, head)
         if self.cosine:
             assert dense is not None
-            terms["cosine"] = 1 - F.cosine_similarity(states.float(), dense.float(), dim=-1).mean()
-        loss = sum((getattr(self, name) * term for name, term in terms.items()), states.new_zeros(()).float())
+            terms["cosine"] = 1 - F.cosine_similarity(_exact(states), _exact(dense), dim=-1).mean()
+        loss = torch.stack([getattr(self, name) * term for name, term in terms.items()]).sum()
         return {"loss": loss, **terms}
 
 
@@ -85,16 +85,16 @@ def _mean(term: Callable[[Tensor, Tensor, Head], Tensor], states: Tensor, other:
     return total / len(states)
 
 
-def _logits(states: Tensor, head: Head) -> Tensor:
-    logits = head(states)
-    return logits.to(torch.promote_types(logits.dtype, torch.float32))
+def _exact(x: Tensor) -> Tensor:
+    """At least float32."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def _cross_entropy(states: Tensor, targets: Tensor, head: Head) -> Tensor:
-    return F.cross_entropy(_logits(states, head), targets, reduction="sum")
+    return F.cross_entropy(_exact(head(states)), targets, reduction="sum")
 
 
 def _kl(states: Tensor, dense: Tensor, head: Head) -> Tensor:
     with torch.no_grad():
-        expected = _logits(dense, head).log_softmax(-1)
-    return F.kl_div(_logits(states, head).log_softmax(-1), expected, reduction="sum", log_target=True)
+        expected = _exact(head(dense)).log_softmax(-1)
+    return F.kl_div(_exact(head(states)).log_softmax(-1), expected, reduction="sum", log_target=True)

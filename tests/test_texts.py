@@ -182,7 +182,7 @@ def test_a_directory_without_texts_is_refused(tmp_path):
 def test_a_data_set_that_cannot_be_reached_gives_one_line(monkeypatch, c4):
     missing = replace(texts.HUB["c4"], config="fr")
     monkeypatch.setitem(texts.HUB, "c4", missing)
-    with pytest.raises(InputError, match="'c4' cannot be read .*pass a local file") as caught:
+    with pytest.raises(InputError, match=r"'c4' cannot be read .*pass a local file") as caught:
         text_of("c4", "test")
     assert "\n" not in str(caught.value)
     monkeypatch.setitem(texts.HUB, "c4", replace(missing, path=str(c4 / "nowhere")))

@@ -5,11 +5,13 @@ the paper's W is contiguous.
 
 The paper eliminates columns with the upper Cholesky factor U of H⁻¹ = UᵀU: column j is pruned to
 q_j = m_j w_j, its error e_j = (w_j − q_j) / U_jj, and every later column k loses e_j U_jk. Over all columns
-that is Q = Ŵ − E U. With R = U⁻¹, hence H = R Rᵀ, E = (Ŵ − Q) R, and column j as the loop meets it is
+that is Q = Ŵ − E U. With R = U⁻¹, hence H = R Rᵀ, and D = Ŵ − Q what has been taken away, E = D R. So the
+loop meets, where a is the first column of the group G whose mask is chosen together,
 
-    w_j = ŵ_j + Σ_{i<j} (ŵ_i − q_i) R_ij / R_jj,        1 / U_jj = R_jj.
+    column j:   w_j = ŵ_j + A_j / R_jj,           A_j = Σ_{i<j} D_i R_ij,    1 / U_jj = R_jj
+    group G:    w_G = Ŵ_G + A_G (R_GG)⁻¹,         A_G = Σ_{i<a} D_i R_iG
 
-So R alone is enough: one Cholesky factorisation in place of the paper's two and an inversion.
+R alone is enough: one Cholesky factorisation in place of the paper's two and an inversion.
 """
 
 from __future__ import annotations
@@ -70,7 +72,7 @@ class SparseGPT(Pruner):
             mask = pattern.mask(self.saliency(weight, moment))
         if mask is not None:
             unit, choose = 1, None
-        pruned, kept = _eliminate(weight.mT.to(dtype), R, unit, choose, None if mask is None else mask.mT)
+        pruned, kept = _eliminate(weight.mT.to(dtype).contiguous(), R, unit, choose, None if mask is None else mask.mT)
         return pruned.mT.to(weight.dtype, memory_format=torch.contiguous_format), kept.mT.contiguous()
 
     def prune_group(
@@ -107,48 +109,56 @@ class SparseGPT(Pruner):
         return self.mask_block, choose
 
 
-def _eliminate(
-    W: Tensor, R: Tensor, unit: int, choose: Choose | None, mask: Tensor | None
-) -> tuple[Tensor, Tensor]:
+def _eliminate(W: Tensor, R: Tensor, unit: int, choose: Choose | None, mask: Tensor | None) -> tuple[Tensor, Tensor]:
     """Prune the columns in order: (weights (I, O) with zeros outside the mask, mask (I, O) bool).
 
     Halves the columns down to a few, so that almost all arithmetic is in a few large matrix products.
 
     Args:
-        W: transposed weight ŵ, (I, O).
+        W: transposed weight ŵ, (I, O), contiguous.
         R: upper factor of the damped Hessian, (I, I).
         unit, choose: chooses the mask of `unit` columns when the elimination reaches them; or
         mask: keeps these weights, (I, O) bool.
     """
-    precision = R.diagonal()  # 1 / U_jj
-    S = (R / precision).mT.contiguous()  # S_ji = R_ij / R_jj
-    current = W.clone(memory_format=torch.contiguous_format)  # w_j once all columns before j are done
-    removed = current.clone()  # ŵ_j, and ŵ_j − q_j once column j is done
-    kept = torch.zeros_like(current) if mask is None else mask.to(W.dtype, memory_format=torch.contiguous_format)
-    chosen = 0 if mask is None else len(W)
+    precision = R.diagonal()
+    S = R.mT.contiguous()
+    A = torch.zeros_like(W)
+    D = torch.empty_like(W)
+    kept = torch.empty_like(W, dtype=torch.bool)
+    step = torch.empty_like(W)  # m_j / R_jj
+    chosen = 0
+
+    def settle(start: int, stop: int, kept_here: Tensor) -> None:
+        kept[start:stop] = kept_here
+        torch.div(kept_here, precision[start:stop, None], out=step[start:stop])
+        torch.mul(W[start:stop], ~kept_here, out=D[start:stop])
 
     def eliminate(start: int, stop: int) -> None:
-        """Columns start … stop − 1; `current` already holds what the columns before `start` do to them."""
+        """Columns start … stop − 1; A already holds what the columns before `start` do to them."""
         nonlocal chosen
-        if start == chosen:
+        if start == chosen and choose is not None:
             chosen = min(start + unit, len(W))
-            scores = (current[start:chosen] * precision[start:chosen, None]).abs_()
-            kept[start:chosen] = choose(scores, start)
+            G = slice(start, chosen)
+            reached = W[G] + torch.linalg.solve_triangular(S[G, G], A[G], upper=False)
+            settle(start, chosen, choose((reached * precision[G, None]).abs_(), start))
         if stop - start <= _LEAF and stop <= chosen:
             for j in range(start, stop):
                 if j > start:
-                    current[j].addmv_(removed[start:j].mT, S[j, start:j])
-                removed[j].addcmul_(current[j], kept[j], value=-1)
+                    A[j].addmv_(D[start:j].mT, S[j, start:j])
+                D[j].addcmul_(A[j], step[j], value=-1)
             return
         half = (stop - start) // 2
         # Columns that choose together must have seen the same columns.
         middle = start + (-(-half // unit) * unit if stop - start > unit else half)
         eliminate(start, middle)
-        current[middle:stop].addmm_(S[middle:stop, start:middle], removed[start:middle])
+        A[middle:stop].addmm_(S[middle:stop, start:middle], D[start:middle])
         eliminate(middle, stop)
 
+    if mask is not None:
+        chosen = len(W)
+        settle(0, chosen, mask)
     eliminate(0, len(W))
-    return current * kept, kept.bool()
+    return W - D, kept
 
 
 def damped_hessian(moment: Moment, damping: float, dtype: torch.dtype) -> Tensor:

@@ -1,0 +1,84 @@
+"""Progress of a fit as a person wants it: steps of the whole run, the loss, the time left."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from lightning import LightningModule, Trainer
+from lightning.pytorch.callbacks import ProgressBar
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from callbacks.terminal import console
+
+_LINES = 20  # that a run leaves in a log file, where a bar cannot be redrawn
+
+
+class StepProgress(ProgressBar):
+    """One bar over all optimiser steps on a terminal, a line now and then elsewhere.
+
+    ```yaml
+    trainer:
+      callbacks:
+        - class_path: callbacks.progress.StepProgress
+    ```
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._enabled = True
+        self._bar: Progress | None = None
+
+    def disable(self) -> None:
+        """Called by Lightning on every rank but the first."""
+        self._enabled = False
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Say what is about to be learned."""
+        if self._enabled:
+            learned = sum(p.numel() for p in pl_module.parameters() if p.requires_grad)
+            frozen = sum(p.numel() for p in pl_module.parameters() if not p.requires_grad)
+            console.print(f"{learned:,} rotation parameters learn, {frozen:,} weights stay frozen; calibrating …")
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Draw the bar where it can be redrawn."""
+        if not (self._enabled and console.is_terminal):
+            return
+        self._bar = Progress(
+            TextColumn("learning  {task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+            console=console,
+        )
+        total = int(trainer.estimated_stepping_batches)
+        self._task = self._bar.add_task("", total=total, completed=trainer.global_step)
+        self._bar.start()
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Show the loss and whatever else was logged for the bar."""
+        if not self._enabled:
+            return
+        metrics = {name: value for name, value in trainer.progress_bar_metrics.items() if name != "v_num"}
+        text = "  ".join(f"{name.removeprefix('train/')} {float(value):.4g}" for name, value in metrics.items())
+        total = int(trainer.estimated_stepping_batches)
+        if self._bar is not None:
+            self._bar.update(self._task, completed=trainer.global_step, description=text)
+        elif trainer.global_step % max(1, total // _LINES) == 0:
+            console.print(f"step {trainer.global_step} of {total}  {text}")
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Leave the terminal to whatever follows."""
+        self._stop()
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Likewise."""
+        self._stop()
+
+    def _stop(self) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+            self._bar = None

@@ -1,0 +1,124 @@
+"""The Python door: prune a model in a learned rotated space, without Lightning."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterable, Iterator, Sequence
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from rotpruner.errors import InputError
+from rotpruner.loading import check_pattern
+from rotpruner.objectives import Objective
+from rotpruner.oneshot import prune_model
+from rotpruner.patterns import Scope, parse_pattern
+from rotpruner.perplexity import windows
+from rotpruner.pruners import Pruner, resolve_pruner
+from rotpruner.rotated_model import RotatedModel
+from rotpruner.rotations import LearnedRotations
+from rotpruner.surrogates import Surrogate
+
+
+def learn(
+    rotated: RotatedModel,
+    batches: Iterable[tuple[Tensor, Tensor | None]],
+    *,
+    steps: int,
+    lr: float = 3e-3,
+    refresh_every: int = 5,
+    on_step: Callable[[int, dict[str, float]], None] = lambda step, losses: None,
+) -> None:
+    """Learn the rotations with Adam under a cosine schedule, re-pruning every few steps.
+
+    Args:
+        rotated: calibrated.
+        batches: at least `steps` pairs of ids (batch, seq_len) and their row numbers or None.
+        steps: optimiser steps.
+        lr: at the first step; it falls to zero at the last.
+        refresh_every: steps between re-applications of the pruner.
+        on_step: called with the step and its losses in nats per token.
+    """
+    optimizer = torch.optim.Adam(rotated.rotations.parameters(), lr=lr)
+    scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+    for step, (input_ids, index) in zip(range(steps), batches, strict=False):
+        if step % refresh_every == 0:
+            rotated.refresh_masks()
+        losses = rotated.loss(input_ids, index)
+        losses["loss"].backward()
+        optimizer.step()
+        scheduler.step()
+        optimizer.zero_grad()
+        on_step(step, {name: value.item() for name, value in losses.items()})
+
+
+def prune(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    texts: Sequence[str],
+    *,
+    pattern: str | float = "2:4",
+    scope: Scope = "row",
+    pruner: str | Pruner = "wanda",
+    spaces: Sequence[str] = ("residual", "value_heads"),
+    steps: int = 100,
+    lr: float = 3e-3,
+    num_sequences: int = 64,
+    seq_len: int = 1024,
+    seed: int = 0,
+    dtype: torch.dtype = torch.bfloat16,
+    on_step: Callable[[int, dict[str, float]], None] = lambda step, losses: None,
+) -> PreTrainedModel:
+    """A pruned copy of a model, in a basis learned for it; `save_pretrained` makes it an ordinary checkpoint.
+
+    Args:
+        model: causal language model of a known family; not changed.
+        tokenizer: its own.
+        texts: documents to calibrate and learn on.
+        pattern, scope, pruner: what to prune and how.
+        spaces: which spaces rotate; none prunes the model as it is.
+        steps, lr: of learning, one sequence a step.
+        num_sequences, seq_len: size of the calibration set, taken from the texts by `seed`.
+        dtype: of the frozen weights while learning; the result is pruned in the model's own dtype.
+        on_step: called with each step and its losses.
+
+    Returns:
+        A model of the same class, its head untied if the residual stream was rotated.
+
+    Raises:
+        InputError: an argument or the model cannot be used, or the texts are too short.
+    """
+    resolved, parsed = resolve_pruner(pruner), parse_pattern(pattern, scope)
+    check_pattern(model, parsed)
+    if num_sequences < 1 or steps < 0:
+        raise InputError(f"num_sequences {num_sequences} and steps {steps} must be at least 1 and 0")
+    ids = tokenizer("\n\n".join(texts), add_special_tokens=False, return_tensors="pt").input_ids[0]
+    rows = windows(ids, seq_len)
+    generator = torch.Generator().manual_seed(seed)
+    if len(rows) < num_sequences:
+        raise InputError(
+            f"the texts fill {len(rows)} windows of {seq_len} tokens, but num_sequences is {num_sequences}; "
+            "give more text or ask for fewer"
+        )
+    rows = rows[torch.randperm(len(rows), generator=generator)[:num_sequences]].to(model.device)
+    pruned = copy.deepcopy(model).eval()
+    if not spaces:
+        prune_model(pruned, resolved, parsed, rows.split(1))
+        return pruned
+
+    rotations = LearnedRotations(model.config, spaces).to(model.device)
+    rotated = RotatedModel(
+        copy.deepcopy(model).to(dtype), rotations, resolved, parsed, Surrogate(), Objective(kl=1.0)
+    )
+    rotated.calibrate(rows.split(1))
+    learn(rotated, _passes(rows, generator), steps=steps, lr=lr, on_step=on_step)
+    learned = {space: Q.detach() for space, Q in rotations().items()}
+    prune_model(pruned, resolved, parsed, rotations=learned, moments=rotated.moments)
+    return pruned
+
+
+def _passes(rows: Tensor, generator: torch.Generator) -> Iterator[tuple[Tensor, Tensor]]:
+    while True:
+        for row in torch.randperm(len(rows), generator=generator).split(1):
+            yield rows[row], row

@@ -1,0 +1,93 @@
+"""Fixtures shared by the tests: a tiny model in Hugging Face form, and a text that it can tokenise."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+WORDS = "the model learns a basis in which small weights can be removed without much harm to what it says".split()
+
+
+def tiny_llama(**overrides) -> LlamaForCausalLM:
+    """A random LLaMA of two blocks with random norm gains, in evaluation mode."""
+    settings = dict(
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        vocab_size=320,
+        max_position_embeddings=128,
+        initializer_range=0.1,
+        bos_token_id=0,
+        eos_token_id=0,
+    )
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(LlamaConfig(**{**settings, **overrides})).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "norm" in name:
+                parameter.uniform_(0.5, 2.0)
+    return model
+
+
+def in_float64(model):
+    """The model in float64 with `torch.nn.RMSNorm`; stock norms compute in float32 whatever the model's dtype."""
+    model = model.double()
+    for name, module in list(model.named_modules()):
+        if type(module).__name__ == "LlamaRMSNorm":
+            norm = torch.nn.RMSNorm(module.weight.numel(), eps=module.variance_epsilon, dtype=torch.float64)
+            norm.weight.data.copy_(module.weight)
+            model.set_submodule(name, norm)
+    return model
+
+
+def sample_text(words: int, seed: int = 0) -> str:
+    chooser = random.Random(seed)
+    return " ".join(chooser.choice(WORDS) for _ in range(words)) + "."
+
+
+@pytest.fixture(scope="session")
+def tokenizer() -> PreTrainedTokenizerFast:
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    tokenizer.train_from_iterator(
+        [sample_text(2000)], trainers.BpeTrainer(vocab_size=320, initial_alphabet=alphabet, show_progress=False)
+    )
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer)
+
+
+@pytest.fixture(scope="session")
+def model_directory(tmp_path_factory, tokenizer) -> Path:
+    directory = tmp_path_factory.mktemp("models") / "tiny"
+    tiny_llama(tie_word_embeddings=True).save_pretrained(directory)
+    tokenizer.save_pretrained(directory)
+    return directory
+
+
+@pytest.fixture(scope="session")
+def text_file(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("texts") / "words.txt"
+    path.write_text(sample_text(6000, seed=1))
+    return path
+
+
+@pytest.fixture(scope="session")
+def test_text_file(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("texts") / "other_words.txt"
+    path.write_text(sample_text(2000, seed=2))
+    return path
+
+
+@pytest.fixture(autouse=True)
+def _cache(tmp_path_factory, monkeypatch, request):
+    """Calibration caches of the tests do not mix with the user's; real models are taken from the user's."""
+    if "slow" not in request.keywords:
+        monkeypatch.setenv("ROTPRUNER_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
