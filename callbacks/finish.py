@@ -111,7 +111,11 @@ class Finish(Callback):
             self._row(run, "pruner", pattern, lambda directory: pruned(None, directory)),
             self._row(run, "random_rotation", pattern, lambda directory: pruned(drawn, directory)),
             self._row(
-                run, "rotpruner", pattern, lambda directory: pruned(learned, directory), seconds=training_seconds
+                run,
+                "rotpruner",
+                pattern,
+                lambda directory: pruned(learned, directory),
+                seconds=training_seconds,
             ),
         ]
         results = {"rows": rows, "config": self.config, "commit": commit()}

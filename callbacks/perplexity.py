@@ -57,9 +57,7 @@ class Perplexity(Callback):
         max_tokens: the first tokens of each text that are used.
     """
 
-    def __init__(
-        self, texts: list[str], every_n_steps: int = 50, seq_len: int = 1024, max_tokens: int = 8192
-    ) -> None:
+    def __init__(self, texts: list[str], every_n_steps: int = 50, seq_len: int = 1024, max_tokens: int = 8192) -> None:
         if every_n_steps < 1:
             raise InputError(f"every_n_steps {every_n_steps} of Perplexity is not positive; give 1 or more")
         for text in texts:
@@ -93,6 +91,6 @@ class Perplexity(Callback):
                 first = share * trainer.global_rank
             metric = WindowPerplexity().to(pl_module.device)
             for window in text_windows[first : first + share].to(pl_module.device).split(1):
-                metric.update(pl_module.rotated(window).logits, window)  # type: ignore[operator, union-attr]
+                metric.update(pl_module.rotated(window).logits, window)  # type: ignore[operator]
             value = metric.compute().item()
             pl_module.log(f"ppl/{name}", value if math.isfinite(value) else math.inf, prog_bar=True)

@@ -13,7 +13,7 @@ from rotpruner.errors import InputError
 
 
 class RotationCheckpoint(Checkpoint):
-    """Every `every_n_steps` steps and at the last, write `checkpoints/last.ckpt` and `rotations/` into the run directory.
+    """Every `every_n_steps` steps and at the last, write `checkpoints/last.ckpt` and `rotations/`.
 
     ```yaml
     trainer:

@@ -135,9 +135,7 @@ class CalibrationBatches:
     `limit_train_batches`) and a resumed one alike give the batches that an uninterrupted run would see.
     """
 
-    def __init__(
-        self, tokens: Tensor, batch_size: int, seed: int = 0, rank: int = 0, world_size: int = 1
-    ) -> None:
+    def __init__(self, tokens: Tensor, batch_size: int, seed: int = 0, rank: int = 0, world_size: int = 1) -> None:
         """`tokens` is (N, T) int64; `batch_size` counts one rank's rows."""
         if batch_size < 1:
             raise InputError(f"batch_size {batch_size} is too small: pass 1 or more")

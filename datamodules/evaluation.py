@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any
 
 import torch
@@ -49,13 +50,8 @@ def perplexities(
     progress: Callable[..., Any],
 ) -> dict[str, float]:
     """Perplexity of each tokenised text; `progress(windows, description)` wraps the iteration."""
-    return {
-        name: perplexity(
-            model,
-            ids,
-            seq_len=seq_len,
-            max_tokens=max_tokens,
-            progress=lambda rows, name=name: progress(rows, f"perplexity on {name}"),
-        )
-        for name, ids in texts.items()
-    }
+    found = {}
+    for name, ids in texts.items():
+        show = partial(progress, description=f"perplexity on {name}")
+        found[name] = perplexity(model, ids, seq_len=seq_len, max_tokens=max_tokens, progress=show)
+    return found

@@ -44,4 +44,7 @@ def report(result: dict[str, Any], as_json: bool) -> None:
         return
     for key, value in result.items():
         for name, item in value.items() if isinstance(value, dict) else [("", value)]:
-            print(f"{key} {name}".strip(), f"{item:,.4f}".rstrip("0").rstrip(".") if isinstance(item, float) else item)
+            print(
+                f"{key} {name}".strip(),
+                f"{item:,.4f}".rstrip("0").rstrip(".") if isinstance(item, float) else item,
+            )

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
+import shutil
 import sys
 import warnings
 from pathlib import Path
@@ -96,12 +97,22 @@ class FitCLI(LightningCLI):
             console.print(f"going on from {checkpoint}")
             self.resume_from = checkpoint
 
+    def instantiate_classes(self) -> None:
+        """Build everything; the parser wraps what a callback's constructor refuses, once for each type it tries."""
+        try:
+            super().instantiate_classes()
+        except ValueError as error:
+            cause: BaseException | None = error
+            while cause is not None and not isinstance(cause, InputError):
+                cause = cause.__cause__ or cause.__context__
+            raise cause or error from None
+
     def instantiate_trainer(self, **kwargs: Any) -> Any:
         """Log to CSV files in the run directory unless a logger is asked for."""
         if self.config.trainer.logger is None:
             kwargs["logger"] = CSVLogger(self.run_directory, name="logs")
         trainer = super().instantiate_trainer(**kwargs)
-        trainer.callbacks.append(RunRecord(self.config_record))
+        trainer.callbacks.append(RunRecord(self.config_record))  # type: ignore[attr-defined]
         return trainer
 
 
@@ -124,4 +135,10 @@ def main(arguments: list[str]) -> None:
     for callback in cli.trainer.callbacks:  # type: ignore[attr-defined]
         if isinstance(callback, Finish):
             callback.config = cli.config_record
-    cli.trainer.fit(cli.model, cli.datamodule, ckpt_path=cli.resume_from, weights_only=True)
+    existed = cli.run_directory.exists()
+    try:
+        cli.trainer.fit(cli.model, cli.datamodule, ckpt_path=cli.resume_from, weights_only=True)
+    except InputError:
+        if not existed:  # Lightning makes the loggers' directories before it looks at the model
+            shutil.rmtree(cli.run_directory, ignore_errors=True)
+        raise

@@ -12,7 +12,7 @@ from datamodules.texts import check_text
 from experiments.arguments import Parser, at_least, report
 from rotpruner.artifacts import check_new_directory, load_rotations, save_model
 from rotpruner.errors import InputError
-from rotpruner.families import SPACES
+from rotpruner.families import available_spaces
 from rotpruner.loading import check_pattern, load_config, load_model, load_tokenizer, meta_model
 from rotpruner.oneshot import prune_model, sparsity_of
 from rotpruner.patterns import Scope, parse_pattern
@@ -55,7 +55,7 @@ def main(arguments: list[str]) -> None:
     model = load_model(options.model)
     rotations = None
     if options.rotations == "random":
-        rotations = random_rotations(config, SPACES, options.seed)
+        rotations = random_rotations(config, available_spaces(config), options.seed)
     elif options.rotations is not None:
         rotations = load_rotations(options.rotations, model)
 

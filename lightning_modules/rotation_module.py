@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -10,7 +9,7 @@ from lightning import LightningModule
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor
 
-from rotpruner.artifacts import load_rotations
+from rotpruner.artifacts import load_rotations, read_rotations
 from rotpruner.errors import InputError
 from rotpruner.families import check_space
 from rotpruner.loading import check_pattern, load_config, load_model, meta_model
@@ -77,7 +76,7 @@ class RotationModule(LightningModule):
         objective: Objective = Objective(),  # noqa: B008 - frozen
         base_dtype: BaseDtype = "bfloat16",
         gradient_checkpointing: bool = False,
-        optimizer: OptimizerCallable = partial(torch.optim.Adam, lr=3e-3),
+        optimizer: OptimizerCallable = lambda parameters: torch.optim.Adam(parameters, lr=3e-3),
         lr_scheduler: LRSchedulerCallable | Literal["constant", "cosine"] = "cosine",
         seed: int = 0,
     ) -> None:
@@ -93,6 +92,9 @@ class RotationModule(LightningModule):
         for space in spaces:
             check_space(config, space)
         check_pattern(meta_model(config), self.pattern)
+        if init_rotations is not None:
+            read_rotations(init_rotations, config)
+        self._positions = config.max_position_embeddings
         self.orthogonal_map, self.start, self.seed = orthogonal_map, start, seed
         self.init_rotations = init_rotations
         self.surrogate, self.objective = surrogate, objective
@@ -100,6 +102,12 @@ class RotationModule(LightningModule):
         self.gradient_checkpointing = gradient_checkpointing
         self._optimizer, self._lr_scheduler = optimizer, lr_scheduler
         self._restored_mask_rotations: dict[str, Tensor] | None = None
+
+    def setup(self, stage: str) -> None:
+        """Check the data against the model before its weights are loaded."""
+        seq_len = self.trainer.datamodule.seq_len  # type: ignore[attr-defined]
+        if seq_len > self._positions:
+            raise InputError(f"seq_len {seq_len} is longer than the model's {self._positions} positions; shorten it")
 
     def configure_model(self) -> None:
         """Load the base model and put it under rotations, once."""
@@ -136,9 +144,6 @@ class RotationModule(LightningModule):
     def on_fit_start(self) -> None:
         """Gather the calibration statistics and choose the first masks, or those of a checkpoint."""
         tokens = self.trainer.datamodule.tokens  # type: ignore[attr-defined]
-        limit = self.rotated.base.config.max_position_embeddings
-        if tokens.shape[1] > limit:
-            raise InputError(f"seq_len {tokens.shape[1]} is longer than the model's {limit} positions; shorten it")
         self.rotated.calibrate(tokens.to(self.device).split(1))
         self.rotated.refresh_masks(self._restored_mask_rotations)
 
@@ -159,7 +164,7 @@ class RotationModule(LightningModule):
 
     # -- checkpoints -----------------------------------------------------------------------------
 
-    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
         """Rotations only; the base model is found again by its name."""
         return {
             name: value

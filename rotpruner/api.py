@@ -109,7 +109,7 @@ def prune(
 
     rotations = LearnedRotations(model.config, spaces).to(model.device)
     rotated = RotatedModel(
-        copy.deepcopy(model).to(dtype), rotations, resolved, parsed, Surrogate(), Objective(kl=1.0)
+        copy.deepcopy(model).to(dtype=dtype), rotations, resolved, parsed, Surrogate(), Objective(kl=1.0)
     )
     rotated.calibrate(rows.split(1))
     learn(rotated, _passes(rows, generator), steps=steps, lr=lr, on_step=on_step)

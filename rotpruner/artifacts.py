@@ -23,12 +23,10 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rotpruner.errors import InputError
-from rotpruner.families import family_of
-from rotpruner.orthogonal import orthogonality_error
-from rotpruner.rotations import RotationSet, space_shape
+from rotpruner.families import family_of, module_at
+from rotpruner.rotations import RotationSet, check_rotation
 
 _FORMAT = 1
-_TOLERANCE = 1e-3  # of QᵀQ = I; learned float32 rotations are within 1e-5
 
 
 @contextmanager
@@ -75,7 +73,7 @@ def write_json(value: Any, path: str | Path) -> None:
 
 def fingerprint(model: nn.Module) -> str:
     """Tells models apart, whatever dtype they are loaded in: a hash of the first embedding rows in bfloat16."""
-    embedding = model.get_submodule(family_of(model.config).embeddings[0]).weight
+    embedding = module_at(model, family_of(model.config).embeddings[0]).weight
     rows = embedding[:256].detach().to("cpu", torch.bfloat16).contiguous().view(torch.uint8)
     return hashlib.sha256(rows.numpy().tobytes()).hexdigest()
 
@@ -84,9 +82,10 @@ def save_rotations(
     rotations: Mapping[str, Tensor], model: nn.Module, directory: str | Path, replace: bool = False
 ) -> None:
     """Write the rotations of a model (in its own basis still) to a directory."""
+    model_config: Any = model.config
     config = {
         "format": _FORMAT,
-        "model_type": model.config.model_type,
+        "model_type": model_config.model_type,
         "model_fingerprint": fingerprint(model),
         "spaces": {space: list(Q.shape) for space, Q in rotations.items()},
     }
@@ -96,11 +95,11 @@ def save_rotations(
         write_json(config, scratch / "rotation_config.json")
 
 
-def load_rotations(directory: str | Path, model: nn.Module) -> RotationSet:
-    """Read rotations and check that they are whole, orthogonal and of this model.
+def read_rotations(directory: str | Path, model_config: Any) -> tuple[RotationSet, dict[str, Any]]:
+    """Read rotations and their config, and check that they are whole, orthogonal and of this model's shape.
 
     Raises:
-        InputError: missing or damaged files, or the rotations of another model.
+        InputError: missing or damaged files, or the rotations of another kind of model.
     """
     directory = Path(directory)
     config_path, tensors_path = directory / "rotation_config.json", directory / "rotations.safetensors"
@@ -114,20 +113,31 @@ def load_rotations(directory: str | Path, model: nn.Module) -> RotationSet:
         raise InputError(f"rotations at '{directory}' are damaged ({error}); save them again") from error
     if not isinstance(config, dict) or config.get("format") != _FORMAT:
         raise InputError(f"rotations at '{directory}' are not of format {_FORMAT}; save them with this version")
-    if config.get("model_type") != model.config.model_type or config.get("model_fingerprint") != fingerprint(model):
+    if config.get("model_type") != model_config.model_type:
         raise InputError(
-            f"rotations at '{directory}' were learned on another model (type {config.get('model_type')}); "
+            f"rotations at '{directory}' were learned on another model, a {config.get('model_type')}; "
             "give the model that they were learned on"
         )
     for space, Q in rotations.items():
-        sites, blocks, n = space_shape(model.config, space)
-        if Q.shape != (sites, blocks, n, n):
-            raise InputError(
-                f"rotation '{space}' at '{directory}' has shape {tuple(Q.shape)}, not {(sites, blocks, n, n)}; "
-                "give the model that it was learned on"
-            )
-        if not torch.isfinite(Q).all() or orthogonality_error(Q) > _TOLERANCE:
-            raise InputError(f"rotation '{space}' at '{directory}' is not orthogonal; learn or save it again")
+        try:
+            check_rotation(model_config, space, Q)
+        except InputError as error:
+            raise InputError(f"rotations at '{directory}' do not fit: {error}") from None
+    return rotations, config
+
+
+def load_rotations(directory: str | Path, model: nn.Module) -> RotationSet:
+    """Read rotations and check that they are whole, orthogonal and of this very model.
+
+    Raises:
+        InputError: as `read_rotations`, or they were learned on other weights.
+    """
+    rotations, config = read_rotations(directory, model.config)
+    if config.get("model_fingerprint") != fingerprint(model):
+        raise InputError(
+            f"rotations at '{directory}' were learned on another model of the same type; "
+            "give the model that they were learned on"
+        )
     return rotations
 
 

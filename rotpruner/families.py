@@ -7,16 +7,21 @@ the package is one `Family` and one call of `register_family`.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from rotpruner.errors import InputError
+from rotpruner.orthogonal import Constraint
 
 #: Places where a rotation may live. `mlp` has no continuous one: its activation function is elementwise.
-SpaceName = Literal["residual", "value_heads"]
-SPACES: tuple[SpaceName, ...] = ("residual", "value_heads")
+SpaceName = Literal["residual", "value_heads", "query_key"]
+SPACES: tuple[SpaceName, ...] = ("residual", "value_heads", "query_key")
+
+#: Why a space does not exist: always, or for some configs (then None for the others).
+Refusal = str | Callable[[Any], str | None]
 
 
 @dataclass(frozen=True)
@@ -44,8 +49,10 @@ class Family:
         model_types: values of `config.model_type`.
         linears: rows in the order in which data flows through a block.
         embeddings, blocks, final_norm, head: module paths inside the causal language model.
-        refusals: for a space, a function of the config that gives the reason why this model does not
-            have it, or None.
+        gain_offset: what a norm adds to its weight to make its gain.
+        constraints: for a space, which rotations leave the function alone; any where it is not named.
+        refusals: for a space, why a model does not have it.
+        after_head: (config, output of the head) → logits, where the head's output is not the logits.
     """
 
     model_types: tuple[str, ...]
@@ -54,20 +61,88 @@ class Family:
     blocks: str = "model.layers"
     final_norm: str = "model.norm"
     head: str = "lm_head"
-    refusals: Mapping[str, Callable[[Any], str | None]] = field(default_factory=dict)
+    gain_offset: float = 0.0
+    constraints: Mapping[str, Constraint] = field(default_factory=lambda: {"query_key": "planes"})
+    refusals: Mapping[str, Refusal] = field(default_factory=dict)
+    after_head: Callable[[Any, Tensor], Tensor] = lambda config, output: output
 
 
-_GATED_DECODER = (
-    LinearSpec("self_attn.q_proj", "residual", "query_key", norm="input_layernorm"),
-    LinearSpec("self_attn.k_proj", "residual", "query_key", norm="input_layernorm"),
-    LinearSpec("self_attn.v_proj", "residual", "value_heads", norm="input_layernorm"),
-    LinearSpec("self_attn.o_proj", "value_heads", "residual"),
-    LinearSpec("mlp.gate_proj", "residual", "mlp", norm="post_attention_layernorm"),
-    LinearSpec("mlp.up_proj", "residual", "mlp", norm="post_attention_layernorm"),
-    LinearSpec("mlp.down_proj", "mlp", "residual"),
+def _gated_decoder(mlp_norm: str) -> tuple[LinearSpec, ...]:
+    return (
+        LinearSpec("self_attn.q_proj", "residual", "query_key", norm="input_layernorm"),
+        LinearSpec("self_attn.k_proj", "residual", "query_key", norm="input_layernorm"),
+        LinearSpec("self_attn.v_proj", "residual", "value_heads", norm="input_layernorm"),
+        LinearSpec("self_attn.o_proj", "value_heads", "residual"),
+        LinearSpec("mlp.gate_proj", "residual", "mlp", norm=mlp_norm),
+        LinearSpec("mlp.up_proj", "residual", "mlp", norm=mlp_norm),
+        LinearSpec("mlp.down_proj", "mlp", "residual"),
+    )
+
+
+def _partly_rotary(config: Any) -> str | None:
+    share = (getattr(config, "rope_parameters", None) or {}).get("partial_rotary_factor", 1.0)
+    return None if share == 1 else f"rotary positions turn a share of {share:g} of each head only"
+
+
+LLAMA = Family(
+    model_types=("llama", "mistral", "qwen2", "smollm3"),
+    linears=_gated_decoder("post_attention_layernorm"),
+    refusals={"query_key": _partly_rotary},
 )
 
-LLAMA = Family(model_types=("llama", "mistral"), linears=_GATED_DECODER)
+_HEAD_NORMS = "each head's queries and keys pass through norms of their own"
+
+QWEN3 = replace(LLAMA, model_types=("qwen3",), refusals={"query_key": _HEAD_NORMS})
+
+GEMMA = replace(LLAMA, model_types=("gemma",), gain_offset=1.0)
+
+
+def _softcapped(config: Any, output: Tensor) -> Tensor:
+    cap = config.final_logit_softcapping
+    return output if cap is None else cap * torch.tanh(output / cap)
+
+
+_NORMED_WRITERS = "norms stand between the linears that write the residual stream and the stream"
+
+GEMMA2 = replace(
+    GEMMA,
+    model_types=("gemma2",),
+    linears=_gated_decoder("pre_feedforward_layernorm"),
+    refusals={**GEMMA.refusals, "residual": _NORMED_WRITERS},
+    after_head=_softcapped,
+)
+
+GEMMA3 = replace(GEMMA2, model_types=("gemma3_text",), refusals={"residual": _NORMED_WRITERS, "query_key": _HEAD_NORMS})
+
+
+def _opt_residual(config: Any) -> str | None:
+    if not config.do_layer_norm_before:
+        return "each norm stands behind a sum of the residual stream, not in front of a linear"
+    if config.word_embed_proj_dim != config.hidden_size:
+        return f"embeddings of width {config.word_embed_proj_dim} are projected to {config.hidden_size}"
+    if config._remove_final_layer_norm:
+        return "no norm stands between the stream and the head"
+    if config.layer_norm_elementwise_affine and not config.enable_bias:
+        return "the linears have no bias that could take up the norms' biases"
+    return None
+
+
+OPT = Family(
+    model_types=("opt",),
+    linears=(
+        LinearSpec("self_attn.q_proj", "residual", "query_key", norm="self_attn_layer_norm"),
+        LinearSpec("self_attn.k_proj", "residual", "query_key", norm="self_attn_layer_norm"),
+        LinearSpec("self_attn.v_proj", "residual", "value_heads", norm="self_attn_layer_norm"),
+        LinearSpec("self_attn.out_proj", "value_heads", "residual"),
+        LinearSpec("fc1", "residual", "mlp", norm="final_layer_norm"),
+        LinearSpec("fc2", "mlp", "residual"),
+    ),
+    embeddings=("model.decoder.embed_tokens", "model.decoder.embed_positions"),
+    blocks="model.decoder.layers",
+    final_norm="model.decoder.final_layer_norm",
+    constraints={"residual": "fixes_ones"},
+    refusals={"residual": _opt_residual},
+)
 
 _FAMILIES: dict[str, Family] = {}
 
@@ -77,7 +152,8 @@ def register_family(family: Family) -> None:
     _FAMILIES.update(dict.fromkeys(family.model_types, family))
 
 
-register_family(LLAMA)
+for _family in (LLAMA, QWEN3, GEMMA, GEMMA2, GEMMA3, OPT):
+    register_family(_family)
 
 
 def family_of(config: Any) -> Family:
@@ -86,22 +162,46 @@ def family_of(config: Any) -> Family:
     Raises:
         InputError: `config.model_type` has no table.
     """
-    try:
+    if config.model_type in _FAMILIES:
         return _FAMILIES[config.model_type]
-    except KeyError:
-        raise InputError(
-            f"unknown model family '{config.model_type}'; known are {', '.join(sorted(_FAMILIES))}; "
-            "add one with rotpruner.families.register_family"
-        ) from None
+    known = ", ".join(sorted(_FAMILIES))
+    if reason := _unsuitable(config):
+        raise InputError(f"model family '{config.model_type}' is refused: {reason}; choose one of {known}")
+    raise InputError(
+        f"unknown model family '{config.model_type}'; known are {known}; "
+        "add one with rotpruner.families.register_family"
+    )
+
+
+def _unsuitable(config: Any) -> str | None:
+    if config.is_encoder_decoder:
+        return "it is an encoder-decoder, not a decoder"
+    if any("expert" in name for name in config.to_dict()):
+        return "it is a mixture of experts, which a table of linears does not describe"
+    if config.get_text_config() is not config:
+        return "it is multimodal; give its language model alone"
+    return None
+
+
+def _refusal(config: Any, space: str) -> str | None:
+    reason = family_of(config).refusals.get(space)
+    return reason(config) if callable(reason) else reason
+
+
+def available_spaces(config: Any) -> tuple[SpaceName, ...]:
+    """The spaces that a model has."""
+    return tuple(space for space in SPACES if _refusal(config, space) is None)
 
 
 def check_space(config: Any, space: str) -> None:
     """Raise `InputError` if the model does not have the space, with the reason."""
     if space not in SPACES:
         raise InputError(f"unknown space '{space}'; choose from {', '.join(SPACES)}")
-    refusal = family_of(config).refusals.get(space)
-    if refusal and (reason := refusal(config)):
-        raise InputError(f"space '{space}' does not exist in this {config.model_type} model: {reason}")
+    if reason := _refusal(config, space):
+        raise InputError(
+            f"space '{space}' does not exist in this {config.model_type} model: {reason}; "
+            f"it has {', '.join(available_spaces(config))}"
+        )
 
 
 @dataclass(frozen=True)
@@ -134,6 +234,11 @@ def block_linears(config: Any) -> list[BlockLinear]:
     return found
 
 
+def module_at(model: nn.Module, path: str) -> Any:
+    """A module whose attributes are known from the table rather than from its type."""
+    return model.get_submodule(path)
+
+
 def linear_modules(model: nn.Module) -> dict[str, nn.Linear]:
     """The decoder linears of a model, by name, in data-flow order."""
-    return {linear.name: model.get_submodule(linear.name) for linear in block_linears(model.config)}  # type: ignore[misc]
+    return {linear.name: module_at(model, linear.name) for linear in block_linears(model.config)}

@@ -48,9 +48,7 @@ class Objective:
     def needs_teacher(self) -> bool:
         return self.kl > 0 or self.cosine > 0
 
-    def __call__(
-        self, student: Tensor, teacher: Tensor | None, input_ids: Tensor, head: Head
-    ) -> dict[str, Tensor]:
+    def __call__(self, student: Tensor, teacher: Tensor | None, input_ids: Tensor, head: Head) -> dict[str, Tensor]:
         """The terms and their weighted sum.
 
         Args:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rotpruner.families import block_linears, linear_modules
+from rotpruner.families import block_linears, linear_modules, module_at
 from rotpruner.fusion import fuse_block_norms
 from rotpruner.loading import check_pattern
 from rotpruner.patterns import Pattern
@@ -30,11 +30,12 @@ def gather_model_moments(
     """
     if pruner.needs == "nothing":
         return {}
-    widths, modules = {}, {}
+    widths: dict[str, int] = {}
+    modules: dict[str, nn.Module] = {}
     for linear in block_linears(model.config):
         if linear.name != linear.group:
             continue
-        module = modules[linear.name] = model.get_submodule(linear.name)
+        module = modules[linear.name] = module_at(model, linear.name)
         if pruner.needs == "full":
             widths[linear.name] = module.in_features
         elif linear.spec.reads in spaces:
@@ -81,7 +82,7 @@ def prune_model(
         if moment is not None:
             moment = moment.rotate(sides(rotations, linears[0])[0])
         for linear in linears:
-            weight = model.get_submodule(linear.name).weight
+            weight = module_at(model, linear.name).weight
             weight.copy_(pruner.prune(weight, moment, pattern)[0])
 
 

@@ -7,7 +7,8 @@ one site, (B, n, n); it stands for the block-diagonal (B·n, B·n) matrix. Row v
 
 from __future__ import annotations
 
-from typing import Literal, get_args
+from collections.abc import Callable
+from typing import Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +16,10 @@ from torch import Tensor, nn
 from rotpruner.errors import InputError
 
 MapName = Literal["cayley", "exponential"]
+
+#: Which orthogonal matrices (n, n) a place admits: all; those that keep the all-ones direction, with which
+#: LayerNorm commutes; or a turn in each plane (i, i + n/2), with which rotary positions commute.
+Constraint = Literal["none", "fixes_ones", "planes"]
 
 
 def skew_symmetric(upper: Tensor, n: int) -> Tensor:
@@ -37,12 +42,65 @@ def cayley(A: Tensor) -> Tensor:
 ORTHOGONAL_MAPS = {"cayley": cayley, "exponential": torch.linalg.matrix_exp}
 
 
+class _Subgroup(NamedTuple):
+    """A constraint, by the free orthogonal cores (…, m, m) that its matrices (…, n, n) are made of.
+
+    Attributes:
+        core: n → shape of what one matrix is made of, (…, m, m).
+        embed: cores → matrices; products of turns go to products, so Q₀ · embed(…) stays inside.
+        extract: matrices → cores; undoes `embed`.
+    """
+
+    core: Callable[[int], tuple[int, ...]]
+    embed: Callable[[Tensor], Tensor]
+    extract: Callable[[Tensor], Tensor]
+
+
+def _reflect(Q: Tensor) -> Tensor:
+    """H Q H with H = I − 2 v vᵀ the Householder reflection between 1/√n and e₁, for Q (…, n, n)."""
+    n = Q.shape[-1]
+    v = Q.new_full((n,), n**-0.5)
+    v[0] -= 1
+    v = v / v.norm()
+    Q = Q - 2 * v[:, None] * (v @ Q).unsqueeze(-2)
+    return Q - 2 * (Q @ v).unsqueeze(-1) * v
+
+
+def _keep_first(core: Tensor) -> Tensor:
+    """diag(1, Q̃) for Q̃ (…, n − 1, n − 1)."""
+    Q = nn.functional.pad(core, (1, 0, 1, 0))
+    Q[..., 0, 0] = 1
+    return Q
+
+
+def _turn_planes(core: Tensor) -> Tensor:
+    """Turns (…, n, n) in the planes (i, i + n/2), by the first rows (cos, sin) of (…, n/2, 2, 2)."""
+    cos, sin = torch.diag_embed(core[..., 0, 0]), torch.diag_embed(core[..., 0, 1])
+    return torch.cat([torch.cat([cos, sin], -1), torch.cat([-sin, cos], -1)], -2)
+
+
+def _planes(Q: Tensor) -> Tensor:
+    """The entries of Q (…, n, n) inside the planes (i, i + n/2), (…, n/2, 2, 2)."""
+    half = Q.shape[-1] // 2
+    return Q.unflatten(-1, (2, half)).unflatten(-3, (2, half)).diagonal(dim1=-3, dim2=-1).movedim(-1, -3)
+
+
+_SUBGROUPS: dict[str, _Subgroup] = {
+    "none": _Subgroup(lambda n: (n, n), lambda core: core, lambda Q: Q),
+    "fixes_ones": _Subgroup(
+        lambda n: (n - 1, n - 1), lambda core: _reflect(_keep_first(core)), lambda Q: _reflect(Q)[..., 1:, 1:]
+    ),
+    "planes": _Subgroup(lambda n: (n // 2, 2, 2), _turn_planes, _planes),
+}
+
+
 class OrthogonalMatrices(nn.Module):
     """Learnable orthogonal blocks Q = Q₀ · map(A), A skew and zero at the start.
 
     Args:
         sites, blocks, n: shape of the result (S, B, n, n).
         map_name: `cayley` or `exponential`.
+        constraint: which orthogonal matrices; A then parametrises the part of them that is free.
 
     The parameter and all arithmetic keep their own dtype (float32 unless the module is cast), whatever
     autocast says: bf16 would cost orthogonality four digits.
@@ -50,35 +108,53 @@ class OrthogonalMatrices(nn.Module):
 
     start: Tensor
 
-    def __init__(self, sites: int, blocks: int, n: int, map_name: MapName = "cayley") -> None:
+    def __init__(
+        self, sites: int, blocks: int, n: int, map_name: MapName = "cayley", constraint: Constraint = "none"
+    ) -> None:
         super().__init__()
         if map_name not in get_args(MapName):
             raise InputError(f"unknown orthogonal map '{map_name}'; choose one of {', '.join(get_args(MapName))}")
-        self.n, self.map_name = n, map_name
-        self.skew = nn.Parameter(torch.zeros(sites, blocks, n * (n - 1) // 2))
+        self.map_name, self.subgroup = map_name, _SUBGROUPS[constraint]
+        *many, self.m, _ = self.subgroup.core(n)
+        self.skew = nn.Parameter(torch.zeros(sites, blocks, *many, self.m * (self.m - 1) // 2))
         self.register_buffer("start", torch.eye(n).expand(sites, blocks, n, n).clone())
 
     def forward(self) -> Tensor:
         with torch.autocast(self.skew.device.type, enabled=False):
-            return self.start @ ORTHOGONAL_MAPS[self.map_name](skew_symmetric(self.skew, self.n))
+            core = ORTHOGONAL_MAPS[self.map_name](skew_symmetric(self.skew, self.m))
+            return self.start @ self.subgroup.embed(core)
 
     @torch.no_grad()
     def restart(self, Q: Tensor) -> None:
-        """Start again from Q (S, B, n, n), orthogonal."""
+        """Start again from Q (S, B, n, n), orthogonal and within the constraint."""
         self.start.copy_(Q)
         self.skew.zero_()
 
 
-def random_orthogonal(sites: int, blocks: int, n: int, generator: torch.Generator) -> Tensor:
-    """Haar-distributed orthogonal blocks (S, B, n, n), float32 (Stewart, 1980: QR with positive diagonal)."""
-    Q, R = torch.linalg.qr(torch.randn(sites, blocks, n, n, generator=generator, dtype=torch.float64))
-    return (Q * R.diagonal(dim1=-2, dim2=-1).sign().unsqueeze(-2)).float()
+def random_orthogonal(
+    sites: int,
+    blocks: int,
+    n: int,
+    generator: torch.Generator,
+    constraint: Constraint = "none",
+    dtype: torch.dtype = torch.float32,
+) -> Tensor:
+    """Haar-distributed orthogonal blocks (S, B, n, n) (Stewart, 1980: QR with positive diagonal)."""
+    subgroup = _SUBGROUPS[constraint]
+    Q, R = torch.linalg.qr(torch.randn(sites, blocks, *subgroup.core(n), generator=generator, dtype=torch.float64))
+    return subgroup.embed(Q * R.diagonal(dim1=-2, dim2=-1).sign().unsqueeze(-2)).to(dtype)
 
 
 def orthogonality_error(Q: Tensor) -> float:
     """‖QᵀQ − I‖∞, the largest absolute entry, over all blocks of (…, n, n)."""
     Q = Q.detach().double()
     return (Q.mT @ Q - torch.eye(Q.shape[-1], dtype=Q.dtype, device=Q.device)).abs().max().item()
+
+
+def constraint_error(Q: Tensor, constraint: Constraint) -> float:
+    """The largest absolute entry by which orthogonal blocks (…, n, n) miss a constraint."""
+    subgroup, Q = _SUBGROUPS[constraint], Q.detach().double()
+    return (Q - subgroup.embed(subgroup.extract(Q))).abs().max().item()
 
 
 def rotate_features(x: Tensor, Q: Tensor) -> Tensor:
@@ -96,7 +172,7 @@ def rotate_features(x: Tensor, Q: Tensor) -> Tensor:
 
 
 def rotate_weight(weight: Tensor, reads: Tensor | None, writes: Tensor | None) -> Tensor:
-    """W' = Q_Bᵀ W Q_A for W (O, I) that reads the space of Q_A and writes that of Q_B; None is the identity."""
+    """W' = Q_Bᵀ W Q_A for W (O, I) that reads the space of Q_A, writes that of Q_B; None is the identity."""
     if reads is not None:
         weight = rotate_features(weight, reads.to(weight.dtype))
     if writes is not None:

@@ -47,9 +47,7 @@ class NM:
 
     def __post_init__(self) -> None:
         if not 1 <= self.n <= self.m:
-            raise InputError(
-                f"pattern '{self}' keeps {self.n} of {self.m} weights; N:M needs 1 <= N <= M, as in 2:4"
-            )
+            raise InputError(f"pattern '{self}' keeps {self.n} of {self.m} weights; N:M needs 1 <= N <= M, as in 2:4")
 
     def __str__(self) -> str:
         return f"{self.n}:{self.m}"
@@ -128,10 +126,10 @@ def parse_pattern(text: str | float, scope: Scope = "row") -> Pattern:
     """
     if match := re.fullmatch(r"\s*(\d+)\s*:\s*(\d+)\s*", str(text)):
         return NM(int(match[1]), int(match[2]))
+    if isinstance(text, (int, float)) and text > 60:
+        raise InputError(f'pattern {text:g} looks like an N:M that YAML read in base 60; quote it, as in "2:4"')
     try:
         sparsity = float(text)
     except ValueError:
-        raise InputError(
-            f"pattern '{text}' is neither N:M (as in 2:4) nor a sparsity in [0, 1) (as in 0.5)"
-        ) from None
+        raise InputError(f"pattern '{text}' is neither N:M (as in 2:4) nor a sparsity in [0, 1) (as in 0.5)") from None
     return Unstructured(sparsity, scope)

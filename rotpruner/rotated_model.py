@@ -91,19 +91,21 @@ class RotatedModel(nn.Module):
 
         if "residual" in rotations.spaces:
             fuse_block_norms(base)
+            self._hook_residual_ends(base)
         base.requires_grad_(False)
         self.linears = self._replace_linears(base, surrogate or Surrogate())
-        self._hook_residual_ends(base)
         for module in base.modules():
             if isinstance(module, nn.Dropout):
                 module.p = 0.0
-            for name in ("dropout", "attention_dropout", "activation_dropout"):
+            for name in ("dropout", "attention_dropout", "activation_dropout", "layerdrop"):
                 if isinstance(getattr(module, name, None), float):
                     setattr(module, name, 0.0)
         # In evaluation mode transformers skips gradient checkpointing in silence; dropout is off anyway.
         self.base = base.train()
         if gradient_checkpointing:
-            base.gradient_checkpointing_enable({"use_reentrant": False})
+            # transformers 5.0 knows this by its old name only.
+            enable = getattr(base, "activation_checkpointing_enable", None) or base.gradient_checkpointing_enable
+            enable({"use_reentrant": False})
 
     def _replace_linears(self, base: PreTrainedModel, surrogate: Surrogate) -> list[RotatedLinear]:
         replaced = []
@@ -149,7 +151,7 @@ class RotatedModel(nn.Module):
     def calibrate(self, batches: Iterable[Tensor]) -> None:
         """Gather the statistics that the pruner needs from token batches (sequences, seq_len), once."""
         with self.dense() as base:
-            self.moments = gather_model_moments(base, self.pruner, self.rotations.spaces, batches)
+            self.moments = gather_model_moments(base, self.pruner, set(self.rotations.spaces), batches)
 
     @torch.no_grad()
     def refresh_masks(self, rotations: RotationSet | None = None) -> float:
@@ -197,7 +199,11 @@ class RotatedModel(nn.Module):
         teacher = self._teacher_states(input_ids, index) if self.objective.needs_teacher else None
         self._enter_rotated(pruned=True)
         student = self._states(input_ids)
-        return self.objective(student, teacher, input_ids, self.base.get_output_embeddings())
+        return self.objective(student, teacher, input_ids, self._head)
+
+    def _head(self, states: Tensor) -> Tensor:
+        family = family_of(self.base.config)
+        return family.after_head(self.base.config, self.base.get_submodule(family.head)(states))
 
     def _states(self, input_ids: Tensor) -> Tensor:
         return self.base.base_model(input_ids=input_ids, use_cache=False).last_hidden_state

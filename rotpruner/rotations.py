@@ -1,8 +1,8 @@
 """One rotation per space of a model: which orthogonal matrix each linear reads and writes.
 
 A set of rotations is a plain `dict[str, Tensor]` from the name of a space to its blocks (S, B, n, n):
-`residual` (1, 1, d, d), shared by the whole stream, and `value_heads` (layers, KV heads, head_dim, head_dim).
-Spaces that are not in it stay as they are.
+`residual` (1, 1, d, d), shared by the whole stream; `value_heads` and `query_key`, each (layers, KV heads,
+head_dim, head_dim). Spaces that are not in it stay as they are.
 """
 
 from __future__ import annotations
@@ -14,11 +14,14 @@ import torch
 from torch import Tensor, nn
 
 from rotpruner.errors import InputError
-from rotpruner.families import BlockLinear, block_linears, check_space, family_of
-from rotpruner.fusion import fuse_norms
+from rotpruner.families import BlockLinear, block_linears, check_space, family_of, module_at
+from rotpruner.fusion import fuse_norms, norm_bias
 from rotpruner.orthogonal import (
+    Constraint,
     MapName,
     OrthogonalMatrices,
+    constraint_error,
+    orthogonality_error,
     random_orthogonal,
     rotate_bias,
     rotate_features,
@@ -27,6 +30,8 @@ from rotpruner.orthogonal import (
 
 RotationSet = dict[str, Tensor]
 Start = Literal["identity", "random"]
+
+_TOLERANCE = 1e-3  # of QᵀQ = I and of constraints; learned float32 rotations are within 1e-5
 
 
 def head_dim(config: Any) -> int:
@@ -47,10 +52,36 @@ def space_shape(config: Any, space: str) -> tuple[int, int, int]:
     return config.num_hidden_layers, heads, head_dim(config)
 
 
-def random_rotations(config: Any, spaces: Iterable[str], seed: int) -> RotationSet:
-    """Haar-distributed rotations of the named spaces, float32; the same for the same seed."""
+def space_constraint(config: Any, space: str) -> Constraint:
+    """Which rotations of a space leave the model's function alone."""
+    return family_of(config).constraints.get(space, "none")
+
+
+def check_rotation(config: Any, space: str, Q: Tensor) -> None:
+    """Raise `InputError` unless Q (S, B, n, n) is a rotation of this space of this model."""
+    sites, blocks, n = space_shape(config, space)
+    if Q.shape != (sites, blocks, n, n):
+        raise InputError(
+            f"the rotations of '{space}' have shape {tuple(Q.shape)}, but this model needs "
+            f"{(sites, blocks, n, n)}; they were learned on another model"
+        )
+    if not torch.isfinite(Q).all() or orthogonality_error(Q) > _TOLERANCE:
+        raise InputError(f"the rotations of '{space}' are not orthogonal; learn or save them again")
+    constraint = space_constraint(config, space)
+    if constraint_error(Q, constraint) > _TOLERANCE:
+        raise InputError(
+            f"the rotations of '{space}' would change what this {config.model_type} model computes "
+            f"(they miss the constraint '{constraint}'); learn them on this model"
+        )
+
+
+def random_rotations(config: Any, spaces: Iterable[str], seed: int, dtype: torch.dtype = torch.float32) -> RotationSet:
+    """Haar-distributed rotations of the named spaces; the same for the same seed."""
     generator = torch.Generator().manual_seed(seed)
-    return {space: random_orthogonal(*space_shape(config, space), generator) for space in spaces}
+    return {
+        space: random_orthogonal(*space_shape(config, space), generator, space_constraint(config, space), dtype)
+        for space in spaces
+    }
 
 
 class LearnedRotations(nn.Module):
@@ -74,8 +105,12 @@ class LearnedRotations(nn.Module):
         super().__init__()
         if start not in get_args(Start):
             raise InputError(f"unknown start '{start}'; choose one of {', '.join(get_args(Start))}")
+        self.config = config
         self.spaces = nn.ModuleDict(
-            {space: OrthogonalMatrices(*space_shape(config, space), map_name) for space in spaces}
+            {
+                space: OrthogonalMatrices(*space_shape(config, space), map_name, space_constraint(config, space))
+                for space in spaces
+            }
         )
         if start == "random":
             self.restart(random_rotations(config, self.spaces, seed))
@@ -87,18 +122,14 @@ class LearnedRotations(nn.Module):
         """Start again from given rotations of the same spaces.
 
         Raises:
-            InputError: the spaces or their shapes differ.
+            InputError: the spaces differ, or what is given for one is not a rotation of it.
         """
         if set(rotations) != set(self.spaces):
             raise InputError(
                 f"the rotations are of the spaces {sorted(rotations)}, but {sorted(self.spaces)} are to be learned"
             )
         for space, matrices in self.spaces.items():
-            if rotations[space].shape != matrices.start.shape:  # type: ignore[union-attr]
-                raise InputError(
-                    f"the rotations of '{space}' have shape {tuple(rotations[space].shape)}, but this model "
-                    f"needs {tuple(matrices.start.shape)}; they were learned on another model"  # type: ignore
-                )
+            check_rotation(self.config, space, rotations[space])
             matrices.restart(rotations[space])  # type: ignore[operator]
 
 
@@ -123,19 +154,25 @@ def merge_rotations(model: nn.Module, rotations: Mapping[str, Tensor]) -> None:
     """Move a plain model into the rotated basis, in place; it computes the same function.
 
     Fuses norms if the residual stream rotates. Products are taken in float64 and rounded once.
+
+    Raises:
+        InputError: they are not rotations of this model; it is as it was.
     """
+    for space, Q in rotations.items():
+        check_rotation(model.config, space, Q)
     rotations = {space: Q.double() for space, Q in rotations.items()}
     family = family_of(model.config)
     if "residual" in rotations:
         fuse_norms(model)
     for linear in block_linears(model.config):
-        module = model.get_submodule(linear.name)
+        module = module_at(model, linear.name)
         reads, writes = sides(rotations, linear)
         module.weight.copy_(rotate_weight(module.weight.double(), reads, writes))
         if module.bias is not None:
             module.bias.copy_(rotate_bias(module.bias.double(), writes))
     residual = at_site(rotations, "residual", 0)
     if residual is not None:
-        for path in (*family.embeddings, family.head):
-            weight = model.get_submodule(path).weight
-            weight.copy_(rotate_features(weight.double(), residual))
+        ends = [module_at(model, path).weight for path in (*family.embeddings, family.head)]
+        bias = norm_bias(module_at(model, family.final_norm))
+        for features in ends if bias is None else [*ends, bias]:
+            features.copy_(rotate_features(features.double(), residual))

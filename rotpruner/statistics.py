@@ -11,13 +11,15 @@ from __future__ import annotations
 from collections.abc import Callable, Hashable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from einops import rearrange
 from torch import Tensor, nn
 
 from rotpruner.orthogonal import rotate_features
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -79,7 +81,7 @@ class Moment:
     def _derived(self) -> dict[Hashable, Any]:
         return {}
 
-    def derive(self, key: Hashable, compute: Callable[[Moment], Tensor]) -> Tensor:
+    def derive(self, key: Hashable, compute: Callable[[Moment], T]) -> T:
         """`compute(self)`, once for each `key`: what linears that read one input share, such as a factorisation."""
         if key not in self._derived:
             self._derived[key] = compute(self)
@@ -88,7 +90,10 @@ class Moment:
 
 @torch.no_grad()
 def gather_moments(
-    model: nn.Module, linears: Mapping[str, nn.Module], block_widths: Mapping[str, int], batches: Iterable[Tensor]
+    model: nn.Module,
+    linears: Mapping[str, nn.Module],
+    block_widths: Mapping[str, int],
+    batches: Iterable[Tensor],
 ) -> dict[str, Moment]:
     """Second moments of the inputs of some linears, averaged over all tokens.
 

@@ -44,7 +44,7 @@ class _MaskedForward(torch.autograd.Function):
         return weight * mask
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
         if ctx.decay:
             weight, mask = ctx.saved_tensors
             gradient = gradient + ctx.decay * weight.masked_fill(mask, 0)

@@ -10,7 +10,27 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-WORDS = "the model learns a basis in which small weights can be removed without much harm to what it says".split()
+WORDS = [
+    "the",
+    "model",
+    "learns",
+    "a",
+    "basis",
+    "in",
+    "which",
+    "small",
+    "weights",
+    "can",
+    "be",
+    "removed",
+    "without",
+    "much",
+    "harm",
+    "to",
+    "what",
+    "it",
+    "says",
+]
 
 
 def tiny_llama(**overrides) -> LlamaForCausalLM:
@@ -59,7 +79,8 @@ def tokenizer() -> PreTrainedTokenizerFast:
     tokenizer.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     tokenizer.train_from_iterator(
-        [sample_text(2000)], trainers.BpeTrainer(vocab_size=320, initial_alphabet=alphabet, show_progress=False)
+        [sample_text(2000)],
+        trainers.BpeTrainer(vocab_size=320, initial_alphabet=alphabet, show_progress=False),
     )
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer)
 

@@ -19,9 +19,7 @@ from datamodules import calibration, texts
 from datamodules.calibration import CalibrationBatches, CalibrationDataModule, calibration_tokens
 from rotpruner.errors import InputError
 
-TEXT = "\n\n".join(
-    f"Paragraph {i} tells of the {i * i} ways home.\nIt ends well, they say: 第{i}." for i in range(60)
-)
+TEXT = "\n\n".join(f"Paragraph {i} tells of the {i * i} ways home.\nIt ends well, they say: 第{i}." for i in range(60))
 
 
 def tiny_tokenizer() -> PreTrainedTokenizerFast:
@@ -112,9 +110,7 @@ def test_a_stream_is_read_no_further_than_needed(tmp_path, monkeypatch):
     monkeypatch.setattr(texts.pieces, "__defaults__", (1000,))
     given_out = []
     read = texts.documents
-    monkeypatch.setattr(
-        calibration, "documents", lambda *a, **k: (given_out.append(d) or d for d in read(*a, **k))
-    )
+    monkeypatch.setattr(calibration, "documents", lambda *a, **k: (given_out.append(d) or d for d in read(*a, **k)))
     tokens = tokens_of("c4", num_sequences=4)
     assert torch.equal(tokens, all_windows("\n\n".join(given_out), 16)[:4])
     assert len(given_out) < 20
@@ -123,9 +119,7 @@ def test_a_stream_is_read_no_further_than_needed(tmp_path, monkeypatch):
 
 def test_too_short_a_text_is_refused(text):
     count = len(all_windows(TEXT, 100))
-    with pytest.raises(
-        InputError, match=f"holds {count} windows of 100 tokens, 900 are wanted: pass a longer"
-    ):
+    with pytest.raises(InputError, match=f"holds {count} windows of 100 tokens, 900 are wanted: pass a longer"):
         tokens_of(text, num_sequences=900, seq_len=100)
 
 

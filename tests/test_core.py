@@ -161,7 +161,12 @@ def test_rotated_moments_are_the_moments_of_rotated_inputs():
     residual = random_orthogonal(1, 1, 24, generator)[0].double()
     shared_head = random_orthogonal(1, 1, 8, generator)[0].double()
     heads = random_orthogonal(1, 3, 8, generator)[0].double()
-    for blocks, Q in ((H[None], residual), (H[None], heads), (head_blocks, heads), (head_blocks, shared_head)):
+    for blocks, Q in (
+        (H[None], residual),
+        (H[None], heads),
+        (head_blocks, heads),
+        (head_blocks, shared_head),
+    ):
         y = rotate_features(x, Q)
         moment = Moment(blocks).rotate(Q)
         torch.testing.assert_close(moment.diagonal(), y.square().mean(0))
@@ -206,7 +211,8 @@ def test_sr_ste_is_straight_through_plus_the_penalty(ids):
     gradients = []
     for explicit in (False, True):
         online = rotated_model(
-            in_float64(tiny_llama()), surrogate=Surrogate("straight_through" if explicit else "sr_ste", decay=0.1)
+            in_float64(tiny_llama()),
+            surrogate=Surrogate("straight_through" if explicit else "sr_ste", decay=0.1),
         )
         online.rotations.restart(exact(random_rotations(online.base.config, SPACES, seed=5)))
         online.calibrate(ids.split(1))
@@ -318,7 +324,10 @@ def test_learning_lowers_the_loss_and_stays_orthogonal(ids):
 
 
 def test_the_core_imports_no_shell():
-    code = "import sys, rotpruner, rotpruner.rotated_model, rotpruner.oneshot, rotpruner.artifacts, rotpruner.api; " \
-        "print([m for m in ('lightning', 'pytorch_lightning', 'wandb', 'datasets', 'torchmetrics') if m in sys.modules])"
+    code = (
+        "import sys, rotpruner, rotpruner.rotated_model, rotpruner.oneshot, rotpruner.artifacts, rotpruner.api; "
+        "shell = ('lightning', 'pytorch_lightning', 'wandb', 'datasets', 'torchmetrics'); "
+        "print([name for name in shell if name in sys.modules])"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"

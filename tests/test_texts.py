@@ -57,9 +57,7 @@ def wikitext2(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     name = "wikitext-2-raw-v1"
     card = f"---\nconfigs:\n- config_name: {name}\n  data_files:\n"
     for split in "test", "train", "validation":
-        write_parquet(
-            root / name / f"{split}-00000-of-00001.parquet", ["", f" = {split} = \n", "", " A b .\n"]
-        )
+        write_parquet(root / name / f"{split}-00000-of-00001.parquet", ["", f" = {split} = \n", "", " A b .\n"])
         card += f"  - split: {split}\n    path: {name}/{split}-*\n"
     (root / "README.md").write_text(card + "---\n")
     monkeypatch.setitem(texts.HUB, "wikitext2", replace(texts.HUB["wikitext2"], path=str(root)))

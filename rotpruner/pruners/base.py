@@ -78,9 +78,7 @@ class Pruner(ABC):
             masks: keep exactly these weights, each (O_k, I) bool, instead of choosing.
         """
         given = [None] * len(weights) if masks is None else masks
-        return [
-            self.prune(weight, moment, pattern, mask) for weight, mask in zip(weights, given, strict=True)
-        ]
+        return [self.prune(weight, moment, pattern, mask) for weight, mask in zip(weights, given, strict=True)]
 
 
 #: Short names. Values are import paths, so that naming a pruner costs the import of that pruner only.

@@ -67,7 +67,7 @@ class SparseGPT(Pruner):
         assert moment is not None
         dtype = torch.promote_types(weight.dtype, torch.float32)
         R = upper_factor(moment, self.damping, dtype)
-        unit, choose = self._selection(pattern)
+        unit, choose = self._selection(pattern, weight.device)
         if mask is None and choose is None:
             mask = pattern.mask(self.saliency(weight, moment))
         if mask is not None:
@@ -91,10 +91,10 @@ class SparseGPT(Pruner):
         pruned, kept = self.prune(torch.cat(list(weights)), moment, pattern, mask)
         return list(zip(pruned.split(heights), kept.split(heights), strict=True))
 
-    def _selection(self, pattern: Pattern) -> tuple[int, Choose | None]:
+    def _selection(self, pattern: Pattern, device: torch.device) -> tuple[int, Choose | None]:
         """How many columns to choose a mask for at once, and how; None for a pattern that must see them all."""
         if isinstance(pattern, NM):
-            return pattern.m, lambda scores, start: pattern.mask(scores.mT).mT
+            return pattern.m, _group_choice(pattern, device)
         if not isinstance(pattern, Unstructured):
             return 1, None
 
@@ -107,6 +107,23 @@ class SparseGPT(Pruner):
             return _keep_largest(flat, flat.shape[1] - (due[1] - due[0])).view(rows, columns).mT
 
         return self.mask_block, choose
+
+
+def _group_choice(pattern: NM, device: torch.device) -> Choose:
+    """The mask of `pattern` for one group at a time, a third of the time of `NM.mask`.
+
+    Of each pair (i, k), i < k, i wins if s_i ≥ s_k. Index i is the second of i pairs, so it wins
+    Σ_{pairs (i, ·)} [s_i ≥ s_k] − Σ_{pairs (·, i)} [s_k ≥ s_i] + i of its M − 1 pairs.
+    """
+    members = torch.arange(pattern.m, device=device)[:, None]
+    first, second = torch.triu_indices(pattern.m, pattern.m, offset=1, device=device)
+    signs = (members == first).float() - (members == second).float()
+
+    def choose(scores: Tensor, start: int) -> Tensor:
+        wins = signs @ (scores[first] >= scores[second]).float() + members
+        return wins >= pattern.m - pattern.n
+
+    return choose
 
 
 def _eliminate(W: Tensor, R: Tensor, unit: int, choose: Choose | None, mask: Tensor | None) -> tuple[Tensor, Tensor]:

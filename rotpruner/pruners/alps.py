@@ -1,0 +1,127 @@
+"""ALPS: masks by ADMM, weights by conjugate gradients (Meng et al., NeurIPS 2024, arXiv:2406.07831).
+
+Shapes: O = output features, I = input features.
+
+The problem is min_W tr((W − Ŵ) H (W − Ŵ)ᵀ) with W in the pattern. It is solved in inputs of unit size:
+with n = √diag H, W n replaces W and H / (n nᵀ) replaces H (section 3.3), so that the projection onto the
+pattern keeps the largest |W_ij| n_j, as Wanda would, and diag H = 1 is its own Jacobi preconditioner.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from rotpruner.patterns import Pattern
+from rotpruner.pruners.base import Pruner
+from rotpruner.pruners.sparsegpt import obs_saliency
+from rotpruner.statistics import Moment
+
+#: ρ of the first step, and the number of steps between two looks at the support (section 3.2).
+_FIRST_PENALTY = 0.1
+_STEPS_PER_PENALTY = 3
+
+#: The penalty grows by the factor of the first row whose share of the support has changed.
+_PENALTY_GROWTH = ((0.1, 1.3), (0.005, 1.2), (0.0, 1.1))
+
+
+class ALPS(Pruner):
+    """ADMM finds the mask, conjugate gradients the best weights under it.
+
+    `saliency` is SparseGPT's: ADMM has no scores of its own.
+
+    Args:
+        damping: λ = damping · mean(diag H) is added to H's diagonal.
+        max_steps: ADMM steps at most; it stops as soon as the mask stands still.
+        refinements: steps of conjugate gradients on the kept weights.
+    """
+
+    needs = "full"
+
+    def __init__(self, damping: float = 0.01, max_steps: int = 300, refinements: int = 10) -> None:
+        self.damping, self.max_steps, self.refinements = damping, max_steps, refinements
+
+    def saliency(self, weight: Tensor, moment: Moment | None) -> Tensor:
+        return obs_saliency(weight, moment, self.damping)
+
+    def mask(self, weight: Tensor, moment: Moment | None, pattern: Pattern) -> Tensor:
+        return self.prune(weight, moment, pattern)[1]
+
+    @torch.no_grad()
+    def prune(
+        self, weight: Tensor, moment: Moment | None, pattern: Pattern, mask: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        assert moment is not None
+        dtype = torch.promote_types(weight.dtype, torch.float32)
+        norms, H = moment.derive(("normalised", self.damping, dtype), self._normalise)
+        dense = weight.to(dtype) * norms
+        if mask is None:
+            eigen = moment.derive(("eigen", self.damping, dtype), lambda _: torch.linalg.eigh(H))
+            start, mask = admm(dense, H, eigen, pattern, self.max_steps)
+        else:
+            start = dense * mask
+        pruned = conjugate_gradients(start, dense, H, mask, self.refinements)
+        return (pruned / norms).to(weight.dtype), mask
+
+
+def admm(
+    dense: Tensor, H: Tensor, eigen: tuple[Tensor, Tensor], pattern: Pattern, max_steps: int
+) -> tuple[Tensor, Tensor]:
+    """Weights that lie in the pattern and their mask, both (O, I), for normalised inputs (algorithm 1).
+
+    With W the weights, D their copy in the pattern and V the multiplier of W = D, a step is
+
+        W ← (Ŵ H − V + ρ D) (H + ρ I)⁻¹,    D ← P(W + V / ρ),    V ← V + ρ (W − D).
+
+    Args:
+        dense: Ŵ, (O, I).
+        H: (I, I), with diagonal 1.
+        eigen: eigenvalues (I,) and eigenvectors (I, I) of H, so that a new ρ costs one product.
+        pattern: P keeps its largest weights.
+        max_steps: steps at most.
+    """
+    values, vectors = eigen
+    target, V = dense @ H, torch.zeros_like(dense)
+    settled = mask = pattern.mask(dense.abs())
+    D = dense * mask
+    penalty = _FIRST_PENALTY
+    for step in range(max_steps):
+        if step % _STEPS_PER_PENALTY == 0:
+            inverse = (vectors / (values + penalty)) @ vectors.mT
+        shifted = (target - V + penalty * D) @ inverse + V / penalty
+        mask = pattern.mask(shifted.abs())
+        D = shifted * mask
+        V = penalty * (shifted - D)
+        if (step + 1) % _STEPS_PER_PENALTY == 0:
+            change = ((mask != settled).sum() / mask.sum()).item()
+            if change == 0:
+                break
+            penalty *= next(factor for share, factor in _PENALTY_GROWTH if change >= share)
+            settled = mask
+    return D, mask
+
+
+def conjugate_gradients(start: Tensor, dense: Tensor, H: Tensor, mask: Tensor, steps: int) -> Tensor:
+    """Lower tr((W − Ŵ) H (W − Ŵ)ᵀ) over the weights in the mask, every row its own problem (algorithm 2).
+
+    Args:
+        start: first W, (O, I), zero outside the mask.
+        dense: Ŵ, (O, I).
+        H: (I, I), with diagonal 1.
+        mask: (O, I) bool.
+        steps: how many.
+    """
+    tiny = torch.finfo(H.dtype).tiny
+    W = start
+    residual = ((dense - W) @ H) * mask
+    direction = residual
+    size = residual.square().sum(1, keepdim=True)
+    for _ in range(steps):
+        image = direction @ H
+        # A solved row has size 0, and stays.
+        length = size / (direction * image).sum(1, keepdim=True).clamp_min(tiny)
+        W = W + length * direction
+        residual = residual - length * image * mask
+        previous, size = size, residual.square().sum(1, keepdim=True)
+        direction = residual + size / previous.clamp_min(tiny) * direction
+    return W

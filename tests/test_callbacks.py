@@ -1,0 +1,108 @@
+"""Callbacks in a real Trainer: what they log, write and leave alone."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from lightning import Trainer
+from lightning.pytorch.loggers import CSVLogger, WandbLogger
+from transformers import AutoModelForCausalLM
+
+from callbacks.perplexity import Perplexity, WindowPerplexity
+from callbacks.repruning import Repruning
+from callbacks.rotation_checkpoint import RotationCheckpoint
+from datamodules.calibration import CalibrationDataModule
+from lightning_modules.rotation_module import RotationModule
+from rotpruner.artifacts import load_rotations
+from rotpruner.errors import InputError
+from rotpruner.loading import load_model
+
+
+@pytest.fixture
+def fit(model_directory, text_file, tmp_path):
+    """`fit(callbacks, logger)` → the trainer and module after six steps on a tiny model."""
+
+    def run(callbacks, logger=False, **settings) -> tuple[Trainer, RotationModule]:
+        trainer = Trainer(
+            default_root_dir=tmp_path / "run",
+            max_steps=6,
+            accelerator="cpu",
+            logger=logger,
+            log_every_n_steps=1,
+            callbacks=callbacks,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            enable_checkpointing=any(isinstance(callback, RotationCheckpoint) for callback in callbacks),
+        )
+        module = RotationModule(str(model_directory), base_dtype="float32", **settings)
+        data = CalibrationDataModule(str(text_file), 6, 32, 2, model=str(model_directory))
+        trainer.fit(module, data)
+        return trainer, module
+
+    return run
+
+
+def test_window_perplexity_equals_a_double_precision_computation():
+    generator = torch.Generator().manual_seed(0)
+    metric, total, count = WindowPerplexity(), 0.0, 0
+    for _ in range(3):
+        logits, ids = torch.randn(2, 9, 50, generator=generator), torch.randint(0, 50, (2, 9), generator=generator)
+        metric.update(logits, ids)
+        log_p = logits.double().log_softmax(-1)
+        total -= sum(log_p[b, t, ids[b, t + 1]].item() for b in range(2) for t in range(8))
+        count += 16
+    assert metric.compute().dtype == torch.float64
+    assert metric.compute().item() == pytest.approx(math.exp(total / count), rel=1e-6)
+
+
+def test_callbacks_log_and_masks_follow_the_schedule(fit, test_text_file, tmp_path):
+    chosen = []
+
+    class Spy(Repruning):
+        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+            before = pl_module.rotated.linears[0].mask
+            super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
+            if pl_module.rotated.linears[0].mask is not before:
+                chosen.append(trainer.global_step)
+
+    watch = Perplexity([str(test_text_file)], every_n_steps=3, seq_len=32, max_tokens=128)
+    fit([Spy(every_n_steps=2), watch], CSVLogger(tmp_path / "csv"))
+    assert chosen == [0, 2, 4]
+    header = next((tmp_path / "csv").rglob("metrics.csv")).read_text().splitlines()[0].split(",")
+    expected = {"train/loss", "train/kl", "masks/flipped", "rotations/orthogonality_error", "ppl/other_words"}
+    assert expected <= set(header)
+
+
+def test_rotation_checkpoint_writes_loadable_rotations(fit, model_directory, tmp_path):
+    _, module = fit([Repruning(2), RotationCheckpoint(4)])
+    found = load_rotations(tmp_path / "run" / "rotations", load_model(str(model_directory)))
+    for space, Q in module.rotated.rotations().items():
+        assert torch.equal(found[space], Q)
+    assert (tmp_path / "run" / "checkpoints" / "last.ckpt").is_file()
+    assert not list((tmp_path / "run").glob(".*")), "temporary files were left"
+
+
+def test_training_leaves_the_base_weights_alone(fit, model_directory):
+    _, module = fit([Repruning(2)], spaces=["value_heads"])
+    dense = AutoModelForCausalLM.from_pretrained(model_directory).state_dict()
+    for name, weight in module.rotated.base.state_dict().items():
+        assert torch.equal(weight, dense[name]), name
+
+
+def test_wandb_offline_takes_two_runs_in_one_directory(fit, tmp_path, monkeypatch):
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    import wandb
+
+    for _ in range(2):
+        fit([Repruning(2)], WandbLogger(project="rotpruner", offline=True, save_dir=tmp_path))
+        wandb.finish()
+    assert len(list(Path(tmp_path, "wandb").glob("offline-run-*"))) == 2
+
+
+@pytest.mark.parametrize("build", [Repruning, RotationCheckpoint, lambda n: Perplexity([], every_n_steps=n)])
+def test_callbacks_refuse_intervals_below_one(build):
+    with pytest.raises(InputError, match="every_n_steps 0"):
+        build(0)

@@ -1,0 +1,120 @@
+"""A run that is killed anywhere and started again ends with the rotations of the run that was not."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import random
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+from lightning import Callback
+from safetensors.torch import load_file
+
+STEPS = 12
+HOOKS = ("on_train_batch_start", "on_before_optimizer_step", "on_before_zero_grad", "on_train_batch_end")
+
+# Children are forked from a server that has imported everything and computed nothing: starting one is cheap.
+PROCESSES = multiprocessing.get_context("forkserver")
+PROCESSES.set_forkserver_preload(["experiments.fit"])
+
+
+class KillAt(Callback):
+    """SIGKILL this very process in one hook of one step."""
+
+    def __init__(self, step: int, hook: str) -> None:
+        def kill(trainer, *_, **__):
+            if trainer.global_step >= step:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+        setattr(self, hook, kill)
+
+
+def fit(arguments: list[str], kill: tuple[int, str] | None) -> None:
+    """One process's share: build the run and fit it, to its end or to its death."""
+    from experiments.fit import FitCLI
+
+    torch.set_num_threads(1)
+    cli = FitCLI(arguments)
+    if kill is not None:
+        cli.trainer.callbacks.append(KillAt(*kill))
+    cli.trainer.fit(cli.model, cli.datamodule, ckpt_path=cli.resume_from, weights_only=True)
+
+
+def start(arguments: list[str], kill: tuple[int, str] | None = None) -> int:
+    process = PROCESSES.Process(target=fit, args=(arguments, kill))
+    process.start()
+    process.join(120)
+    assert process.exitcode is not None, "the fit hangs"
+    return process.exitcode
+
+
+@pytest.fixture
+def config(tmp_path, model_directory, text_file) -> Path:
+    path = tmp_path / "config.yaml"
+    path.write_text(f"""
+seed_everything: 3
+model:
+  model: {model_directory}
+  surrogate: {{name: sr_ste}}
+  optimizer: {{class_path: torch.optim.Adam, init_args: {{lr: 0.01}}}}
+data: {{calibration: {text_file}, num_sequences: 10, seq_len: 32, batch_size: 2}}
+trainer:
+  max_steps: {STEPS}
+  accelerator: cpu
+  enable_progress_bar: false
+  enable_model_summary: false
+  accumulate_grad_batches: 1
+  callbacks:
+    - {{class_path: callbacks.repruning.Repruning, init_args: {{every_n_steps: 5}}}}
+    - {{class_path: callbacks.rotation_checkpoint.RotationCheckpoint, init_args: {{every_n_steps: 2}}}}
+""")
+    return path
+
+
+@pytest.mark.parametrize("kills", [3, pytest.param(20, marks=pytest.mark.slow)])
+def test_killed_and_resumed_runs_end_bit_for_bit_alike(kills, config, tmp_path):
+    whole = ["-c", str(config), "--trainer.default_root_dir", str(tmp_path / "whole")]
+    assert start(whole) == 0
+    expected = load_file(tmp_path / "whole" / "rotations" / "rotations.safetensors")
+
+    chooser = random.Random(kills)
+    per_run = 3
+    for attempt in range(0, kills, per_run):
+        run = tmp_path / f"killed-{attempt}"
+        arguments = ["-c", str(config), "--trainer.default_root_dir", str(run)]
+        for step in sorted(chooser.randrange(1, STEPS) for _ in range(min(per_run, kills - attempt))):
+            assert start(arguments, (step, chooser.choice(HOOKS))) == -signal.SIGKILL
+        assert start(arguments) == 0
+        found = load_file(run / "rotations" / "rotations.safetensors")
+        for space, Q in expected.items():
+            assert torch.equal(found[space], Q), f"{space} differs"
+            assert not torch.equal(Q, torch.eye(Q.shape[-1]).expand_as(Q)), "nothing was learned"
+
+
+def test_checkpoints_hold_no_base_weights_and_load_without_unpickling(config, tmp_path):
+    assert start(["-c", str(config), "--trainer.default_root_dir", str(tmp_path / "run")]) == 0
+    checkpoint = torch.load(tmp_path / "run" / "checkpoints" / "last.ckpt", weights_only=True)
+    assert {name.split(".")[1] for name in checkpoint["state_dict"]} == {"rotations"}
+    assert set(checkpoint["mask_rotations"]) == {"residual", "value_heads"}
+    assert {"rng_state", "optimizer_states", "lr_schedulers"} <= set(checkpoint)
+
+
+def test_same_seed_same_rotations_other_seed_others(config, tmp_path):
+    found = []
+    for name, seed in (("a", 1), ("b", 1), ("c", 2)):
+        run = tmp_path / name
+        arguments = [
+            "-c",
+            str(config),
+            "--seed_everything",
+            str(seed),
+            "--trainer.default_root_dir",
+            str(run),
+        ]
+        assert start([*arguments, "--trainer.max_steps", "3"]) == 0
+        found.append(load_file(run / "rotations" / "rotations.safetensors")["residual"])
+    assert torch.equal(found[0], found[1])
+    assert not torch.equal(found[0], found[2])

@@ -1,0 +1,59 @@
+"""The embedded SmolLM2-135M on the embedded text, end to end: learning must pay, and the export must stand alone."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from experiments.__main__ import main
+from rotpruner.embedded import text_path
+
+pytestmark = pytest.mark.slow
+
+QUICK = {
+    "--data.num_sequences": 16,
+    "--data.seq_len": 512,
+    "--trainer.max_steps": 16,
+    "--trainer.callbacks.init_args.seq_len": 512,
+    "--trainer.callbacks.init_args.max_tokens": 4096,
+}
+
+
+@torch.no_grad()
+def independent_perplexity(directory, text: str, window: int, tokens: int) -> float:
+    model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
+    ids = AutoTokenizer.from_pretrained(directory)(text, add_special_tokens=False).input_ids[:tokens]
+    total = 0.0
+    for start in range(0, tokens, window):
+        chunk = torch.tensor(ids[start : start + window])
+        log_p = model(chunk[None]).logits[0, :-1].double().log_softmax(-1)
+        total -= log_p.gather(1, chunk[1:, None]).sum().item()
+    return math.exp(total / (tokens - tokens // window))
+
+
+def test_quickstart_in_miniature(tmp_path):
+    run = tmp_path / "run"
+    settings = [str(item) for pair in QUICK.items() for item in pair]
+    arguments = ["-c", "experiments/configs/quickstart.yaml", *settings, "--trainer.default_root_dir", str(run)]
+    assert main(["fit", *arguments]) == 0
+    rows = {row["name"]: row for row in json.loads((run / "results.json").read_text())["rows"]}
+    ppl = {name: row["ppl"]["wikipedia_test"] for name, row in rows.items()}
+    assert 10 < ppl["dense"] < 20
+    assert ppl["rotpruner"] < 0.6 * ppl["pruner"]
+    assert ppl["rotpruner"] < 0.6 * ppl["random_rotation"]
+
+    exported = AutoModelForCausalLM.from_pretrained(run / "export")
+    assert type(exported).__name__ == "LlamaForCausalLM"
+    for layer in exported.model.layers:
+        for module in layer.modules():
+            if isinstance(module, torch.nn.Linear):
+                kept = (module.weight != 0).view(module.out_features, -1, 4).sum(-1)
+                assert int(kept.max()) <= 2
+    assert not (run / "export" / "quantization_config.json").exists()
+    text = text_path("wikipedia_test").read_text()
+    alone = independent_perplexity(run / "export", text, 512, 4096)
+    assert alone == pytest.approx(ppl["rotpruner"], rel=1e-3)
