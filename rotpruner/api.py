@@ -108,9 +108,8 @@ def prune(
         return pruned
 
     rotations = LearnedRotations(model.config, spaces).to(model.device)
-    rotated = RotatedModel(
-        copy.deepcopy(model).to(dtype=dtype), rotations, resolved, parsed, Surrogate(), Objective(kl=1.0)
-    )
+    base: Any = copy.deepcopy(model)
+    rotated = RotatedModel(base.to(dtype), rotations, resolved, parsed, Surrogate(), Objective(kl=1.0))
     rotated.calibrate(rows.split(1))
     learn(rotated, _passes(rows, generator), steps=steps, lr=lr, on_step=on_step)
     learned = {space: Q.detach() for space, Q in rotations().items()}
