@@ -35,7 +35,7 @@ class RotationModule(LightningModule):
       spaces: [residual, value_heads]
       surrogate: {name: constant}
       objective: {kl: 1.0}
-      optimizer: {class_path: torch.optim.Adam, init_args: {lr: 0.003}}
+      optimizer: {class_path: torch.optim.Adam, init_args: {lr: 0.002}}
     ```
 
     Args:
@@ -76,7 +76,7 @@ class RotationModule(LightningModule):
         objective: Objective = Objective(),  # noqa: B008 - frozen
         base_dtype: BaseDtype = "bfloat16",
         gradient_checkpointing: bool = False,
-        optimizer: OptimizerCallable = lambda parameters: torch.optim.Adam(parameters, lr=3e-3),
+        optimizer: OptimizerCallable = lambda parameters: torch.optim.Adam(parameters, lr=2e-3),
         lr_scheduler: LRSchedulerCallable | Literal["constant", "cosine"] = "cosine",
         seed: int = 0,
     ) -> None:

@@ -26,7 +26,7 @@ def learn(
     batches: Iterable[tuple[Tensor, Tensor | None]],
     *,
     steps: int,
-    lr: float = 3e-3,
+    lr: float = 2e-3,
     refresh_every: int = 5,
     on_step: Callable[[int, dict[str, float]], None] = lambda step, losses: None,
 ) -> None:
@@ -63,7 +63,7 @@ def prune(
     pruner: str | Pruner = "wanda",
     spaces: Sequence[str] = ("residual", "value_heads"),
     steps: int = 100,
-    lr: float = 3e-3,
+    lr: float = 2e-3,
     num_sequences: int = 64,
     seq_len: int = 1024,
     seed: int = 0,
