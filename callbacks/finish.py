@@ -101,8 +101,9 @@ class Finish(Callback):
 
         def pruned(rotations: dict[str, Tensor] | None, directory: Path) -> None:
             model = load_model(name)
-            shared = moments if rotations else None
-            prune_model(model, pruner, pattern, track(batches, "calibration"), rotations, shared)
+            # Learned rotations keep the statistics that they were learned with; controls get the better ones.
+            known = moments if rotations is learned else None
+            prune_model(model, pruner, pattern, batches, rotations, known, track)
             save_model(model, tokenizer, directory, replace=True)
 
         save_rotations(learned, module.rotated.base, run / "rotations", replace=True)

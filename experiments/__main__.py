@@ -7,6 +7,8 @@ import os
 import sys
 from importlib import import_module
 
+from safetensors import SafetensorError
+
 from rotpruner.errors import InputError
 
 #: Command → (module with a `main(arguments)`, what it does).
@@ -35,10 +37,11 @@ def main(arguments: list[str]) -> int:
         import_module(module).main(arguments[1:])
     except InputError as error:
         return _refuse(str(error))
-    except OSError as error:
-        if error.errno != errno.ENOSPC:
+    except (OSError, RuntimeError, SafetensorError) as error:
+        # Three libraries write files, each with its own way to say this.
+        if getattr(error, "errno", None) != errno.ENOSPC and "No space left" not in str(error):
             raise
-        return _refuse(f"the disk is full while writing '{error.filename}'; free some space and run again")
+        return _refuse("the disk is full; free some space and run again: what was whole before still is")
     return 0
 
 

@@ -14,6 +14,7 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 from jsonargparse import ArgumentError
 from lightning import Callback, LightningModule, Trainer
@@ -94,6 +95,12 @@ class FitCLI(LightningCLI):
             sys.exit(0)
         checkpoint = self.run_directory / "checkpoints" / "last.ckpt"
         if checkpoint.is_file():
+            try:
+                torch.load(checkpoint, map_location="cpu", weights_only=True)
+            except Exception as error:  # a damaged archive shows itself in many ways
+                raise InputError(
+                    f"checkpoint '{checkpoint}' is damaged ({type(error).__name__}); remove it to begin the run again"
+                ) from error
             console.print(f"going on from {checkpoint}")
             self.resume_from = checkpoint
 

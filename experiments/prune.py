@@ -14,7 +14,7 @@ from rotpruner.artifacts import check_new_directory, load_rotations, save_model
 from rotpruner.errors import InputError
 from rotpruner.families import available_spaces
 from rotpruner.loading import check_pattern, load_config, load_model, load_tokenizer, meta_model
-from rotpruner.oneshot import prune_model, sparsity_of
+from rotpruner.oneshot import gather_model_moments, prune_model, sparsity_of
 from rotpruner.patterns import Scope, parse_pattern
 from rotpruner.pruners import PRUNERS, resolve_pruner
 from rotpruner.rotations import random_rotations
@@ -33,6 +33,12 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--seed", type=at_least(0), default=0, help="of the calibration and of random rotations")
     parser.add_argument("--rotations", help="directory of learned rotations, or 'random'")
     parser.add_argument("--output", required=True, type=Path, help="directory to write; must not exist yet")
+    parser.add_argument(
+        "--statistics",
+        choices=("sequential", "dense"),
+        default="sequential",
+        help="of what pruned predecessors give each block, or of the dense model, as rotations are learned",
+    )
     options = parser.parse_args(arguments)
 
     pruner, pattern = resolve_pruner(options.pruner), parse_pattern(options.pattern, options.scope)
@@ -60,7 +66,10 @@ def main(arguments: list[str]) -> None:
         rotations = load_rotations(options.rotations, model)
 
     started = time.perf_counter()
-    prune_model(model, pruner, pattern, track(tokens.split(1), "calibration"), rotations)
+    batches, moments = tokens.split(1), None
+    if options.statistics == "dense" and pattern.sparsity > 0:
+        moments = gather_model_moments(model, pruner, rotations or {}, track(batches, "calibration"))
+    prune_model(model, pruner, pattern, batches, rotations, moments, track)
     seconds = round(time.perf_counter() - started, 1)
     save_model(model, tokenizer, options.output)
     console.print(f"saved {options.output}")

@@ -2,37 +2,48 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterable, Mapping
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from itertools import groupby
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from rotpruner.families import block_linears, linear_modules, module_at
+from rotpruner.families import BlockLinear, block_linears, linear_modules, module_at
 from rotpruner.fusion import fuse_block_norms
 from rotpruner.loading import check_pattern
 from rotpruner.patterns import Pattern
 from rotpruner.pruners import Pruner
+from rotpruner.replay import BlockReplay
 from rotpruner.rotations import merge_rotations, sides, space_shape
-from rotpruner.statistics import Moment, gather_moments
+from rotpruner.statistics import Moment, gather_moments, watch_inputs
 
 
 def gather_model_moments(
     model: nn.Module, pruner: Pruner, spaces: Container[str], batches: Iterable[Tensor]
 ) -> dict[str, Moment]:
-    """What a pruner needs to know of each group of linears, keyed by the group's first linear.
+    """What a pruner needs to know of each group of linears of the dense model, keyed by the group's first linear.
 
     Args:
-        model: plain model; if its residual stream is to be rotated, with fused block norms.
+        model: plain model; its block norms are fused if its residual stream is to be rotated.
         spaces: names of the spaces that will be rotated, which decides how much must be gathered.
         batches: token ids, each (sequences, seq_len).
     """
+    if "residual" in spaces:
+        fuse_block_norms(model)
     if pruner.needs == "nothing":
         return {}
-    widths: dict[str, int] = {}
+    linears = block_linears(model.config)
+    return gather_moments(model, *_to_watch(model, linears, pruner, spaces), batches)
+
+
+def _to_watch(
+    model: nn.Module, linears: Iterable[BlockLinear], pruner: Pruner, spaces: Container[str]
+) -> tuple[dict[str, nn.Module], dict[str, int]]:
+    """The first linear of each group, and the width of the diagonal blocks to gather of its input."""
     modules: dict[str, nn.Module] = {}
-    for linear in block_linears(model.config):
+    widths: dict[str, int] = {}
+    for linear in linears:
         if linear.name != linear.group:
             continue
         module = modules[linear.name] = module_at(model, linear.name)
@@ -42,7 +53,7 @@ def gather_model_moments(
             widths[linear.name] = space_shape(model.config, linear.spec.reads)[2]
         else:
             widths[linear.name] = 1
-    return gather_moments(model, modules, widths, batches)
+    return modules, widths
 
 
 @torch.no_grad()
@@ -50,40 +61,65 @@ def prune_model(
     model: nn.Module,
     pruner: Pruner,
     pattern: Pattern,
-    batches: Iterable[Tensor] = (),
+    batches: Sequence[Tensor] = (),
     rotations: Mapping[str, Tensor] | None = None,
     moments: Mapping[str, Moment] | None = None,
+    progress: Callable[..., Any] = lambda items, description: items,
 ) -> None:
     """Prune every decoder linear of a plain model in place, after moving it into a rotated basis if one is given.
+
+    Without `moments` blocks are pruned in order, each with statistics of what its pruned predecessors give it.
 
     Args:
         model: plain model. Without `rotations` it is not fused and not untied: it is the control.
         pruner, pattern: how.
         batches: calibration token ids, each (sequences, seq_len); read only if `moments` is None.
         rotations: of its spaces, or None.
-        moments: statistics gathered before, in the original basis (fused if the residual rotates).
+        moments: statistics of the dense model gathered before, in the original basis (fused if the residual rotates).
+        progress: wraps the iteration over blocks, for a progress bar.
 
     Raises:
         InputError: a linear cannot take the pattern.
     """
     check_pattern(model, pattern)
     rotations = rotations or {}
-    if "residual" in rotations:
-        fuse_block_norms(model)
-    if moments is None and pattern.sparsity > 0:
-        moments = gather_model_moments(model, pruner, rotations, batches)
     if rotations:
         merge_rotations(model, rotations)
     if pattern.sparsity == 0:
         return
-    for group, members in groupby(block_linears(model.config), key=lambda linear: linear.group):
-        linears = list(members)
-        moment = (moments or {}).get(group)
-        if moment is not None:
-            moment = moment.rotate(sides(rotations, linears[0])[0])
-        for linear in linears:
-            weight = module_at(model, linear.name).weight
-            weight.copy_(pruner.prune(weight, moment, pattern)[0])
+    linears = block_linears(model.config)
+    if moments is None:
+        blocks = groupby(linears, key=lambda linear: linear.layer)
+        replay = BlockReplay(model, batches) if pruner.needs != "nothing" else None
+        for layer, members in progress([(layer, list(members)) for layer, members in blocks], "pruning block by block"):
+            block_moments: dict[str, Moment] = {}
+            if replay is not None:
+                with watch_inputs(*_to_watch(model, members, pruner, ())) as sums:
+                    replay.run(layer)
+                block_moments = sums.means()
+            _prune_linears(model, members, pruner, pattern, block_moments)
+            if replay is not None:
+                replay.advance(layer)
+        return
+    rotated = {
+        linear.group: moments[linear.group].rotate(sides(rotations, linear)[0])
+        for linear in linears
+        if linear.name == linear.group and linear.group in moments
+    }
+    _prune_linears(model, linears, pruner, pattern, rotated)
+
+
+def _prune_linears(
+    model: nn.Module,
+    linears: Iterable[BlockLinear],
+    pruner: Pruner,
+    pattern: Pattern,
+    moments: Mapping[str, Moment],
+) -> None:
+    for group, members in groupby(linears, key=lambda linear: linear.group):
+        weights = [module_at(model, linear.name).weight for linear in members]
+        for weight, (pruned, _) in zip(weights, pruner.prune_group(weights, moments.get(group), pattern), strict=True):
+            weight.copy_(pruned)
 
 
 def sparsity_of(model: nn.Module) -> float:

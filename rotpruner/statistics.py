@@ -8,7 +8,8 @@ block a head for values, single entries where nothing rotates.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterable, Mapping
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, TypeVar
@@ -88,6 +89,48 @@ class Moment:
         return self._derived[key]
 
 
+class MomentSums:
+    """Sums of second moments while some linears are being watched."""
+
+    def __init__(self) -> None:
+        self._sums: dict[str, Tensor] = {}
+        self._tokens: dict[str, int] = {}
+
+    def add(self, name: str, x: Tensor, n: int) -> None:
+        """Add inputs (…, I) of a linear, keeping diagonal blocks of width n."""
+        x = x.detach().flatten(0, -2)
+        x = x.to(torch.promote_types(x.dtype, torch.float32))
+        heads = rearrange(x, "t (b n) -> b n t", n=n)
+        product = heads.square().sum(-1, keepdim=True) if n == 1 else heads @ heads.mT
+        self._sums[name] = self._sums[name] + product if name in self._sums else product
+        self._tokens[name] = self._tokens.get(name, 0) + len(x)
+
+    def means(self) -> dict[str, Moment]:
+        """The moments, averaged over all tokens seen."""
+        return {name: Moment(total / self._tokens[name]) for name, total in self._sums.items()}
+
+
+@contextmanager
+def watch_inputs(linears: Mapping[str, nn.Module], block_widths: Mapping[str, int]) -> Iterator[MomentSums]:
+    """Sum up the second moments of some linears' inputs while the `with` block runs their model.
+
+    Args:
+        linears: modules to watch, by name; one of each group that reads the same input is enough.
+        block_widths: for each name, the width n of the diagonal blocks to keep; it divides the input width.
+    """
+    sums = MomentSums()
+
+    def hook_of(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+        return lambda module, args: sums.add(name, args[0], block_widths[name])
+
+    handles = [module.register_forward_pre_hook(hook_of(name)) for name, module in linears.items()]
+    try:
+        yield sums
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
 @torch.no_grad()
 def gather_moments(
     model: nn.Module,
@@ -95,36 +138,12 @@ def gather_moments(
     block_widths: Mapping[str, int],
     batches: Iterable[Tensor],
 ) -> dict[str, Moment]:
-    """Second moments of the inputs of some linears, averaged over all tokens.
+    """Second moments of the inputs of some linears, averaged over all tokens of batches (sequences, seq_len).
 
-    Args:
-        model: called as `model(input_ids=…)` on every batch, in its own basis.
-        linears: modules to watch, by name; one of each group that reads the same input is enough.
-        block_widths: for each name, the width n of the diagonal blocks to keep; it divides the input width.
-        batches: token ids, each (sequences, seq_len).
-
-    Returns:
-        For each name its moment, float32 sums (float64 for a float64 model).
+    The model is called as `model(input_ids=…)` on every batch, in its own basis; for the other arguments see
+    `watch_inputs`. Sums are float32, float64 for a float64 model.
     """
-    sums: dict[str, Tensor] = {}
-    tokens = 0
-
-    def watch(name: str, n: int):
-        def hook(module: nn.Module, args: tuple[Tensor, ...]) -> None:
-            x = args[0].detach().flatten(0, -2)
-            x = x.to(torch.promote_types(x.dtype, torch.float32))
-            heads = rearrange(x, "t (b n) -> b n t", n=n)
-            product = heads.square().sum(-1, keepdim=True) if n == 1 else heads @ heads.mT
-            sums[name] = sums[name] + product if name in sums else product
-
-        return hook
-
-    handles = [module.register_forward_pre_hook(watch(name, block_widths[name])) for name, module in linears.items()]
-    try:
+    with watch_inputs(linears, block_widths) as sums:
         for input_ids in batches:
             model(input_ids=input_ids, use_cache=False, logits_to_keep=1)
-            tokens += input_ids.numel()
-    finally:
-        for handle in handles:
-            handle.remove()
-    return {name: Moment(total / tokens) for name, total in sums.items()}
+    return sums.means()

@@ -138,7 +138,7 @@ def test_fit_writes_results_and_export_and_is_shown_again(fit, capsys, prune):
 
     # The rotations of the run prune the model to the same export, by hand.
     config = results["config"]
-    status, output = prune(rotations=run / "rotations", seed=config["seed_everything"])
+    status, output = prune(rotations=run / "rotations", seed=config["seed_everything"], statistics="dense")
     assert status == 0
     by_hand = AutoModelForCausalLM.from_pretrained(output)
     for (name, weight), other in zip(exported.named_parameters(), by_hand.parameters(), strict=True):
@@ -268,6 +268,22 @@ def test_prune_does_not_overwrite(prune, capsys, tmp_path):
     assert status == 2
     assert "exists already" in capsys.readouterr().err
     assert [path.name for path in output.iterdir()] == ["thesis.txt"]
+
+
+def test_a_full_disk_is_one_line(prune, capsys, tmp_path):
+    """A real one, of sixteen kilobytes, where this process may mount it."""
+    small = tmp_path / "small"
+    small.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=16k", "tmpfs", str(small)], capture_output=True)
+    if mounted.returncode:
+        pytest.skip("needs the right to mount a file system")
+    try:
+        status, output = prune(output=small / "pruned")
+        assert status == 2
+        assert "disk is full" in capsys.readouterr().err.splitlines()[-1]
+        assert list(small.iterdir()) == []
+    finally:
+        subprocess.run(["umount", str(small)], check=True)
 
 
 @pytest.mark.parametrize(

@@ -11,9 +11,10 @@ import torch
 from conftest import in_float64, tiny_llama
 
 from rotpruner.errors import InputError
+from rotpruner.families import block_linears
 from rotpruner.fusion import fuse_norms
 from rotpruner.objectives import Objective
-from rotpruner.oneshot import prune_model, sparsity_of
+from rotpruner.oneshot import gather_model_moments, prune_model, sparsity_of
 from rotpruner.orthogonal import (
     OrthogonalMatrices,
     cayley,
@@ -86,9 +87,26 @@ def test_pruned_online_model_equals_the_pruned_merged_one(ids):
     online.rotations.restart(rotations)
     online.calibrate(ids.split(1))
     online.refresh_masks()
-    prune_model(plain, resolve_pruner("wanda"), parse_pattern("2:4"), ids.split(1), rotations)
+    pruner, pattern = resolve_pruner("wanda"), parse_pattern("2:4")
+    moments = gather_model_moments(plain, pruner, rotations, ids.split(1))
+    prune_model(plain, pruner, pattern, rotations=rotations, moments=moments)
     assert sparsity_of(plain) == 0.5
     assert (online(ids).logits - plain(input_ids=ids).logits).abs().max() < 1e-9
+
+
+def test_sequential_statistics_come_from_pruned_predecessors(ids):
+    """Against pruning one block at a time by running the whole model anew."""
+    pruner, pattern = resolve_pruner("wanda"), parse_pattern("2:4")
+    model, naive = in_float64(tiny_llama()), in_float64(tiny_llama())
+    prune_model(model, pruner, pattern, ids.split(1))
+    for layer in range(2):
+        moments = gather_model_moments(naive, pruner, (), ids.split(1))
+        for linear in block_linears(naive.config):
+            if linear.layer == layer:
+                weight = naive.get_submodule(linear.name).weight
+                weight.data.copy_(pruner.prune(weight, moments[linear.group], pattern)[0])
+    for (name, weight), expected in zip(model.named_parameters(), naive.parameters(), strict=True):
+        assert torch.equal(weight, expected), name
 
 
 def test_one_shot_without_rotations_leaves_the_model_unfused_and_tied(ids):

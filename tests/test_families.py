@@ -1,4 +1,4 @@
-"""Every family: rotations of its spaces leave the function alone, what it does not have is refused with the reason."""
+"""Every family: rotations of its spaces leave the function alone, learned and merged."""
 
 from __future__ import annotations
 
@@ -9,17 +9,16 @@ import torch
 import torch.nn.functional as F
 import toy_family
 import transformers
-from torch import nn
+from tiny_models import GATED, MODELS, config_of, exact, tiny
 from transformers import AutoModelForCausalLM
 
-from rotpruner.artifacts import load_rotations, save_rotations
 from rotpruner.errors import InputError
-from rotpruner.families import SPACES, available_spaces, check_space, family_of, module_at
+from rotpruner.families import SPACES, available_spaces, family_of, module_at
 from rotpruner.fusion import fuse_norms
 from rotpruner.loading import check_pattern, meta_model
 from rotpruner.objectives import Objective
 from rotpruner.oneshot import prune_model, sparsity_of
-from rotpruner.orthogonal import OrthogonalMatrices, constraint_error, orthogonality_error, random_orthogonal
+from rotpruner.orthogonal import constraint_error, orthogonality_error
 from rotpruner.patterns import parse_pattern
 from rotpruner.pruners import resolve_pruner
 from rotpruner.rotated_model import RotatedModel
@@ -30,102 +29,6 @@ from rotpruner.rotations import (
     random_rotations,
     space_constraint,
 )
-
-# Two query heads to a key-value head, and heads × head_dim ≠ hidden_size.
-GATED = dict(
-    hidden_size=24,
-    intermediate_size=32,
-    num_hidden_layers=2,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    head_dim=8,
-    vocab_size=64,
-    max_position_embeddings=32,
-    initializer_range=0.1,
-    pad_token_id=0,
-    bos_token_id=1,
-    eos_token_id=2,
-)
-SLIDING = dict(layer_types=["sliding_attention", "full_attention"], sliding_window=4)
-OPT = dict(
-    hidden_size=24,
-    ffn_dim=32,
-    num_hidden_layers=2,
-    num_attention_heads=4,
-    vocab_size=64,
-    max_position_embeddings=32,
-    init_std=0.1,
-)
-LLAMA3_ROPE = dict(
-    rope_type="llama3",
-    rope_theta=5e5,
-    factor=8.0,
-    low_freq_factor=1.0,
-    high_freq_factor=4.0,
-    original_max_position_embeddings=16,
-)
-SOFTCAPS = dict(final_logit_softcapping=3.0, attn_logit_softcapping=5.0)
-
-#: Name → class of the model, its config and the spaces that it has.
-MODELS = {
-    "llama-2": ("Llama", {**GATED, "num_key_value_heads": 4}, SPACES),
-    "llama-3": ("Llama", dict(**GATED, rope_parameters=LLAMA3_ROPE, attention_bias=True, mlp_bias=True), SPACES),
-    "smollm2": ("Llama", dict(**GATED, tie_word_embeddings=True), SPACES),
-    "smollm3": ("SmolLM3", dict(**GATED, no_rope_layers=[1, 0]), SPACES),
-    "mistral": ("Mistral", dict(**GATED, sliding_window=4), SPACES),
-    "qwen2": ("Qwen2", dict(**GATED, use_sliding_window=True, **SLIDING, tie_word_embeddings=True), SPACES),
-    "qwen3": ("Qwen3", dict(**GATED, tie_word_embeddings=True), ("residual", "value_heads")),
-    "gemma": ("Gemma", GATED, SPACES),
-    "gemma-2": ("Gemma2", {**GATED, **SLIDING, **SOFTCAPS}, ("value_heads", "query_key")),
-    "gemma-3": ("Gemma3", {**GATED, **SLIDING, "query_pre_attn_scalar": 16}, ("value_heads",)),
-    "opt": ("OPT", OPT, SPACES),
-    "opt, plain norms": ("OPT", dict(**OPT, layer_norm_elementwise_affine=False, enable_bias=False), SPACES),
-    "opt, post-norm": (
-        "OPT",
-        dict(**OPT, do_layer_norm_before=False, word_embed_proj_dim=16),
-        ("value_heads", "query_key"),
-    ),
-}
-
-
-def config_of(name: str):
-    kind, settings, _ = MODELS[name]
-    suffix = "TextConfig" if kind == "Gemma3" else "Config"
-    return getattr(transformers, kind + suffix)(**copy.deepcopy(settings))
-
-
-@torch.no_grad()
-def tiny(name: str):
-    """A random model with random norm gains and biases, in evaluation mode."""
-    config = config_of(name)
-    torch.manual_seed(0)
-    model = getattr(transformers, MODELS[name][0] + "ForCausalLM")(config).eval()
-    for path, parameter in model.named_parameters():
-        if path.endswith("bias"):
-            parameter.normal_(std=0.2)
-        elif "norm" in path:
-            parameter.uniform_(0.5, 2.0).sub_(family_of(config).gain_offset)
-    return model
-
-
-class OffsetRMSNorm(nn.RMSNorm):
-    """`torch.nn.RMSNorm` with Gemma's gain of 1 + w."""
-
-    def forward(self, x):
-        return F.rms_norm(x, self.normalized_shape, 1 + self.weight, self.eps)
-
-
-def exact(model):
-    """The model in float64, its norms by torch's own; stock RMS norms compute in float32 whatever the dtype."""
-    model = model.double()
-    for path, module in list(model.named_modules()):
-        if type(module).__name__.endswith("RMSNorm"):
-            eps = module.eps if hasattr(module, "eps") else module.variance_epsilon
-            kind = OffsetRMSNorm if type(module).__name__.startswith("Gemma") else nn.RMSNorm
-            norm = kind(len(module.weight), eps=eps, dtype=torch.float64)
-            norm.weight = module.weight
-            model.set_submodule(path, norm)
-    return model
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -296,117 +199,6 @@ def test_pruning_works_where_the_residual_stream_cannot_rotate(name, ids):
         assert sparsity_of(model) == 0.5
         assert model(input_ids=ids).logits.isfinite().all()
         assert model.config.tie_word_embeddings
-
-
-# -- constraints -----------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("map_name", ["cayley", "exponential"])
-@pytest.mark.parametrize("constraint", ["none", "fixes_ones", "planes"])
-def test_maps_and_draws_keep_their_constraint(constraint, map_name):
-    matrices = OrthogonalMatrices(2, 3, 6, map_name, constraint).double()
-    torch.testing.assert_close(matrices(), torch.eye(6, dtype=torch.float64).expand(2, 3, 6, 6))
-    assert matrices.skew[0, 0].numel() == {"none": 15, "fixes_ones": 10, "planes": 3}[constraint]
-    drawn = random_orthogonal(2, 3, 6, torch.Generator().manual_seed(0), constraint, torch.float64)
-    matrices.restart(drawn)
-    with torch.no_grad():
-        matrices.skew.normal_()
-    for Q in (drawn, matrices()):
-        assert orthogonality_error(Q) < 1e-12
-        assert constraint_error(Q, constraint) < 1e-12
-        ones = torch.ones(6, dtype=torch.float64)
-        assert torch.allclose(ones @ Q, ones) == (constraint == "fixes_ones")
-        turned = torch.kron(torch.tensor([[0.0, 1.0], [-1.0, 0.0]]), torch.diag(torch.arange(1.0, 4.0))).double()
-        assert torch.allclose(turned @ Q, Q @ turned) == (constraint == "planes")
-    assert not torch.allclose(matrices(), drawn)
-
-
-def test_draws_in_planes_are_turns_by_any_angle():
-    Q = random_orthogonal(1, 500, 4, torch.Generator().manual_seed(0), "planes", torch.float64)
-    assert (torch.linalg.det(Q) - 1).abs().max() < 1e-12
-    angles = torch.atan2(Q[..., 0, 2], Q[..., 0, 0])
-    assert angles.histc(4, -torch.pi, torch.pi).min() > 90
-
-
-@pytest.mark.parametrize(("name", "space"), [("opt", "residual"), ("llama-2", "query_key")])
-def test_rotations_that_would_change_the_function_are_refused(name, space, tmp_path):
-    model = tiny(name)
-    good = random_rotations(model.config, [space], seed=0)
-    bad = {space: random_orthogonal(*good[space].shape[:3], torch.Generator().manual_seed(0))}
-    before = copy.deepcopy(model.state_dict())
-    for use in (
-        lambda rotations: LearnedRotations(model.config, [space]).restart(rotations),
-        lambda rotations: merge_rotations(model, rotations),
-        lambda rotations: load_rotations(saved(rotations, model, tmp_path), model),
-    ):
-        with pytest.raises(InputError, match=rf"'{space}' would change what this {model.config.model_type} model"):
-            use(bad)
-    assert all(torch.equal(tensor, before[path]) for path, tensor in model.state_dict().items())
-    assert torch.equal(load_rotations(saved(good, model, tmp_path), model)[space], good[space])
-
-
-def saved(rotations, model, directory):
-    save_rotations(rotations, model, directory, replace=True)
-    return directory
-
-
-def test_rotations_that_are_none_are_refused():
-    config = config_of("llama-2")
-    learned = LearnedRotations(config, ["residual"])
-    for bad, reason in ((torch.zeros(1, 1, 24, 24), "not orthogonal"), (torch.eye(8)[None, None], "have shape")):
-        with pytest.raises(InputError, match=reason):
-            learned.restart({"residual": bad})
-    with pytest.raises(InputError, match="spaces"):
-        learned.restart({"value_heads": torch.eye(8)})
-
-
-# -- refusals --------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("config", "space", "reason"),
-    [
-        (config_of("opt, post-norm"), "residual", "stands behind a sum"),
-        (transformers.OPTConfig(**OPT, word_embed_proj_dim=16), "residual", "width 16 are projected to 24"),
-        (transformers.OPTConfig(**OPT, _remove_final_layer_norm=True), "residual", "no norm"),
-        (transformers.OPTConfig(**OPT, enable_bias=False), "residual", "no bias"),
-        (config_of("gemma-2"), "residual", "norms stand between"),
-        (config_of("gemma-3"), "residual", "norms stand between"),
-        (config_of("gemma-3"), "query_key", "norms of their own"),
-        (config_of("qwen3"), "query_key", "norms of their own"),
-        (
-            transformers.LlamaConfig(
-                rope_parameters=dict(rope_theta=1e4, rope_type="default", partial_rotary_factor=0.5)
-            ),
-            "query_key",
-            "a share of 0.5",
-        ),
-    ],
-)
-def test_a_missing_space_is_refused_with_the_reason(config, space, reason):
-    for ask in (check_space, lambda config, space: LearnedRotations(config, [space])):
-        with pytest.raises(
-            InputError,
-            match=f"space '{space}' does not exist in this .*{reason}.*; it has value_heads|"
-            f"space '{space}' does not exist in this .*{reason}.*; it has residual",
-        ):
-            ask(config, space)
-    assert space not in available_spaces(config)
-
-
-@pytest.mark.parametrize(
-    ("config", "reason"),
-    [
-        (transformers.MixtralConfig(), "mixture of experts"),
-        (transformers.Qwen3MoeConfig(), "mixture of experts"),
-        (transformers.T5Config(), "encoder-decoder"),
-        (transformers.Gemma3Config(), "multimodal"),
-        (transformers.GPT2Config(), "unknown model family 'gpt2'; known are gemma, .*register_family"),
-    ],
-)
-def test_other_architectures_are_refused_with_the_reason(config, reason):
-    with pytest.raises(InputError, match=reason):
-        family_of(config)
 
 
 def test_a_final_norm_that_cannot_be_folded_is_refused_before_anything_changes(ids):

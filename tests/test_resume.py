@@ -13,6 +13,8 @@ import torch
 from lightning import Callback
 from safetensors.torch import load_file
 
+from experiments.__main__ import main
+
 STEPS = 12
 HOOKS = ("on_train_batch_start", "on_before_optimizer_step", "on_before_zero_grad", "on_train_batch_end")
 
@@ -100,6 +102,15 @@ def test_checkpoints_hold_no_base_weights_and_load_without_unpickling(config, tm
     assert {name.split(".")[1] for name in checkpoint["state_dict"]} == {"rotations"}
     assert set(checkpoint["mask_rotations"]) == {"residual", "value_heads"}
     assert {"rng_state", "optimizer_states", "lr_schedulers"} <= set(checkpoint)
+
+
+def test_a_damaged_checkpoint_is_refused_by_name(config, tmp_path, capsys):
+    arguments = ["-c", str(config), "--trainer.default_root_dir", str(tmp_path / "run")]
+    assert start(arguments, (5, "on_train_batch_start")) == -signal.SIGKILL
+    checkpoint = tmp_path / "run" / "checkpoints" / "last.ckpt"
+    checkpoint.write_bytes(checkpoint.read_bytes()[:1000])
+    assert main(["fit", *arguments]) == 2
+    assert "last.ckpt' is damaged" in capsys.readouterr().err
 
 
 def test_same_seed_same_rotations_other_seed_others(config, tmp_path):

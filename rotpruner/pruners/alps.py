@@ -14,15 +14,18 @@ from torch import Tensor
 
 from rotpruner.patterns import Pattern
 from rotpruner.pruners.base import Pruner
-from rotpruner.pruners.sparsegpt import obs_saliency
+from rotpruner.pruners.sparsegpt import damped_hessian, obs_saliency
 from rotpruner.statistics import Moment
 
 #: ρ of the first step, and the number of steps between two looks at the support (section 3.2).
 _FIRST_PENALTY = 0.1
 _STEPS_PER_PENALTY = 3
 
-#: The penalty grows by the factor of the first row whose share of the support has changed.
+#: (least share of the support that has changed, growth of ρ): the first row that fits holds.
 _PENALTY_GROWTH = ((0.1, 1.3), (0.005, 1.2), (0.0, 1.1))
+
+#: Conjugate gradients stop when every row's gradient is this small against its first, at W = 0.
+_TOLERANCE = 1e-4
 
 
 class ALPS(Pruner):
@@ -33,12 +36,12 @@ class ALPS(Pruner):
     Args:
         damping: λ = damping · mean(diag H) is added to H's diagonal.
         max_steps: ADMM steps at most; it stops as soon as the mask stands still.
-        refinements: steps of conjugate gradients on the kept weights.
+        refinements: steps of conjugate gradients on the kept weights at most.
     """
 
     needs = "full"
 
-    def __init__(self, damping: float = 0.01, max_steps: int = 300, refinements: int = 10) -> None:
+    def __init__(self, damping: float = 0.01, max_steps: int = 300, refinements: int = 30) -> None:
         self.damping, self.max_steps, self.refinements = damping, max_steps, refinements
 
     def saliency(self, weight: Tensor, moment: Moment | None) -> Tensor:
@@ -53,7 +56,9 @@ class ALPS(Pruner):
     ) -> tuple[Tensor, Tensor]:
         assert moment is not None
         dtype = torch.promote_types(weight.dtype, torch.float32)
-        norms, H = moment.derive(("normalised", self.damping, dtype), self._normalise)
+        norms, H = moment.derive(
+            ("normalised", self.damping, dtype), lambda moment: _normalise(damped_hessian(moment, self.damping, dtype))
+        )
         dense = weight.to(dtype) * norms
         if mask is None:
             eigen = moment.derive(("eigen", self.damping, dtype), lambda _: torch.linalg.eigh(H))
@@ -62,6 +67,12 @@ class ALPS(Pruner):
             start = dense * mask
         pruned = conjugate_gradients(start, dense, H, mask, self.refinements)
         return (pruned / norms).to(weight.dtype), mask
+
+
+def _normalise(H: Tensor) -> tuple[Tensor, Tensor]:
+    """√diag H, (I,), and H with diagonal 1, (I, I)."""
+    norms = H.diagonal().sqrt()
+    return norms, H / norms / norms[:, None]
 
 
 def admm(
@@ -93,10 +104,11 @@ def admm(
         D = shifted * mask
         V = penalty * (shifted - D)
         if (step + 1) % _STEPS_PER_PENALTY == 0:
-            change = ((mask != settled).sum() / mask.sum()).item()
-            if change == 0:
+            changed = (mask != settled).sum().item()
+            if not changed:
                 break
-            penalty *= next(factor for share, factor in _PENALTY_GROWTH if change >= share)
+            share = changed / mask.sum().item()
+            penalty *= next(growth for least, growth in _PENALTY_GROWTH if share >= least)
             settled = mask
     return D, mask
 
@@ -109,19 +121,22 @@ def conjugate_gradients(start: Tensor, dense: Tensor, H: Tensor, mask: Tensor, s
         dense: Ŵ, (O, I).
         H: (I, I), with diagonal 1.
         mask: (O, I) bool.
-        steps: how many.
+        steps: at most.
     """
-    tiny = torch.finfo(H.dtype).tiny
+    target = dense @ H
+    enough = _TOLERANCE**2 * (target * mask).square().sum(1, keepdim=True)
     W = start
-    residual = ((dense - W) @ H) * mask
-    direction = residual
+    direction = residual = (target - W @ H) * mask
     size = residual.square().sum(1, keepdim=True)
     for _ in range(steps):
+        if (size <= enough).all():
+            break
         image = direction @ H
-        # A solved row has size 0, and stays.
-        length = size / (direction * image).sum(1, keepdim=True).clamp_min(tiny)
+        # A solved row has neither size nor curvature, and stays.
+        curvature = (direction * image).sum(1, keepdim=True)
+        length = torch.where(curvature > 0, size / curvature, 0)
         W = W + length * direction
         residual = residual - length * image * mask
         previous, size = size, residual.square().sum(1, keepdim=True)
-        direction = residual + size / previous.clamp_min(tiny) * direction
+        direction = residual + torch.where(previous > 0, size / previous, 0) * direction
     return W

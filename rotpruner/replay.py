@@ -1,0 +1,76 @@
+"""Run a model block by block over a calibration set: what each decoder block gets is kept, and replayed."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from rotpruner.families import family_of, module_at
+
+
+class _LastBlockReached(Exception):  # noqa: N818 - a signal, not an error
+    pass
+
+
+class BlockReplay:
+    """The inputs of one decoder block for every batch, moved forward from block to block.
+
+    A block is called with exactly the arguments that the model gave it: attention masks, rotary position
+    embeddings and whatever else its version of `transformers` passes.
+
+    Args:
+        model: plain causal language model in evaluation mode.
+        batches: token ids, each (sequences, seq_len).
+    """
+
+    def __init__(self, model: nn.Module, batches: Sequence[Tensor]) -> None:
+        self.blocks = module_at(model, family_of(model.config).blocks)
+        # Blocks may get arguments of their own (sliding and full attention take turns in Gemma): ask for each.
+        self._arguments: list[list[dict[str, Any]]] = [[] for _ in self.blocks]
+        self._states: list[Tensor] = []
+        for input_ids in batches:
+            self._record(model, input_ids)
+
+    @torch.no_grad()
+    def _record(self, model: nn.Module, input_ids: Tensor) -> None:
+        """Let the model hand its blocks their arguments, without computing the blocks."""
+
+        def skip(layer: int, block: nn.Module) -> Any:
+            original = block.forward
+
+            def forward(hidden_states: Tensor, **kwargs: Any) -> Any:
+                if layer == 0:
+                    self._states.append(hidden_states)
+                self._arguments[layer].append(kwargs)
+                if layer == len(self.blocks) - 1:
+                    raise _LastBlockReached
+                return hidden_states
+
+            block.forward = forward
+            return original
+
+        originals = [skip(layer, block) for layer, block in enumerate(self.blocks)]
+        try:
+            model(input_ids=input_ids, use_cache=False)
+        except _LastBlockReached:
+            pass
+        finally:
+            for block, original in zip(self.blocks, originals, strict=True):
+                block.forward = original
+
+    @torch.no_grad()
+    def run(self, layer: int) -> list[Tensor]:
+        """The outputs of a block for every batch, (sequences, seq_len, d) each."""
+        outputs = []
+        for states, kwargs in zip(self._states, self._arguments[layer], strict=True):
+            output = self.blocks[layer](states, **kwargs)
+            outputs.append(output[0] if isinstance(output, tuple) else output)
+        return outputs
+
+    def advance(self, layer: int) -> None:
+        """Go on to the next block with what this one gives now."""
+        self._states = self.run(layer)
+        self._arguments[layer] = []

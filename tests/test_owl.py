@@ -1,0 +1,56 @@
+"""Layer sparsities by outlier ratio."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from rotpruner.errors import InputError
+from rotpruner.owl import outlier_sparsities
+
+
+def layer(outliers: int, size: int = 1000) -> torch.Tensor:
+    saliency = torch.ones(size)
+    saliency[:outliers] = 100.0  # with at most 10 % of them, the mean stays below a fifth of 100
+    return saliency
+
+
+def test_outliers_lower_a_layers_sparsity_linearly():
+    # Ratios 0, 0.01, 0.02, 0.05 have mean 0.02; the last is the farthest from it, 0.03 above.
+    sparsities = outlier_sparsities([layer(0), layer(10), layer(20), layer(50)], 0.6, spread=0.09)
+    assert sparsities == pytest.approx([0.66, 0.63, 0.6, 0.51])
+
+
+def test_threshold_is_a_multiple_of_the_layers_mean():
+    saliency = torch.tensor([1.0] * 98 + [5.0, 9.0])  # mean 1.12: 5 × mean = 5.6, 4 × mean = 4.48
+    assert outlier_sparsities([saliency, torch.ones(4)], 0.5, threshold=5) == pytest.approx([0.42, 0.58])
+    even = torch.tensor([1.0] * 99 + [9.0])  # one outlier of 100, whatever the threshold
+    higher, lower = outlier_sparsities([even, saliency], 0.5, threshold=4)
+    assert higher > 0.5 > lower
+    assert outlier_sparsities([even, saliency], 0.5, threshold=5) == [0.5, 0.5]
+
+
+@given(st.lists(st.integers(0, 100), min_size=1, max_size=40), st.floats(0.1, 0.9), st.floats(0, 0.09))
+@settings(deadline=None, max_examples=100)
+def test_mean_is_exact_and_bounds_hold(outliers: list[int], sparsity: float, spread: float):
+    sparsities = outlier_sparsities((layer(count) for count in outliers), sparsity, spread=spread)
+    assert sum(sparsities) / len(sparsities) == pytest.approx(sparsity, abs=1e-12)
+    assert all(sparsity - spread - 1e-12 <= each <= sparsity + spread + 1e-12 for each in sparsities)
+    order = sorted(range(len(outliers)), key=lambda index: outliers[index])
+    assert all(
+        sparsities[low] >= sparsities[high] - 1e-12 for low, high in zip(order, order[1:], strict=False)
+    )
+
+
+def test_layers_alike_share_one_sparsity_and_none_give_none():
+    assert outlier_sparsities([layer(3), layer(3)], 0.5) == [0.5, 0.5]
+    assert outlier_sparsities([torch.zeros(5), torch.zeros(5)], 0.5) == [0.5, 0.5]
+    assert outlier_sparsities([], 0.5) == []
+
+
+@pytest.mark.parametrize(("sparsity", "spread"), [(0.05, 0.08), (0.95, 0.08), (0.5, -0.1), (1.2, 0.0)])
+def test_a_spread_out_of_bounds_is_refused(sparsity: float, spread: float):
+    with pytest.raises(InputError, match="choose a smaller spread"):
+        outlier_sparsities([layer(1)], sparsity, spread=spread)

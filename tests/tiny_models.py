@@ -1,0 +1,112 @@
+"""A tiny random model of every family, and what makes it exact."""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+import torch.nn.functional as F
+import transformers
+from torch import nn
+
+from rotpruner.families import SPACES, family_of
+
+# Two query heads to a key-value head, and heads × head_dim ≠ hidden_size.
+GATED = dict(
+    hidden_size=24,
+    intermediate_size=32,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=8,
+    vocab_size=64,
+    max_position_embeddings=32,
+    initializer_range=0.1,
+    pad_token_id=0,
+    bos_token_id=1,
+    eos_token_id=2,
+)
+SLIDING = dict(layer_types=["sliding_attention", "full_attention"], sliding_window=4)
+OPT = dict(
+    hidden_size=24,
+    ffn_dim=32,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    vocab_size=64,
+    max_position_embeddings=32,
+    init_std=0.1,
+)
+LLAMA3_ROPE = dict(
+    rope_type="llama3",
+    rope_theta=5e5,
+    factor=8.0,
+    low_freq_factor=1.0,
+    high_freq_factor=4.0,
+    original_max_position_embeddings=16,
+)
+SOFTCAPS = dict(final_logit_softcapping=3.0, attn_logit_softcapping=5.0)
+
+#: Name → class of the model, its config and the spaces that it has.
+MODELS = {
+    "llama-2": ("Llama", {**GATED, "num_key_value_heads": 4}, SPACES),
+    "llama-3": ("Llama", dict(**GATED, rope_parameters=LLAMA3_ROPE, attention_bias=True, mlp_bias=True), SPACES),
+    "smollm2": ("Llama", dict(**GATED, tie_word_embeddings=True), SPACES),
+    "smollm3": ("SmolLM3", dict(**GATED, no_rope_layers=[1, 0]), SPACES),
+    "mistral": ("Mistral", dict(**GATED, sliding_window=4), SPACES),
+    "qwen2": ("Qwen2", dict(**GATED, use_sliding_window=True, **SLIDING, tie_word_embeddings=True), SPACES),
+    "qwen3": ("Qwen3", dict(**GATED, tie_word_embeddings=True), ("residual", "value_heads")),
+    "gemma": ("Gemma", GATED, SPACES),
+    "gemma-2": ("Gemma2", {**GATED, **SLIDING, **SOFTCAPS}, ("value_heads", "query_key")),
+    "gemma-3": ("Gemma3", {**GATED, **SLIDING, "query_pre_attn_scalar": 16}, ("value_heads",)),
+    "opt": ("OPT", OPT, SPACES),
+    "opt, plain norms": (
+        "OPT",
+        dict(**OPT, layer_norm_elementwise_affine=False, enable_bias=False, layerdrop=0.5, attention_dropout=0.5),
+        SPACES,
+    ),
+    "opt, post-norm": (
+        "OPT",
+        dict(**OPT, do_layer_norm_before=False, word_embed_proj_dim=16),
+        ("value_heads", "query_key"),
+    ),
+}
+
+
+def config_of(name: str):
+    kind, settings, _ = MODELS[name]
+    suffix = "TextConfig" if kind == "Gemma3" else "Config"
+    return getattr(transformers, kind + suffix)(**copy.deepcopy(settings))
+
+
+@torch.no_grad()
+def tiny(name: str):
+    """A random model with random norm gains and biases, in evaluation mode."""
+    config = config_of(name)
+    torch.manual_seed(0)
+    model = getattr(transformers, MODELS[name][0] + "ForCausalLM")(config).eval()
+    for path, parameter in model.named_parameters():
+        if path.endswith("bias"):
+            parameter.normal_(std=0.2)
+        elif "norm" in path:
+            parameter.uniform_(0.5, 2.0).sub_(family_of(config).gain_offset)
+    return model
+
+
+class OffsetRMSNorm(nn.RMSNorm):
+    """`torch.nn.RMSNorm` with Gemma's gain of 1 + w."""
+
+    def forward(self, x):
+        return F.rms_norm(x, self.normalized_shape, 1 + self.weight, self.eps)
+
+
+def exact(model):
+    """The model in float64, its norms by torch's own; stock RMS norms compute in float32 whatever the dtype."""
+    model = model.double()
+    for path, module in list(model.named_modules()):
+        if type(module).__name__.endswith("RMSNorm"):
+            eps = module.eps if hasattr(module, "eps") else module.variance_epsilon
+            kind = OffsetRMSNorm if type(module).__name__.startswith("Gemma") else nn.RMSNorm
+            norm = kind(len(module.weight), eps=eps, dtype=torch.float64)
+            norm.weight = module.weight
+            model.set_submodule(path, norm)
+    return model
