@@ -103,7 +103,8 @@ class Finish(Callback):
             model = load_model(name)
             # Learned rotations keep the statistics that they were learned with; controls get the better ones.
             known = moments if rotations is learned else None
-            prune_model(model, pruner, pattern, batches, rotations, known, track)
+            dtype = module.base_dtype if module.base_dtype.itemsize < 4 else None
+            prune_model(model, pruner, pattern, batches, rotations, known, dtype, track)
             save_model(model, tokenizer, directory, replace=True)
 
         save_rotations(learned, module.rotated.base, run / "rotations", replace=True)

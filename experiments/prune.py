@@ -69,7 +69,7 @@ def main(arguments: list[str]) -> None:
     batches, moments = tokens.split(1), None
     if options.statistics == "dense" and pattern.sparsity > 0:
         moments = gather_model_moments(model, pruner, rotations or {}, track(batches, "calibration"))
-    prune_model(model, pruner, pattern, batches, rotations, moments, track)
+    prune_model(model, pruner, pattern, batches, rotations, moments, progress=track)
     seconds = round(time.perf_counter() - started, 1)
     save_model(model, tokenizer, options.output)
     console.print(f"saved {options.output}")

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from rotpruner.artifacts import load_rotations, read_rotations
 from rotpruner.errors import InputError
-from rotpruner.families import check_space
+from rotpruner.families import SPACES, check_space
 from rotpruner.loading import check_pattern, load_config, load_model, meta_model
 from rotpruner.objectives import Objective
 from rotpruner.orthogonal import MapName, orthogonality_error
@@ -86,7 +86,7 @@ class RotationModule(LightningModule):
         self.pruner = resolve_pruner(pruner)
         self.pattern = parse_pattern(pattern, scope)
         if not spaces:
-            raise InputError("spaces is empty; name at least one of residual, value_heads")
+            raise InputError(f"spaces is empty; name at least one of {', '.join(SPACES)}")
         self.model_name, self.spaces = model, spaces
         config = load_config(model)
         for space in spaces:

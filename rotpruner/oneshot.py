@@ -64,6 +64,7 @@ def prune_model(
     batches: Sequence[Tensor] = (),
     rotations: Mapping[str, Tensor] | None = None,
     moments: Mapping[str, Moment] | None = None,
+    calibration_dtype: torch.dtype | None = None,
     progress: Callable[..., Any] = lambda items, description: items,
 ) -> None:
     """Prune every decoder linear of a plain model in place, after moving it into a rotated basis if one is given.
@@ -76,6 +77,7 @@ def prune_model(
         batches: calibration token ids, each (sequences, seq_len); read only if `moments` is None.
         rotations: of its spaces, or None.
         moments: statistics of the dense model gathered before, in the original basis (fused if the residual rotates).
+        calibration_dtype: of the matrix products that give the statistics of a block; None is the model's own.
         progress: wraps the iteration over blocks, for a progress bar.
 
     Raises:
@@ -90,7 +92,7 @@ def prune_model(
     linears = block_linears(model.config)
     if moments is None:
         blocks = groupby(linears, key=lambda linear: linear.layer)
-        replay = BlockReplay(model, batches) if pruner.needs != "nothing" else None
+        replay = BlockReplay(model, batches, calibration_dtype) if pruner.needs != "nothing" else None
         for layer, members in progress([(layer, list(members)) for layer, members in blocks], "pruning block by block"):
             block_moments: dict[str, Moment] = {}
             if replay is not None:

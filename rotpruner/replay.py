@@ -24,9 +24,11 @@ class BlockReplay:
     Args:
         model: plain causal language model in evaluation mode.
         batches: token ids, each (sequences, seq_len).
+        dtype: of matrix products, under autocast; None keeps the model's.
     """
 
-    def __init__(self, model: nn.Module, batches: Sequence[Tensor]) -> None:
+    def __init__(self, model: nn.Module, batches: Sequence[Tensor], dtype: torch.dtype | None = None) -> None:
+        self._autocast = torch.autocast(batches[0].device.type, dtype=dtype, enabled=dtype is not None)
         self.blocks = module_at(model, family_of(model.config).blocks)
         # Blocks may get arguments of their own (sliding and full attention take turns in Gemma): ask for each.
         self._arguments: list[list[dict[str, Any]]] = [[] for _ in self.blocks]
@@ -66,7 +68,8 @@ class BlockReplay:
         """The outputs of a block for every batch, (sequences, seq_len, d) each."""
         outputs = []
         for states, kwargs in zip(self._states, self._arguments[layer], strict=True):
-            output = self.blocks[layer](states, **kwargs)
+            with self._autocast:
+                output = self.blocks[layer](states, **kwargs)
             outputs.append(output[0] if isinstance(output, tuple) else output)
         return outputs
 

@@ -278,7 +278,7 @@ def test_a_full_disk_is_one_line(prune, capsys, tmp_path):
     if mounted.returncode:
         pytest.skip("needs the right to mount a file system")
     try:
-        status, output = prune(output=small / "pruned")
+        status, _ = prune(output=small / "pruned")
         assert status == 2
         assert "disk is full" in capsys.readouterr().err.splitlines()[-1]
         assert list(small.iterdir()) == []

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -39,9 +41,7 @@ def test_mean_is_exact_and_bounds_hold(outliers: list[int], sparsity: float, spr
     assert sum(sparsities) / len(sparsities) == pytest.approx(sparsity, abs=1e-12)
     assert all(sparsity - spread - 1e-12 <= each <= sparsity + spread + 1e-12 for each in sparsities)
     order = sorted(range(len(outliers)), key=lambda index: outliers[index])
-    assert all(
-        sparsities[low] >= sparsities[high] - 1e-12 for low, high in zip(order, order[1:], strict=False)
-    )
+    assert all(sparsities[low] >= sparsities[high] - 1e-12 for low, high in pairwise(order))
 
 
 def test_layers_alike_share_one_sparsity_and_none_give_none():
