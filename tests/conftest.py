@@ -108,7 +108,11 @@ def test_text_file(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(autouse=True)
-def _cache(tmp_path_factory, monkeypatch, request):
-    """Calibration caches of the tests do not mix with the user's; real models are taken from the user's."""
+def _alone(tmp_path_factory, monkeypatch, request):
+    """Tiny models run on one thread, many times faster than on two, and with caches of their own."""
+    threads = torch.get_num_threads()
     if "slow" not in request.keywords:
+        torch.set_num_threads(1)
         monkeypatch.setenv("ROTPRUNER_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
+    yield
+    torch.set_num_threads(threads)

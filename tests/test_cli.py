@@ -11,6 +11,7 @@ import pytest
 import torch
 import yaml
 from conftest import tiny_llama
+from tiny_models import MODELS, tiny
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, LlamaConfig
 
 from experiments.__main__ import main
@@ -153,6 +154,34 @@ def test_pruner_row_equals_the_prune_command(fit, prune, capsys, test_text_file)
     arguments = ["--model", output, "--text", test_text_file, "--seq_len", 32, "--max_tokens", 256, "--json"]
     assert main(["evaluate", *map(str, arguments)]) == 0
     assert json.loads(capsys.readouterr().out)["ppl"]["other_words"] == pytest.approx(row["ppl"]["other_words"])
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_every_family_is_rotated_from_the_command_line(name, prune, tokenizer, tmp_path):
+    model = tiny(name, vocab_size=320, max_position_embeddings=128)
+    model.save_pretrained(tmp_path / "dense")
+    tokenizer.save_pretrained(tmp_path / "dense")
+    status, output = prune(model=tmp_path / "dense", pattern="0.0", rotations="random")
+    assert status == 0
+    rotated = AutoModelForCausalLM.from_pretrained(output)
+    assert type(rotated) is type(model)
+    ids = torch.arange(48).view(2, 24)
+    assert (model(input_ids=ids).logits - rotated(input_ids=ids).logits).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("name", ["opt", "qwen3", "gemma-2"])
+@pytest.mark.parametrize("pruner", ["wanda", "sparsegpt"])
+def test_fit_of_other_families(name, pruner, fit, tokenizer, tmp_path):
+    model = tiny(name, vocab_size=320, max_position_embeddings=128)
+    model.save_pretrained(tmp_path / "dense")
+    tokenizer.save_pretrained(tmp_path / "dense")
+    spaces = ["--model.spaces", "[" + ", ".join(MODELS[name][2]) + "]"]
+    status, run = fit("--model.model", str(tmp_path / "dense"), "--model.pruner", pruner, *spaces)
+    assert status == 0
+    exported = AutoModelForCausalLM.from_pretrained(run / "export")
+    assert type(exported) is type(model)
+    assert sparsity_of(exported) == 0.5
+    assert torch.isfinite(exported(input_ids=torch.arange(24)[None]).logits).all()
 
 
 # -- configs ---------------------------------------------------------------------------------------

@@ -22,12 +22,13 @@ PATTERNS = [NM(2, 4), NM(4, 8), Unstructured(0.5), Unstructured(0.7), Unstructur
 UPDATING = ["sparsegpt", "alps"]
 
 
-def problem(O: int, I: int, seed: int = 0, tokens: int | None = None) -> tuple[Tensor, Tensor]:  # noqa: E741
+def problem(rows: int, width: int, seed: int = 0) -> tuple[Tensor, Tensor]:
     """A weight (O, I) and a moment (I, I) of correlated inputs of very different sizes, float32."""
     generator = torch.Generator().manual_seed(seed)
-    X = torch.randn(tokens or 3 * I, I, generator=generator) @ torch.randn(I, I, generator=generator) / I**0.5
-    X = (X + torch.randn(I, generator=generator)) * torch.rand(I, generator=generator).mul(4).exp()
-    return torch.randn(O, I, generator=generator) / I**0.5, X.mT @ X / len(X)
+    mixing = torch.randn(width, width, generator=generator) / width**0.5
+    X = torch.randn(3 * width, width, generator=generator) @ mixing + torch.randn(width, generator=generator)
+    X = X * torch.rand(width, generator=generator).mul(4).exp()
+    return torch.randn(rows, width, generator=generator) / width**0.5, X.mT @ X / len(X)
 
 
 def loss(pruned: Tensor, weight: Tensor, H: Tensor) -> float:
@@ -179,7 +180,7 @@ def test_masks_hold_the_pattern_exactly_and_prune_agrees_with_mask(name: str, pa
 @pytest.mark.parametrize("name", PRUNERS)
 def test_group_equals_one_at_a_time(name: str, pattern: Pattern):
     H = problem(1, 136)[1].double()
-    weights = [problem(O, 136, seed=O)[0].double() for O in (12, 4, 4)]
+    weights = [problem(rows, 136, seed=rows)[0].double() for rows in (12, 4, 4)]
     pruner = resolve_pruner(name)
     single = [pruner.prune(weight, Moment(H[None]), pattern) for weight in weights]
     masks = [pattern.mask(weight.abs()) for weight in weights]

@@ -72,16 +72,16 @@ MODELS = {
 }
 
 
-def config_of(name: str):
+def config_of(name: str, **overrides):
     kind, settings, _ = MODELS[name]
     suffix = "TextConfig" if kind == "Gemma3" else "Config"
-    return getattr(transformers, kind + suffix)(**copy.deepcopy(settings))
+    return getattr(transformers, kind + suffix)(**copy.deepcopy({**settings, **overrides}))
 
 
 @torch.no_grad()
-def tiny(name: str):
+def tiny(name: str, **overrides):
     """A random model with random norm gains and biases, in evaluation mode."""
-    config = config_of(name)
+    config = config_of(name, **overrides)
     torch.manual_seed(0)
     model = getattr(transformers, MODELS[name][0] + "ForCausalLM")(config).eval()
     for path, parameter in model.named_parameters():

@@ -56,13 +56,12 @@ class ALPS(Pruner):
     ) -> tuple[Tensor, Tensor]:
         assert moment is not None
         dtype = torch.promote_types(weight.dtype, torch.float32)
-        norms, H = moment.derive(
-            ("normalised", self.damping, dtype), lambda moment: _normalise(damped_hessian(moment, self.damping, dtype))
-        )
+        key = (self.damping, dtype)
+        norms, H = moment.derive(("normalised", *key), lambda moment: _normalise(damped_hessian(moment, *key)))
         dense = weight.to(dtype) * norms
         if mask is None:
-            eigen = moment.derive(("eigen", self.damping, dtype), lambda _: torch.linalg.eigh(H))
-            start, mask = admm(dense, H, eigen, pattern, self.max_steps)
+            eigen = moment.derive(("eigen", *key), lambda _: _eigen(H))
+            start, mask = admm(dense, eigen, pattern, self.max_steps)
         else:
             start = dense * mask
         pruned = conjugate_gradients(start, dense, H, mask, self.refinements)
@@ -75,31 +74,37 @@ def _normalise(H: Tensor) -> tuple[Tensor, Tensor]:
     return norms, H / norms / norms[:, None]
 
 
-def admm(
-    dense: Tensor, H: Tensor, eigen: tuple[Tensor, Tensor], pattern: Pattern, max_steps: int
-) -> tuple[Tensor, Tensor]:
+def _eigen(H: Tensor) -> tuple[Tensor, Tensor]:
+    """Eigenvalues (I,) and eigenvectors (I, I): float64 arithmetic, since the masks feel float32's rounding."""
+    values, vectors = torch.linalg.eigh(H.double())
+    return values.to(H.dtype), vectors.to(H.dtype)
+
+
+def admm(dense: Tensor, eigen: tuple[Tensor, Tensor], pattern: Pattern, max_steps: int) -> tuple[Tensor, Tensor]:
     """Weights that lie in the pattern and their mask, both (O, I), for normalised inputs (algorithm 1).
 
     With W the weights, D their copy in the pattern and V the multiplier of W = D, a step is
 
         W ← (Ŵ H − V + ρ D) (H + ρ I)⁻¹,    D ← P(W + V / ρ),    V ← V + ρ (W − D).
 
+    W is computed as Ŵ + (ρ (D − Ŵ) − V) (H + ρ I)⁻¹, which is the same and loses no digits to Ŵ H.
+
     Args:
         dense: Ŵ, (O, I).
-        H: (I, I), with diagonal 1.
-        eigen: eigenvalues (I,) and eigenvectors (I, I) of H, so that a new ρ costs one product.
+        eigen: eigenvalues (I,) and eigenvectors (I, I) of H, whose diagonal is 1; a new ρ costs one product.
         pattern: P keeps its largest weights.
         max_steps: steps at most.
     """
     values, vectors = eigen
-    target, V = dense @ H, torch.zeros_like(dense)
+    V = torch.zeros_like(dense)
     settled = mask = pattern.mask(dense.abs())
     D = dense * mask
     penalty = _FIRST_PENALTY
     for step in range(max_steps):
         if step % _STEPS_PER_PENALTY == 0:
             inverse = (vectors / (values + penalty)) @ vectors.mT
-        shifted = (target - V + penalty * D) @ inverse + V / penalty
+        W = dense + (penalty * (D - dense) - V) @ inverse
+        shifted = W + V / penalty
         mask = pattern.mask(shifted.abs())
         D = shifted * mask
         V = penalty * (shifted - D)
