@@ -32,9 +32,8 @@ def outlier_sparsities(
             f"outlier ratios spread sparsity {sparsity:g} by {spread:g}, out of [0, 1); choose a smaller spread"
         )
     ratios = [(layer > threshold * layer.mean()).double().mean().item() for layer in saliencies]
-    if not ratios:
-        return []
+    if len(set(ratios)) <= 1:
+        return [sparsity] * len(ratios)
     mean = sum(ratios) / len(ratios)
     farthest = max(abs(ratio - mean) for ratio in ratios)
-    scale = spread / farthest if farthest > 0 else 0.0
-    return [sparsity - scale * (ratio - mean) for ratio in ratios]
+    return [sparsity - spread * (ratio - mean) / farthest for ratio in ratios]

@@ -66,7 +66,7 @@ class NM:
     def mask(self, saliency: Tensor) -> Tensor:
         groups = rearrange(saliency, "o (g m) -> o g m", m=self.m)
         if self.m > _MAX_PAIRWISE_GROUP:
-            return rearrange(_keep_largest(groups, self.n), "o g m -> o (g m)")
+            return rearrange(keep_largest(groups, self.n), "o g m -> o (g m)")
         members = groups.unbind(-1)
         losses = [torch.zeros_like(members[0], dtype=torch.int8) for _ in members]
         for i, j in combinations(range(self.m), 2):
@@ -98,10 +98,10 @@ class Unstructured:
     def mask(self, saliency: Tensor) -> Tensor:
         scores = saliency if self.scope == "row" else saliency.reshape(1, -1)
         kept = scores.shape[-1] - round(self.sparsity * scores.shape[-1])
-        return _keep_largest(scores, kept).view_as(saliency)
+        return keep_largest(scores, kept).view_as(saliency)
 
 
-def _keep_largest(scores: Tensor, kept: int) -> Tensor:
+def keep_largest(scores: Tensor, kept: int) -> Tensor:
     """Mask of exactly `kept` entries along the last dimension: those above the kept-th largest, then ties in order."""
     width = scores.shape[-1]
     if kept == width:

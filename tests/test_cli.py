@@ -12,7 +12,7 @@ import torch
 import yaml
 from conftest import tiny_llama
 from tiny_models import MODELS, tiny
-from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, LlamaConfig
+from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, LlamaConfig, OPTConfig
 
 from experiments.__main__ import main
 from lightning_modules.rotation_module import RotationModule
@@ -194,28 +194,28 @@ def test_every_config_parses_and_runs_two_steps_with_tiny_overrides(config, fit)
     assert (run / "results.json").is_file()
 
 
-@pytest.mark.parametrize(
-    ("name", "shape"),
-    [
-        (
-            "llama2-7b",
-            dict(hidden_size=4096, intermediate_size=11008, num_key_value_heads=32, vocab_size=32000),
-        ),
-        (
-            "llama3-8b",
-            dict(hidden_size=4096, intermediate_size=14336, num_key_value_heads=8, vocab_size=128256),
-        ),
-    ],
-)
-def test_large_configs_instantiate_without_memory(name, shape, tmp_path):
-    LlamaConfig(num_hidden_layers=32, num_attention_heads=32, **shape).save_pretrained(tmp_path)
+LLAMA_HEADS = dict(num_hidden_layers=32, num_attention_heads=32, hidden_size=4096)
+LARGE = {
+    "llama2-7b": LlamaConfig(**LLAMA_HEADS, intermediate_size=11008, num_key_value_heads=32, vocab_size=32000),
+    "llama3-8b": LlamaConfig(**LLAMA_HEADS, intermediate_size=14336, num_key_value_heads=8, vocab_size=128256),
+    "opt-125m": OPTConfig(num_hidden_layers=12, num_attention_heads=12, hidden_size=768, ffn_dim=3072),
+    "opt-1.3b": OPTConfig(num_hidden_layers=24, num_attention_heads=32, hidden_size=2048, ffn_dim=8192),
+}
+
+
+@pytest.mark.parametrize("name", LARGE)
+def test_large_configs_instantiate_without_memory(name, tmp_path):
+    LARGE[name].save_pretrained(tmp_path)
     settings = yaml.safe_load(Path(f"experiments/configs/{name}.yaml").read_text())["model"]
     module = RotationModule(**{**settings, "model": str(tmp_path)})
     config = load_config(str(tmp_path))
     with torch.device("meta"):
         rotations = LearnedRotations(config, module.spaces)
-    heads = 32 * shape["num_key_value_heads"] * 128 * 127 // 2
-    assert sum(p.numel() for p in rotations.parameters()) == 4096 * 4095 // 2 + heads
+    d = config.hidden_size - (config.model_type == "opt")  # OPT's rotation fixes one direction
+    heads = getattr(config, "num_key_value_heads", config.num_attention_heads) * config.num_hidden_layers
+    width = config.hidden_size // config.num_attention_heads
+    expected = d * (d - 1) // 2 + heads * width * (width - 1) // 2
+    assert sum(p.numel() for p in rotations.parameters()) == expected
     assert all(p.is_meta for p in meta_model(config).parameters())
 
 

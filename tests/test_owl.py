@@ -45,7 +45,7 @@ def test_mean_is_exact_and_bounds_hold(outliers: list[int], sparsity: float, spr
 
 
 def test_layers_alike_share_one_sparsity_and_none_give_none():
-    assert outlier_sparsities([layer(3), layer(3)], 0.5) == [0.5, 0.5]
+    assert outlier_sparsities([layer(3)] * 3, 0.5) == [0.5] * 3
     assert outlier_sparsities([torch.zeros(5), torch.zeros(5)], 0.5) == [0.5, 0.5]
     assert outlier_sparsities([], 0.5) == []
 

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from rotpruner.errors import InputError
-from rotpruner.patterns import NM, Pattern, Unstructured, _keep_largest
+from rotpruner.patterns import NM, Pattern, Unstructured, keep_largest
 from rotpruner.pruners.base import Pruner
 from rotpruner.statistics import Moment
 
@@ -104,7 +104,7 @@ class SparseGPT(Pruner):
             # Differences of one rounded running total: the blocks' counts add up to the pattern's.
             size = 1 if pattern.scope == "row" else rows
             due = [round(pattern.sparsity * size * stop) for stop in (start, start + columns)]
-            return _keep_largest(flat, flat.shape[1] - (due[1] - due[0])).view(rows, columns).mT
+            return keep_largest(flat, flat.shape[1] - (due[1] - due[0])).view(rows, columns).mT
 
         return self.mask_block, choose
 
