@@ -14,7 +14,7 @@ from rotpruner.artifacts import check_new_directory, load_rotations, save_model
 from rotpruner.errors import InputError
 from rotpruner.families import available_spaces
 from rotpruner.loading import check_pattern, load_config, load_model, load_tokenizer, meta_model
-from rotpruner.oneshot import gather_model_moments, prune_model, sparsity_of
+from rotpruner.oneshot import LayerSparsity, check_layer_sparsity, gather_model_moments, prune_model, sparsity_of
 from rotpruner.patterns import Scope, parse_pattern
 from rotpruner.pruners import PRUNERS, resolve_pruner
 from rotpruner.rotations import random_rotations
@@ -34,6 +34,12 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--rotations", help="directory of learned rotations, or 'random'")
     parser.add_argument("--output", required=True, type=Path, help="directory to write; must not exist yet")
     parser.add_argument(
+        "--layer_sparsity",
+        choices=get_args(LayerSparsity),
+        default="uniform",
+        help="owl: outlier-rich blocks keep more",
+    )
+    parser.add_argument(
         "--statistics",
         choices=("sequential", "dense"),
         default="sequential",
@@ -42,6 +48,7 @@ def main(arguments: list[str]) -> None:
     options = parser.parse_args(arguments)
 
     pruner, pattern = resolve_pruner(options.pruner), parse_pattern(options.pattern, options.scope)
+    check_layer_sparsity(pattern, options.layer_sparsity)
     check_new_directory(options.output)
     check_text(options.calibration)
     config = load_config(options.model)
@@ -69,7 +76,9 @@ def main(arguments: list[str]) -> None:
     batches, moments = tokens.split(1), None
     if options.statistics == "dense" and pattern.sparsity > 0:
         moments = gather_model_moments(model, pruner, rotations or {}, track(batches, "calibration"))
-    prune_model(model, pruner, pattern, batches, rotations, moments, progress=track)
+    prune_model(
+        model, pruner, pattern, batches, rotations, moments, layer_sparsity=options.layer_sparsity, progress=track
+    )
     seconds = round(time.perf_counter() - started, 1)
     save_model(model, tokenizer, options.output)
     console.print(f"saved {options.output}")

@@ -7,6 +7,8 @@ from typing import Any, Literal
 import torch
 from lightning import LightningModule
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from rich.console import Console
+from rich.progress import track
 from torch import Tensor
 
 from rotpruner.artifacts import load_rotations, read_rotations
@@ -144,7 +146,13 @@ class RotationModule(LightningModule):
     def on_fit_start(self) -> None:
         """Gather the calibration statistics and choose the first masks, or those of a checkpoint."""
         tokens = self.trainer.datamodule.tokens  # type: ignore[attr-defined]
-        self.rotated.calibrate(tokens.to(self.device).split(1))
+        batches = track(
+            tokens.to(self.device).split(1),
+            description=f"{'calibration':<28}",
+            console=Console(stderr=True),
+            disable=self.trainer.progress_bar_callback is None or not self.trainer.is_global_zero,
+        )
+        self.rotated.calibrate(batches)
         self.rotated.refresh_masks(self._restored_mask_rotations)
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:

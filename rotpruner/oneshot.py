@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Container, Iterable, Mapping, Sequence
+from dataclasses import replace
 from itertools import groupby
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
 
+from rotpruner.errors import InputError
 from rotpruner.families import BlockLinear, block_linears, linear_modules, module_at
 from rotpruner.fusion import fuse_block_norms
 from rotpruner.loading import check_pattern
-from rotpruner.patterns import Pattern
-from rotpruner.pruners import Pruner
+from rotpruner.owl import outlier_sparsities
+from rotpruner.patterns import Pattern, Unstructured
+from rotpruner.pruners import Pruner, resolve_pruner
 from rotpruner.replay import BlockReplay
 from rotpruner.rotations import merge_rotations, sides, space_shape
 from rotpruner.statistics import Moment, gather_moments, watch_inputs
+
+LayerSparsity = Literal["uniform", "owl"]
 
 
 def gather_model_moments(
@@ -64,6 +69,8 @@ def prune_model(
     batches: Sequence[Tensor] = (),
     rotations: Mapping[str, Tensor] | None = None,
     moments: Mapping[str, Moment] | None = None,
+    *,
+    layer_sparsity: LayerSparsity = "uniform",
     calibration_dtype: torch.dtype | None = None,
     progress: Callable[..., Any] = lambda items, description: items,
 ) -> None:
@@ -77,19 +84,24 @@ def prune_model(
         batches: calibration token ids, each (sequences, seq_len); read only if `moments` is None.
         rotations: of its spaces, or None.
         moments: statistics of the dense model gathered before, in the original basis (fused if the residual rotates).
+        layer_sparsity: `uniform`, or `owl` to let blocks with many outliers keep more (unstructured patterns only).
         calibration_dtype: of the matrix products that give the statistics of a block; None is the model's own.
         progress: wraps the iteration over blocks, for a progress bar.
 
     Raises:
-        InputError: a linear cannot take the pattern.
+        InputError: a linear cannot take the pattern, or the pattern has no sparsity to share out.
     """
     check_pattern(model, pattern)
+    check_layer_sparsity(pattern, layer_sparsity)
     rotations = rotations or {}
     if rotations:
         merge_rotations(model, rotations)
     if pattern.sparsity == 0:
         return
     linears = block_linears(model.config)
+    patterns = [pattern] * model.config.num_hidden_layers
+    if layer_sparsity == "owl":
+        patterns = _outlier_patterns(model, pattern, batches)
     if moments is None:
         blocks = groupby(linears, key=lambda linear: linear.layer)
         replay = BlockReplay(model, batches, calibration_dtype) if pruner.needs != "nothing" else None
@@ -99,7 +111,7 @@ def prune_model(
                 with watch_inputs(*_to_watch(model, members, pruner, ())) as sums:
                     replay.run(layer)
                 block_moments = sums.means()
-            _prune_linears(model, members, pruner, pattern, block_moments)
+            _prune_linears(model, members, pruner, patterns, block_moments)
             if replay is not None:
                 replay.advance(layer)
         return
@@ -108,20 +120,47 @@ def prune_model(
         for linear in linears
         if linear.name == linear.group and linear.group in moments
     }
-    _prune_linears(model, linears, pruner, pattern, rotated)
+    _prune_linears(model, linears, pruner, patterns, rotated)
 
 
 def _prune_linears(
     model: nn.Module,
     linears: Iterable[BlockLinear],
     pruner: Pruner,
-    pattern: Pattern,
+    patterns: Sequence[Pattern],
     moments: Mapping[str, Moment],
 ) -> None:
-    for group, members in groupby(linears, key=lambda linear: linear.group):
+    for (layer, group), members in groupby(linears, key=lambda linear: (linear.layer, linear.group)):
         weights = [module_at(model, linear.name).weight for linear in members]
-        for weight, (pruned, _) in zip(weights, pruner.prune_group(weights, moments.get(group), pattern), strict=True):
+        found = pruner.prune_group(weights, moments.get(group), patterns[layer])
+        for weight, (pruned, _) in zip(weights, found, strict=True):
             weight.copy_(pruned)
+
+
+def check_layer_sparsity(pattern: Pattern, layer_sparsity: str) -> None:
+    """Raise `InputError` if the layers cannot share the pattern out like that."""
+    if layer_sparsity not in get_args(LayerSparsity):
+        raise InputError(
+            f"unknown layer_sparsity '{layer_sparsity}'; choose one of {', '.join(get_args(LayerSparsity))}"
+        )
+    if layer_sparsity == "owl":
+        if not isinstance(pattern, Unstructured):
+            raise InputError(f"layer_sparsity owl needs an unstructured pattern such as 0.5, not '{pattern}'")
+        outlier_sparsities([], pattern.sparsity)
+
+
+def _outlier_patterns(model: nn.Module, pattern: Pattern, batches: Sequence[Tensor]) -> list[Pattern]:
+    """One pattern a block, by the outlier ratios of Wanda's saliencies in the dense model (OWL)."""
+    assert isinstance(pattern, Unstructured)
+    wanda = resolve_pruner("wanda")
+    moments = gather_model_moments(model, wanda, (), batches)
+
+    def saliency(linear: BlockLinear) -> Tensor:
+        return wanda.saliency(module_at(model, linear.name).weight, moments[linear.group]).flatten()
+
+    blocks = groupby(block_linears(model.config), key=lambda linear: linear.layer)
+    saliencies = (torch.cat([saliency(linear) for linear in members]) for _, members in blocks)
+    return [replace(pattern, sparsity=sparsity) for sparsity in outlier_sparsities(saliencies, pattern.sparsity)]
 
 
 def sparsity_of(model: nn.Module) -> float:

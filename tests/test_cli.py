@@ -91,6 +91,19 @@ def test_prune_prints_json_and_writes_a_plain_checkpoint(prune, capsys, pattern,
     assert model.config.tie_word_embeddings
 
 
+def test_outlier_sparsities_differ_by_block_and_keep_the_mean(prune):
+    status, output = prune(pattern="0.5", layer_sparsity="owl")
+    assert status == 0
+    model = AutoModelForCausalLM.from_pretrained(output)
+    zeros = [
+        torch.cat([module.weight.flatten() for module in block.modules() if isinstance(module, torch.nn.Linear)]) == 0
+        for block in model.model.layers
+    ]
+    first, second = (block.float().mean().item() for block in zeros)
+    assert first != second
+    assert (first + second) / 2 == pytest.approx(0.5, abs=0.01)
+
+
 def test_rotate_only_keeps_the_function(prune, capsys, model_directory):
     status, output = prune(pattern="0.0", rotations="random")
     assert status == 0
@@ -249,6 +262,8 @@ def refused(status: int, written: Path, capsys, *mentions: str) -> None:
         (dict(rotations="/no/rotations"), ["/no/rotations"]),
         (dict(model="/no/model"), ["/no/model"]),
         (dict(scope="column"), ["column", "row"]),
+        (dict(layer_sparsity="owl"), ["owl", "2:4"]),
+        (dict(layer_sparsity="owl", pattern="0.95"), ["0.95"]),
         (dict(banana=1), ["banana"]),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
