@@ -7,8 +7,7 @@ import torch
 from callbacks.terminal import track
 from datamodules.evaluation import perplexities, tokenize_texts
 from experiments.arguments import Parser, at_least, report
-from rotpruner.errors import InputError
-from rotpruner.loading import load_config, load_model, load_tokenizer
+from rotpruner.loading import check_seq_len, load_config, load_model, load_tokenizer
 from rotpruner.perplexity import windows
 
 
@@ -21,9 +20,7 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--max_tokens", type=at_least(1), help="first tokens of each text to use; all if left out")
     options = parser.parse_args(arguments)
 
-    limit = load_config(options.model).max_position_embeddings
-    if options.seq_len > limit:
-        raise InputError(f"seq_len {options.seq_len} is longer than the model's {limit} positions; shorten it")
+    check_seq_len(load_config(options.model), options.seq_len)
     tokenizer = load_tokenizer(options.model)
     texts = tokenize_texts(options.text, tokenizer, options.seq_len, options.max_tokens)
     model = load_model(options.model, torch.float32)

@@ -11,9 +11,8 @@ from datamodules.calibration import calibration_tokens
 from datamodules.texts import check_text
 from experiments.arguments import Parser, at_least, report
 from rotpruner.artifacts import check_new_directory, load_rotations, save_model
-from rotpruner.errors import InputError
 from rotpruner.families import available_spaces
-from rotpruner.loading import check_pattern, load_config, load_model, load_tokenizer, meta_model
+from rotpruner.loading import check_pattern, check_seq_len, load_config, load_model, load_tokenizer, meta_model
 from rotpruner.oneshot import LayerSparsity, check_layer_sparsity, gather_model_moments, prune_model, sparsity_of
 from rotpruner.patterns import Scope, parse_pattern
 from rotpruner.pruners import PRUNERS, resolve_pruner
@@ -53,9 +52,7 @@ def main(arguments: list[str]) -> None:
     check_text(options.calibration)
     config = load_config(options.model)
     check_pattern(meta_model(config), pattern)
-    if options.seq_len > config.max_position_embeddings:
-        limit = config.max_position_embeddings
-        raise InputError(f"seq_len {options.seq_len} is longer than the model's {limit} positions; shorten it")
+    check_seq_len(config, options.seq_len)
     tokenizer = load_tokenizer(options.model)
     tokens = calibration_tokens(
         options.calibration,

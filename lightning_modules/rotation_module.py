@@ -14,7 +14,7 @@ from torch import Tensor
 from rotpruner.artifacts import load_rotations, read_rotations
 from rotpruner.errors import InputError
 from rotpruner.families import SPACES, check_space
-from rotpruner.loading import check_pattern, load_config, load_model, meta_model
+from rotpruner.loading import check_pattern, check_seq_len, load_config, load_model, meta_model
 from rotpruner.objectives import Objective
 from rotpruner.orthogonal import MapName, orthogonality_error
 from rotpruner.patterns import Scope, parse_pattern
@@ -96,7 +96,7 @@ class RotationModule(LightningModule):
         check_pattern(meta_model(config), self.pattern)
         if init_rotations is not None:
             read_rotations(init_rotations, config)
-        self._positions = config.max_position_embeddings
+        self._config = config
         self.orthogonal_map, self.start, self.seed = orthogonal_map, start, seed
         self.init_rotations = init_rotations
         self.surrogate, self.objective = surrogate, objective
@@ -107,9 +107,7 @@ class RotationModule(LightningModule):
 
     def setup(self, stage: str) -> None:
         """Check the data against the model before its weights are loaded."""
-        seq_len = self.trainer.datamodule.seq_len  # type: ignore[attr-defined]
-        if seq_len > self._positions:
-            raise InputError(f"seq_len {seq_len} is longer than the model's {self._positions} positions; shorten it")
+        check_seq_len(self._config, self.trainer.datamodule.seq_len)  # type: ignore[attr-defined]
 
     def configure_model(self) -> None:
         """Load the base model and put it under rotations, once."""

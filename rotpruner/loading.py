@@ -94,6 +94,13 @@ def meta_model(config: Any) -> PreTrainedModel:
         return AutoModelForCausalLM.from_config(config)
 
 
+def check_seq_len(config: Any, seq_len: int) -> None:
+    """Raise `InputError` if the model has no positions for a sequence of that many tokens."""
+    limit = config.max_position_embeddings
+    if seq_len > limit:
+        raise InputError(f"seq_len {seq_len} is longer than the model's {limit} positions; shorten it")
+
+
 def check_pattern(model: nn.Module, pattern: Pattern) -> None:
     """Raise `InputError` if a decoder linear cannot take the pattern; a model on the meta device will do."""
     for name, linear in linear_modules(model).items():
