@@ -1,0 +1,81 @@
+"""The Python door, and what the README shows of it."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from conftest import sample_text, tiny_llama
+
+import rotpruner
+from rotpruner.oneshot import sparsity_of
+from rotpruner.pruners import Pruner
+
+
+class SmallestRow(Pruner):
+    """The README's example of a pruner of one's own."""
+
+    needs = "nothing"
+
+    def saliency(self, weight, moment):
+        return weight.abs() / weight.norm(dim=1, keepdim=True)
+
+
+@pytest.fixture
+def texts():
+    return [sample_text(400, seed) for seed in range(4)]
+
+
+def test_prune_returns_a_pruned_copy_and_leaves_the_model_alone(tokenizer, texts, tmp_path):
+    model = tiny_llama(tie_word_embeddings=True)
+    before = {name: weight.clone() for name, weight in model.named_parameters()}
+    losses = []
+    pruned = rotpruner.prune(
+        model,
+        tokenizer,
+        texts,
+        steps=6,
+        num_sequences=8,
+        seq_len=32,
+        dtype=torch.float32,
+        lr=1e-2,
+        on_step=lambda step, found: losses.append(found["loss"]),
+    )
+    assert len(losses) == 6
+    assert sparsity_of(pruned) == 0.5
+    assert type(pruned) is type(model)
+    assert not pruned.config.tie_word_embeddings
+    assert all(torch.equal(before[name], weight) for name, weight in model.named_parameters())
+    pruned.save_pretrained(tmp_path / "pruned")
+    assert sparsity_of(rotpruner.load_model(str(tmp_path / "pruned"))) == 0.5
+
+
+def test_prune_without_spaces_is_the_pruner_alone(tokenizer, texts):
+    model = tiny_llama(tie_word_embeddings=True)
+    pruned = rotpruner.prune(model, tokenizer, texts, spaces=(), num_sequences=4, seq_len=32, pattern=0.75)
+    assert sparsity_of(pruned) == 0.75
+    assert pruned.config.tie_word_embeddings
+
+
+def test_a_pruner_of_ones_own_is_named_by_its_import_path(tokenizer, texts):
+    own = rotpruner.prune(
+        tiny_llama(), tokenizer, texts, pruner="test_api.SmallestRow", spaces=(), num_sequences=4, seq_len=32
+    )
+    expected = tiny_llama().model.layers[0].mlp.up_proj.weight
+    kept = rotpruner.api.parse_pattern("2:4").mask(SmallestRow().saliency(expected, None))
+    assert torch.equal(own.model.layers[0].mlp.up_proj.weight != 0, kept)
+
+
+@pytest.mark.parametrize(
+    ("changes", "mention"),
+    [
+        (dict(pattern="5:4"), "5:4"),
+        (dict(num_sequences=0), "num_sequences 0"),
+        (dict(num_sequences=10_000), "10000"),
+        (dict(seq_len=1), "seq_len 1"),
+        (dict(spaces=("attic",)), "attic"),
+        (dict(pruner="banana"), "banana"),
+    ],
+)
+def test_prune_refuses(changes, mention, tokenizer, texts):
+    with pytest.raises(rotpruner.InputError, match=mention):
+        rotpruner.prune(tiny_llama(), tokenizer, texts, **{"num_sequences": 2, "seq_len": 32, **changes})
