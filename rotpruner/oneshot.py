@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from rotpruner.errors import InputError
-from rotpruner.families import BlockLinear, block_linears, linear_modules, module_at
+from rotpruner.families import BlockLinear, block_linears, family_of, linear_modules, module_at
 from rotpruner.fusion import fuse_block_norms
 from rotpruner.loading import check_pattern
 from rotpruner.owl import outlier_sparsities
@@ -99,7 +99,7 @@ def prune_model(
     if pattern.sparsity == 0:
         return
     linears = block_linears(model.config)
-    patterns = [pattern] * model.config.num_hidden_layers
+    patterns = [pattern] * len(module_at(model, family_of(model.config).blocks))
     if layer_sparsity == "owl":
         patterns = _outlier_patterns(model, pattern, batches)
     if moments is None:
