@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import errno
-import os
 import sys
 from importlib import import_module
 
 from safetensors import SafetensorError
+from transformers.utils import logging as transformers_logging
 
 from rotpruner.errors import InputError
 
@@ -31,8 +31,8 @@ def main(arguments: list[str]) -> int:
         if not arguments or arguments[0] not in COMMANDS:
             given = f"unknown command '{arguments[0]}'" if arguments else "no command given"
             raise InputError(f"{given}; choose one of {', '.join(COMMANDS)}")
-        # A quiet terminal: these libraries draw bars of their own for every file that they open.
-        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+        # A quiet terminal: transformers draws a bar of its own for every file that it opens.
+        transformers_logging.disable_progress_bar()
         module, _ = COMMANDS[arguments[0]]
         import_module(module).main(arguments[1:])
     except InputError as error:

@@ -20,7 +20,6 @@ from jsonargparse import ArgumentError
 from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import CSVLogger
-from transformers.utils import logging as transformers_logging
 
 from callbacks.finish import Finish
 from callbacks.terminal import console, results_table
@@ -132,7 +131,6 @@ def show(run: Path) -> None:
 
 def main(arguments: list[str]) -> None:
     """Parse, check, fit; everything lands in the run directory."""
-    transformers_logging.disable_progress_bar()
     # Lightning's notes on seeds and accelerators would stand between a mistake and its one line of explanation.
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)

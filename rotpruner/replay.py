@@ -41,7 +41,7 @@ class BlockReplay:
         """Let the model hand its blocks their arguments, without computing the blocks."""
 
         def skip(layer: int, block: nn.Module) -> Any:
-            original = block.forward
+            own = vars(block).get("forward")
 
             def forward(hidden_states: Tensor, **kwargs: Any) -> Any:
                 if layer == 0:
@@ -52,16 +52,18 @@ class BlockReplay:
                 return hidden_states
 
             block.forward = forward
-            return original
+            return own
 
-        originals = [skip(layer, block) for layer, block in enumerate(self.blocks)]
+        held = [skip(layer, block) for layer, block in enumerate(self.blocks)]
         try:
             model(input_ids=input_ids, use_cache=False)
         except _LastBlockReached:
             pass
         finally:
-            for block, original in zip(self.blocks, originals, strict=True):
-                block.forward = original
+            for block, own in zip(self.blocks, held, strict=True):
+                del block.forward
+                if own is not None:
+                    block.forward = own
 
     @torch.no_grad()
     def run(self, layer: int) -> list[Tensor]:
