@@ -47,7 +47,6 @@ class Finish(Callback):
         texts: names or paths of test texts, none of which calibrated anything.
         seq_len: tokens a window.
         max_tokens: the first tokens of each text that are used; None takes all.
-        config: what to record as the run's configuration; the command line fills it in.
     """
 
     def __init__(
@@ -61,6 +60,7 @@ class Finish(Callback):
         for text in texts:
             check_text(text)
         self.texts, self.seq_len, self.max_tokens = texts, seq_len, max_tokens
+        #: What to record as the run's configuration; the command line fills it in.
         self.config: Mapping[str, Any] = {}
         self._ids: dict[str, Tensor] = {}
         self._training_seconds = 0.0

@@ -183,14 +183,10 @@ class CalibrationDataModule(lightning.LightningDataModule):
 
     ```yaml
     data:
-      class_path: datamodules.calibration.CalibrationDataModule
-      init_args:
-        calibration: wikipedia_calibration  # any name or path that `datamodules.texts` lists
-        num_sequences: 128
-        seq_len: 1024
-        batch_size: 1
-        seed: 0
-        model: smollm2-135m
+      calibration: wikipedia_calibration  # any name or path that `datamodules.texts` lists
+      num_sequences: 128
+      seq_len: 1024
+      batch_size: 1  # `seed` and `model` are taken from the run's own
     ```
 
     Args:

@@ -13,8 +13,7 @@ import torch
 from torch import Tensor
 
 from rotpruner.patterns import Pattern
-from rotpruner.pruners.base import Pruner
-from rotpruner.pruners.sparsegpt import damped_hessian, obs_saliency
+from rotpruner.pruners.reconstruction import ReconstructionPruner, damped_hessian
 from rotpruner.statistics import Moment
 
 #: ρ of the first step, and the number of steps between two looks at the support (section 3.2).
@@ -28,7 +27,7 @@ _PENALTY_GROWTH = ((0.1, 1.3), (0.005, 1.2), (0.0, 1.1))
 _TOLERANCE = 1e-4
 
 
-class ALPS(Pruner):
+class ALPS(ReconstructionPruner):
     """ADMM finds the mask, conjugate gradients the best weights under it.
 
     `saliency` is SparseGPT's: ADMM has no scores of its own.
@@ -39,16 +38,9 @@ class ALPS(Pruner):
         refinements: steps of conjugate gradients on the kept weights at most.
     """
 
-    needs = "full"
-
     def __init__(self, damping: float = 0.01, max_steps: int = 300, refinements: int = 30) -> None:
-        self.damping, self.max_steps, self.refinements = damping, max_steps, refinements
-
-    def saliency(self, weight: Tensor, moment: Moment | None) -> Tensor:
-        return obs_saliency(weight, moment, self.damping)
-
-    def mask(self, weight: Tensor, moment: Moment | None, pattern: Pattern) -> Tensor:
-        return self.prune(weight, moment, pattern)[1]
+        super().__init__(damping)
+        self.max_steps, self.refinements = max_steps, refinements
 
     @torch.no_grad()
     def prune(

@@ -1,0 +1,80 @@
+"""What pruners share that rebuild a linear's output: the damped Hessian, its factor, and the OBS saliency.
+
+Shapes: O = output features, I = input features.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from rotpruner.errors import InputError
+from rotpruner.patterns import Pattern
+from rotpruner.pruners.base import Pruner
+from rotpruner.statistics import Moment
+
+#: How often the damping may grow tenfold before the Hessian is refused.
+_ATTEMPTS = 6
+
+
+class ReconstructionPruner(Pruner):
+    """Chooses the mask while it updates the weights; its saliency is that of the untouched weight.
+
+    Args:
+        damping: λ = damping · mean(diag H) is added to H's diagonal.
+    """
+
+    needs = "full"
+
+    def __init__(self, damping: float) -> None:
+        if damping <= 0:
+            raise InputError(f"damping {damping:g} is not positive; 0.01 is usual")
+        self.damping = damping
+
+    def saliency(self, weight: Tensor, moment: Moment | None) -> Tensor:
+        return obs_saliency(weight, moment, self.damping)
+
+    def mask(self, weight: Tensor, moment: Moment | None, pattern: Pattern) -> Tensor:
+        return self.prune(weight, moment, pattern)[1]
+
+
+def damped_hessian(moment: Moment, damping: float, dtype: torch.dtype) -> Tensor:
+    """H + damping · mean(diag H) · I, (I, I). A dead input's row holds nothing else, so it sees no other input.
+
+    Raises:
+        InputError: H is not finite.
+    """
+    H = moment.full().to(dtype)
+    mean = H.diagonal().mean()
+    if not H.isfinite().all():
+        raise InputError("the second moment of a linear's input is not finite; check the model and its dtype")
+    # Without any activation the weights themselves must decide: the identity does that.
+    return H + torch.diag(torch.where(mean > 0, damping * mean, 1.0).expand(len(H)))
+
+
+def upper_factor(moment: Moment, damping: float, dtype: torch.dtype) -> Tensor:
+    """Upper R (I, I) with R Rᵀ the damped Hessian; linears that read one moment share it.
+
+    Raises:
+        InputError: H is not finite, or no covariance at all.
+    """
+
+    def factor(moment: Moment) -> Tensor:
+        for attempt in range(_ATTEMPTS):
+            H = damped_hessian(moment, damping * 10**attempt, dtype)
+            # Reversing both axes turns LAPACK's lower factor into the upper one.
+            L, failure = torch.linalg.cholesky_ex(H.flip(0, 1))
+            if not failure:
+                return L.flip(0, 1)
+        raise InputError("the second moment of a linear's input is not positive semidefinite")
+
+    return moment.derive(("upper_factor", damping, dtype), factor)
+
+
+def obs_saliency(weight: Tensor, moment: Moment | None, damping: float) -> Tensor:
+    """w² / [H⁻¹]_jj (O, I): the loss of removing one weight (equation 3 of SparseGPT; Hassibi & Stork, 1992)."""
+    assert moment is not None
+    W = weight.to(torch.promote_types(weight.dtype, torch.float32))
+    R = upper_factor(moment, damping, W.dtype)
+    U = torch.linalg.solve_triangular(R, torch.eye(len(R), dtype=R.dtype, device=R.device), upper=True)
+    return (W.square() / U.square().sum(0)).float()
