@@ -7,8 +7,9 @@ import shutil
 import tempfile
 import time
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from lightning import Callback, LightningModule, Trainer
@@ -47,6 +48,7 @@ class Finish(Callback):
         texts: names or paths of test texts, none of which calibrated anything.
         seq_len: tokens a window.
         max_tokens: the first tokens of each text that are used; None takes all.
+        controls: which of the control rows `pruner` and `random_rotation` to make.
     """
 
     def __init__(
@@ -54,12 +56,14 @@ class Finish(Callback):
         texts: list[str] = ["wikipedia_test"],  # noqa: B006 - read by the command line, never changed
         seq_len: int = 1024,
         max_tokens: int | None = 16384,
+        controls: list[Literal["pruner", "random_rotation"]] = ["pruner", "random_rotation"],  # noqa: B006
     ) -> None:
         if not texts:
             raise InputError("texts of Finish is empty; name at least one test text")
         for text in texts:
             check_text(text)
         self.texts, self.seq_len, self.max_tokens = texts, seq_len, max_tokens
+        self.controls = controls
         #: What to record as the run's configuration; the command line fills it in.
         self.config: Mapping[str, Any] = {}
         self._ids: dict[str, Tensor] = {}
@@ -108,18 +112,11 @@ class Finish(Callback):
             save_model(model, tokenizer, directory, replace=True)
 
         save_rotations(learned, module.rotated.base, run / "rotations", replace=True)
-        rows = [
-            self._row(run, "dense", None, lambda directory: None, load_model(name, torch.float32)),
-            self._row(run, "pruner", pattern, lambda directory: pruned(None, directory)),
-            self._row(run, "random_rotation", pattern, lambda directory: pruned(drawn, directory)),
-            self._row(
-                run,
-                "rotpruner",
-                pattern,
-                lambda directory: pruned(learned, directory),
-                seconds=training_seconds,
-            ),
-        ]
+        rows = [self._row(run, "dense", None, lambda directory: None, load_model(name, torch.float32))]
+        for control, rotations in (("pruner", None), ("random_rotation", drawn)):
+            if control in self.controls:
+                rows.append(self._row(run, control, pattern, partial(pruned, rotations)))
+        rows.append(self._row(run, "rotpruner", pattern, partial(pruned, learned), seconds=training_seconds))
         results = {"rows": rows, "config": self.config, "commit": commit()}
         write_json(results, run / "results.json")
         shutil.rmtree(run / "rows")

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
+
+import torch
 
 from callbacks.terminal import console, track
 from datamodules.calibration import calibration_tokens
+from datamodules.evaluation import perplexities, tokenize_texts
 from datamodules.texts import check_text
 from experiments.arguments import Parser, at_least, report
 from rotpruner.artifacts import check_new_directory, load_rotations, save_model
+from rotpruner.errors import InputError
 from rotpruner.families import available_spaces
 from rotpruner.loading import check_pattern, check_seq_len, load_config, load_model, load_tokenizer, meta_model
 from rotpruner.oneshot import LayerSparsity, check_layer_sparsity, gather_model_moments, prune_model, sparsity_of
@@ -20,7 +24,7 @@ from rotpruner.rotations import random_rotations
 
 
 def main(arguments: list[str]) -> None:
-    """Print `{"output", "pattern", "sparsity", "seconds"}` after writing an ordinary checkpoint."""
+    """Print `{"pattern", "sparsity", "seconds"}`, with `"output"` if saved and `"ppl"` if texts were given."""
     parser = Parser("prune", "Prune every decoder linear and save a checkpoint that plain transformers loads.")
     parser.add_argument("--model", required=True, help="embedded name, directory or hub name")
     parser.add_argument("--pruner", required=True, help=f"{', '.join(PRUNERS)}, or the import path of a Pruner")
@@ -31,7 +35,9 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--seq_len", type=at_least(2), default=1024, help="tokens a sequence")
     parser.add_argument("--seed", type=at_least(0), default=0, help="of the calibration and of random rotations")
     parser.add_argument("--rotations", help="directory of learned rotations, or 'random'")
-    parser.add_argument("--output", required=True, type=Path, help="directory to write; must not exist yet")
+    parser.add_argument("--output", type=Path, help="directory to write a checkpoint to; must not exist yet")
+    parser.add_argument("--text", action="append", default=[], help="test text to evaluate on in float32; repeatable")
+    parser.add_argument("--max_tokens", type=at_least(1), help="first tokens of each test text to use; all if left out")
     parser.add_argument(
         "--layer_sparsity",
         choices=get_args(LayerSparsity),
@@ -44,16 +50,25 @@ def main(arguments: list[str]) -> None:
         default="sequential",
         help="of what pruned predecessors give each block, or of the dense model, as rotations are learned",
     )
+    parser.add_argument(
+        "--calibration_dtype",
+        choices=("float32", "bfloat16"),
+        help="of the matrix products that give the statistics; the model's own if left out",
+    )
     options = parser.parse_args(arguments)
 
+    if options.output is None and not options.text:
+        raise InputError("nothing to do with the pruned model: give --output, --text, or both")
     pruner, pattern = resolve_pruner(options.pruner), parse_pattern(options.pattern, options.scope)
     check_layer_sparsity(pattern, options.layer_sparsity)
-    check_new_directory(options.output)
+    if options.output is not None:
+        check_new_directory(options.output)
     check_text(options.calibration)
     config = load_config(options.model)
     check_pattern(meta_model(config), pattern)
     check_seq_len(config, options.seq_len)
     tokenizer = load_tokenizer(options.model)
+    texts = tokenize_texts(options.text, tokenizer, options.seq_len, options.max_tokens)
     tokens = calibration_tokens(
         options.calibration,
         tokenizer,
@@ -71,13 +86,27 @@ def main(arguments: list[str]) -> None:
 
     started = time.perf_counter()
     batches, moments = tokens.split(1), None
+    dtype = options.calibration_dtype and getattr(torch, options.calibration_dtype)
     if options.statistics == "dense" and pattern.sparsity > 0:
-        moments = gather_model_moments(model, pruner, rotations or {}, track(batches, "calibration"))
+        with torch.autocast("cpu", dtype=dtype, enabled=dtype is not None):
+            moments = gather_model_moments(model, pruner, rotations or {}, track(batches, "calibration"))
     prune_model(
-        model, pruner, pattern, batches, rotations, moments, layer_sparsity=options.layer_sparsity, progress=track
+        model,
+        pruner,
+        pattern,
+        batches,
+        rotations,
+        moments,
+        layer_sparsity=options.layer_sparsity,
+        calibration_dtype=dtype,
+        progress=track,
     )
     seconds = round(time.perf_counter() - started, 1)
-    save_model(model, tokenizer, options.output)
-    console.print(f"saved {options.output}")
-    result = {"output": str(options.output), "pattern": str(pattern), "sparsity": sparsity_of(model)}
-    report({**result, "seconds": seconds}, options.json)
+    result: dict[str, Any] = {"pattern": str(pattern), "sparsity": sparsity_of(model), "seconds": seconds}
+    if options.output is not None:
+        save_model(model, tokenizer, options.output)
+        console.print(f"saved {options.output}")
+        result["output"] = str(options.output)
+    if texts:
+        result["ppl"] = perplexities(model.float(), texts, options.seq_len, options.max_tokens, track)
+    report(result, options.json)
