@@ -23,6 +23,7 @@ from rotpruner.artifacts import save_model, save_rotations, write_json
 from rotpruner.errors import InputError
 from rotpruner.loading import load_model, load_tokenizer
 from rotpruner.oneshot import parameter_count, prune_model, sparsity_of
+from rotpruner.patterns import Slice
 from rotpruner.provenance import commit
 from rotpruner.rotations import random_rotations
 
@@ -40,8 +41,8 @@ class Finish(Callback):
     ```
 
     The four rows of `results.json`: `dense`, the model as it came; `pruner`, the same pruner on the
-    untouched model (neither fused nor untied); `random_rotation`, the same pruner in a random basis of
-    the same spaces; `rotpruner`, in the learned one. Every row but the first is saved, loaded again by
+    untouched model (neither fused nor untied), or `pca` for a slice; `random_rotation`, the same pruner in a
+    random basis of the same spaces; `rotpruner`, in the learned one. Every row but the first is saved, loaded again by
     plain `transformers` and evaluated in float32. Finished rows survive an interruption.
 
     Args:
@@ -115,6 +116,7 @@ class Finish(Callback):
         rows = [self._row(run, "dense", None, lambda directory: None, load_model(name, torch.float32))]
         for control, rotations in (("pruner", None), ("random_rotation", drawn)):
             if control in self.controls:
+                control = "pca" if control == "pruner" and isinstance(pattern, Slice) else control
                 rows.append(self._row(run, control, pattern, partial(pruned, rotations)))
         rows.append(self._row(run, "rotpruner", pattern, partial(pruned, learned), seconds=training_seconds))
         results = {"rows": rows, "config": self.config, "commit": commit()}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import time
 from pathlib import Path
 from typing import Any, get_args
@@ -17,24 +18,40 @@ from rotpruner.artifacts import check_new_directory, load_rotations, save_model
 from rotpruner.errors import InputError
 from rotpruner.families import available_spaces
 from rotpruner.loading import check_pattern, check_seq_len, load_config, load_model, load_tokenizer, meta_model
-from rotpruner.oneshot import LayerSparsity, check_layer_sparsity, gather_model_moments, prune_model, sparsity_of
-from rotpruner.patterns import Scope, parse_pattern
+from rotpruner.oneshot import (
+    LayerSparsity,
+    check_layer_sparsity,
+    gather_model_moments,
+    parameter_count,
+    prune_model,
+    sparsity_of,
+)
+from rotpruner.patterns import Scope, Slice, parse_pattern
 from rotpruner.pruners import PRUNERS, resolve_pruner
 from rotpruner.rotations import random_rotations
+from rotpruner.slicing import slice_per_block, sliced_width
 
 
 def main(arguments: list[str]) -> None:
     """Print `{"pattern", "sparsity", "seconds"}`, with `"output"` if saved and `"ppl"` if texts were given."""
     parser = Parser("prune", "Prune every decoder linear and save a checkpoint that plain transformers loads.")
     parser.add_argument("--model", required=True, help="embedded name, directory or hub name")
-    parser.add_argument("--pruner", required=True, help=f"{', '.join(PRUNERS)}, or the import path of a Pruner")
-    parser.add_argument("--pattern", required=True, help="N:M, or a sparsity in [0, 1); 0.0 only rotates")
+    parser.add_argument("--pruner", help=f"{', '.join(PRUNERS)}, or the import path of a Pruner; none for a slice")
+    parser.add_argument(
+        "--pattern", required=True, help="N:M, a sparsity in [0, 1) (0.0 only rotates), or slice:FRACTION"
+    )
     parser.add_argument("--scope", choices=get_args(Scope), default="row", help="where a sparsity is counted")
     parser.add_argument("--calibration", default="wikipedia_calibration", help="name or path of a text")
     parser.add_argument("--num_sequences", type=at_least(1), default=64)
     parser.add_argument("--seq_len", type=at_least(2), default=1024, help="tokens a sequence")
     parser.add_argument("--seed", type=at_least(0), default=0, help="of the calibration and of random rotations")
     parser.add_argument("--rotations", help="directory of learned rotations, or 'random'")
+    parser.add_argument(
+        "--placement",
+        choices=("shared", "per_block"),
+        default="shared",
+        help="of a slice's PCA: per_block is SliceGPT's own, which can only be evaluated",
+    )
     parser.add_argument("--output", type=Path, help="directory to write a checkpoint to; must not exist yet")
     parser.add_argument("--text", action="append", default=[], help="test text to evaluate on in float32; repeatable")
     parser.add_argument("--max_tokens", type=at_least(1), help="first tokens of each test text to use; all if left out")
@@ -59,7 +76,12 @@ def main(arguments: list[str]) -> None:
 
     if options.output is None and not options.text:
         raise InputError("nothing to do with the pruned model: give --output, --text, or both")
-    pruner, pattern = resolve_pruner(options.pruner), parse_pattern(options.pattern, options.scope)
+    pattern = parse_pattern(options.pattern, options.scope)
+    if isinstance(pattern, Slice):
+        _check_slice(options)
+    elif options.pruner is None:
+        raise InputError(f"pattern {pattern} needs a --pruner: {', '.join(PRUNERS)}, or an import path")
+    pruner = resolve_pruner(options.pruner or "magnitude")
     check_layer_sparsity(pattern, options.layer_sparsity)
     if options.output is not None:
         check_new_directory(options.output)
@@ -87,22 +109,29 @@ def main(arguments: list[str]) -> None:
     started = time.perf_counter()
     batches, moments = tokens.split(1), None
     dtype = options.calibration_dtype and getattr(torch, options.calibration_dtype)
-    if options.statistics == "dense" and pattern.sparsity > 0:
+    if options.statistics == "dense" and not isinstance(pattern, Slice) and pattern.sparsity > 0:
         with torch.autocast("cpu", dtype=dtype, enabled=dtype is not None):
             moments = gather_model_moments(model, pruner, rotations or {}, track(batches, "calibration"))
-    prune_model(
-        model,
-        pruner,
-        pattern,
-        batches,
-        rotations,
-        moments,
-        layer_sparsity=options.layer_sparsity,
-        calibration_dtype=dtype,
-        progress=track,
-    )
+    parameters = None
+    if isinstance(pattern, Slice) and options.placement == "per_block":
+        parameters = slice_per_block(model, sliced_width(config, pattern), batches, dtype, progress=track)
+    else:
+        prune_model(
+            model,
+            pruner,
+            pattern,
+            batches,
+            rotations,
+            moments,
+            layer_sparsity=options.layer_sparsity,
+            calibration_dtype=dtype,
+            progress=track,
+        )
     seconds = round(time.perf_counter() - started, 1)
     result: dict[str, Any] = {"pattern": str(pattern), "sparsity": sparsity_of(model), "seconds": seconds}
+    if isinstance(pattern, Slice):
+        result["hidden_size"] = sliced_width(config, pattern)
+    result["parameters"] = parameters or parameter_count(model)
     if options.output is not None:
         save_model(model, tokenizer, options.output)
         console.print(f"saved {options.output}")
@@ -110,3 +139,11 @@ def main(arguments: list[str]) -> None:
     if texts:
         result["ppl"] = perplexities(model.float(), texts, options.seq_len, options.max_tokens, track)
     report(result, options.json)
+
+
+def _check_slice(options: argparse.Namespace) -> None:
+    """Refuse what means nothing for a slice."""
+    if options.pruner is not None:
+        raise InputError(f"a slice removes directions, not weights: leave --pruner {options.pruner} out")
+    if options.placement == "per_block" and (options.output is not None or options.rotations is not None):
+        raise InputError("placement per_block finds its own bases and has no plain checkpoint: give --text only")

@@ -17,10 +17,10 @@ from rotpruner.families import SPACES, check_space
 from rotpruner.loading import check_pattern, check_seq_len, load_config, load_model, meta_model
 from rotpruner.objectives import Objective
 from rotpruner.orthogonal import MapName, orthogonality_error
-from rotpruner.patterns import Scope, parse_pattern
+from rotpruner.patterns import Scope, Slice, parse_pattern
 from rotpruner.pruners import resolve_pruner
 from rotpruner.rotated_model import RotatedModel
-from rotpruner.rotations import LearnedRotations, Start
+from rotpruner.rotations import LearnedRotations, Start, space_constraint
 from rotpruner.surrogates import Surrogate
 
 BaseDtype = Literal["bfloat16", "float16", "float32", "float64"]
@@ -43,11 +43,11 @@ class RotationModule(LightningModule):
     Args:
         model: embedded name, local directory or hub name.
         pruner: short name or import path of a `Pruner` subclass.
-        pattern: `N:M` or a sparsity.
+        pattern: `N:M`, a sparsity, or `slice:FRACTION` of the residual directions (no pruner takes part in that).
         scope: where an unstructured sparsity is counted.
         spaces: which spaces rotate.
         orthogonal_map: how orthogonal matrices are parametrised.
-        start: rotations at the first step.
+        start: rotations at the first step; `pca` turns the residual stream to its principal directions.
         init_rotations: directory of saved rotations to start from instead.
         surrogate: how the gradient passes the mask.
         objective: what is minimised.
@@ -94,6 +94,12 @@ class RotationModule(LightningModule):
         for space in spaces:
             check_space(config, space)
         check_pattern(meta_model(config), self.pattern)
+        if isinstance(self.pattern, Slice) and spaces != ["residual"]:
+            raise InputError(
+                f"pattern {pattern} removes residual directions only, but spaces is {spaces}: set [residual]"
+            )
+        if start == "pca" and space_constraint(config, "residual") != "none":
+            raise InputError(f"start pca would change what this {config.model_type} model computes; use identity")
         if init_rotations is not None:
             read_rotations(init_rotations, config)
         self._config = config
@@ -151,6 +157,8 @@ class RotationModule(LightningModule):
             disable=self.trainer.progress_bar_callback is None or not self.trainer.is_global_zero,
         )
         self.rotated.calibrate(batches)
+        if self.start == "pca" and self.init_rotations is None and self._restored_mask_rotations is None:
+            self.rotated.start_from_pca()
         self.rotated.refresh_masks(self._restored_mask_rotations)
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:

@@ -14,11 +14,11 @@ from rotpruner.errors import InputError
 from rotpruner.loading import check_pattern
 from rotpruner.objectives import Objective
 from rotpruner.oneshot import prune_model
-from rotpruner.patterns import Scope, parse_pattern
+from rotpruner.patterns import Scope, Slice, parse_pattern
 from rotpruner.perplexity import windows
 from rotpruner.pruners import Pruner, resolve_pruner
 from rotpruner.rotated_model import RotatedModel
-from rotpruner.rotations import LearnedRotations
+from rotpruner.rotations import LearnedRotations, Start
 from rotpruner.surrogates import Surrogate
 
 
@@ -78,7 +78,7 @@ def prune(
         tokenizer: its own.
         texts: documents to calibrate and learn on.
         pattern, scope, pruner: what to prune and how.
-        spaces: which spaces rotate; none prunes the model as it is.
+        spaces: which spaces rotate (of a slice, the residual stream alone); none prunes the model as it is.
         steps, lr: of learning, one sequence a step.
         num_sequences, seq_len: size of the calibration set, taken from the texts by `seed`.
         dtype: of the frozen weights while learning; the result is pruned in the model's own dtype.
@@ -108,10 +108,15 @@ def prune(
         prune_model(pruned, resolved, parsed, rows.split(1))
         return pruned
 
-    rotations = LearnedRotations(model.config, spaces).to(model.device)
+    if isinstance(parsed, Slice) and list(spaces) != ["residual"]:
+        spaces = ["residual"]
+    start: Start = "pca" if isinstance(parsed, Slice) else "identity"
+    rotations = LearnedRotations(model.config, spaces, start=start).to(model.device)
     base: Any = copy.deepcopy(model)
     rotated = RotatedModel(base.to(dtype), rotations, resolved, parsed, Surrogate(), Objective(kl=1.0))
     rotated.calibrate(rows.split(1))
+    if start == "pca":
+        rotated.start_from_pca()
     learn(rotated, _passes(rows, generator), steps=steps, lr=lr, on_step=on_step)
     learned = {space: Q.detach() for space, Q in rotations().items()}
     prune_model(pruned, resolved, parsed, rotations=learned, moments=rotated.moments)

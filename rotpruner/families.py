@@ -52,6 +52,7 @@ class Family:
         gain_offset: what a norm adds to its weight to make its gain.
         constraints: for a space, which rotations leave the function alone; any where it is not named.
         refusals: for a space, why a model does not have it.
+        unsliceable: why the residual stream cannot become narrower within the model's class, if so.
         after_head: (config, output of the head) → logits, where the head's output is not the logits.
     """
 
@@ -64,6 +65,7 @@ class Family:
     gain_offset: float = 0.0
     constraints: Mapping[str, Constraint] = field(default_factory=lambda: {"query_key": "planes"})
     refusals: Mapping[str, Refusal] = field(default_factory=dict)
+    unsliceable: str | None = None
     after_head: Callable[[Any, Tensor], Tensor] = lambda config, output: output
 
 
@@ -94,7 +96,12 @@ _HEAD_NORMS = "each head's queries and keys pass through norms of their own"
 
 QWEN3 = replace(LLAMA, model_types=("qwen3",), refusals={"query_key": _HEAD_NORMS})
 
-GEMMA = replace(LLAMA, model_types=("gemma",), gain_offset=1.0)
+GEMMA = replace(
+    LLAMA,
+    model_types=("gemma",),
+    gain_offset=1.0,
+    unsliceable="its embeddings are scaled by the root of hidden_size",
+)
 
 
 def _softcapped(config: Any, output: Tensor) -> Tensor:
@@ -142,6 +149,7 @@ OPT = Family(
     final_norm="model.decoder.final_layer_norm",
     constraints={"residual": "fixes_ones"},
     refusals={"residual": _opt_residual},
+    unsliceable="its attention ties the width of its heads to hidden_size, and LayerNorm needs the all-ones direction",
 )
 
 _FAMILIES: dict[str, Family] = {}

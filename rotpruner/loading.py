@@ -19,7 +19,8 @@ from transformers import (
 from rotpruner import embedded
 from rotpruner.errors import InputError
 from rotpruner.families import family_of, linear_modules
-from rotpruner.patterns import Pattern
+from rotpruner.patterns import Pattern, Slice
+from rotpruner.slicing import sliced_width
 
 logger = logging.getLogger(__name__)
 
@@ -101,7 +102,10 @@ def check_seq_len(config: Any, seq_len: int) -> None:
         raise InputError(f"seq_len {seq_len} is longer than the model's {limit} positions; shorten it")
 
 
-def check_pattern(model: nn.Module, pattern: Pattern) -> None:
-    """Raise `InputError` if a decoder linear cannot take the pattern; a model on the meta device will do."""
+def check_pattern(model: nn.Module, pattern: Pattern | Slice) -> None:
+    """Raise `InputError` if the model cannot take the pattern; one on the meta device will do."""
+    if isinstance(pattern, Slice):
+        sliced_width(model.config, pattern)
+        return
     for name, linear in linear_modules(model).items():
         pattern.validate(name, linear.weight.shape)

@@ -15,10 +15,11 @@ from rotpruner.families import BlockLinear, block_linears, family_of, linear_mod
 from rotpruner.fusion import fuse_block_norms
 from rotpruner.loading import check_pattern
 from rotpruner.owl import outlier_sparsities
-from rotpruner.patterns import Pattern, Unstructured
+from rotpruner.patterns import Pattern, Slice, Unstructured
 from rotpruner.pruners import Pruner, resolve_pruner
 from rotpruner.replay import BlockReplay
 from rotpruner.rotations import merge_rotations, sides, space_shape
+from rotpruner.slicing import residual_moments, residual_pca, slice_residual, sliced_width
 from rotpruner.statistics import Moment, gather_moments, watch_inputs
 
 LayerSparsity = Literal["uniform", "owl"]
@@ -65,7 +66,7 @@ def _to_watch(
 def prune_model(
     model: nn.Module,
     pruner: Pruner,
-    pattern: Pattern,
+    pattern: Pattern | Slice,
     batches: Sequence[Tensor] = (),
     rotations: Mapping[str, Tensor] | None = None,
     moments: Mapping[str, Moment] | None = None,
@@ -76,7 +77,9 @@ def prune_model(
 ) -> None:
     """Prune every decoder linear of a plain model in place, after moving it into a rotated basis if one is given.
 
-    Without `moments` blocks are pruned in order, each with statistics of what its pruned predecessors give it.
+    A `Slice` removes residual directions instead: those behind the first k of a given residual rotation, or those of
+    least variance. Otherwise, without `moments`, blocks are pruned in order, each with statistics of what its pruned
+    predecessors give it.
 
     Args:
         model: plain model. Without `rotations` it is not fused and not untied: it is the control.
@@ -94,6 +97,9 @@ def prune_model(
     check_pattern(model, pattern)
     check_layer_sparsity(pattern, layer_sparsity)
     rotations = rotations or {}
+    if isinstance(pattern, Slice):
+        _slice(model, pattern, batches, rotations, calibration_dtype)
+        return
     if rotations:
         merge_rotations(model, rotations)
     if pattern.sparsity == 0:
@@ -123,6 +129,23 @@ def prune_model(
     _prune_linears(model, linears, pruner, patterns, rotated)
 
 
+def _slice(
+    model: nn.Module,
+    pattern: Slice,
+    batches: Sequence[Tensor],
+    rotations: Mapping[str, Tensor],
+    dtype: torch.dtype | None,
+) -> None:
+    """Remove residual directions: the last ones of a given rotation, or those of least variance."""
+    width = sliced_width(model.config, pattern)
+    if "residual" not in rotations:
+        with torch.autocast(batches[0].device.type, dtype=dtype, enabled=dtype is not None):
+            moments = residual_moments(model, batches)
+        rotations = {**rotations, "residual": residual_pca(model.config, moments)}
+    merge_rotations(model, rotations)
+    slice_residual(model, width)
+
+
 def _prune_linears(
     model: nn.Module,
     linears: Iterable[BlockLinear],
@@ -137,7 +160,7 @@ def _prune_linears(
             weight.copy_(pruned)
 
 
-def check_layer_sparsity(pattern: Pattern, layer_sparsity: str) -> None:
+def check_layer_sparsity(pattern: Pattern | Slice, layer_sparsity: str) -> None:
     """Raise `InputError` if the layers cannot share the pattern out like that."""
     if layer_sparsity not in get_args(LayerSparsity):
         raise InputError(

@@ -101,6 +101,20 @@ class Unstructured:
         return keep_largest(scores, kept).view_as(saliency)
 
 
+@dataclass(frozen=True)
+class Slice:
+    """Structured: the share `fraction` of the residual stream's directions goes, in every layer alike."""
+
+    fraction: float
+
+    def __post_init__(self) -> None:
+        if not 0 < self.fraction < 1:
+            raise InputError(f"pattern '{self}' is not in (0, 1); slice:0.3 removes 30 % of the residual directions")
+
+    def __str__(self) -> str:
+        return f"slice:{self.fraction:g}"
+
+
 def keep_largest(scores: Tensor, kept: int) -> Tensor:
     """Mask of exactly `kept` entries along the last dimension: those above the kept-th largest, then ties in order."""
     width = scores.shape[-1]
@@ -114,11 +128,11 @@ def keep_largest(scores: Tensor, kept: int) -> Tensor:
     return above | (tied & (tied.cumsum(-1) <= room))
 
 
-def parse_pattern(text: str | float, scope: Scope = "row") -> Pattern:
-    """Read `N:M` or a sparsity in [0, 1).
+def parse_pattern(text: str | float, scope: Scope = "row") -> Pattern | Slice:
+    """Read `N:M`, a sparsity in [0, 1) or `slice:FRACTION`.
 
     Args:
-        text: `"2:4"`, `"0.5"` or `0.5`.
+        text: `"2:4"`, `"0.5"`, `0.5` or `"slice:0.3"`.
         scope: where an unstructured sparsity is counted; N:M has a scope of its own and ignores it.
 
     Raises:
@@ -126,10 +140,14 @@ def parse_pattern(text: str | float, scope: Scope = "row") -> Pattern:
     """
     if match := re.fullmatch(r"\s*(\d+)\s*:\s*(\d+)\s*", str(text)):
         return NM(int(match[1]), int(match[2]))
+    if match := re.fullmatch(r"\s*slice:(\d*\.?\d+)\s*", str(text)):
+        return Slice(float(match[1]))
     if isinstance(text, (int, float)) and text > 60:
         raise InputError(f'pattern {text:g} looks like an N:M that YAML read in base 60; quote it, as in "2:4"')
     try:
         sparsity = float(text)
     except ValueError:
-        raise InputError(f"pattern '{text}' is neither N:M (as in 2:4) nor a sparsity in [0, 1) (as in 0.5)") from None
+        raise InputError(
+            f"pattern '{text}' is neither N:M (as in 2:4), nor a sparsity in [0, 1) (as in 0.5), nor slice:0.3"
+        ) from None
     return Unstructured(sparsity, scope)

@@ -32,7 +32,8 @@ class BlockReplay:
         self.blocks = module_at(model, family_of(model.config).blocks)
         # Blocks may get arguments of their own (sliding and full attention take turns in Gemma): ask for each.
         self._arguments: list[list[dict[str, Any]]] = [[] for _ in self.blocks]
-        self._states: list[Tensor] = []
+        #: What the next block gets, (sequences, seq_len, d) for each batch.
+        self.states: list[Tensor] = []
         for input_ids in batches:
             self._record(model, input_ids)
 
@@ -45,7 +46,7 @@ class BlockReplay:
 
             def forward(hidden_states: Tensor, **kwargs: Any) -> Any:
                 if layer == 0:
-                    self._states.append(hidden_states)
+                    self.states.append(hidden_states)
                 self._arguments[layer].append(kwargs)
                 if layer == len(self.blocks) - 1:
                     raise _LastBlockReached
@@ -69,13 +70,13 @@ class BlockReplay:
     def run(self, layer: int) -> list[Tensor]:
         """The outputs of a block for every batch, (sequences, seq_len, d) each."""
         outputs = []
-        for states, kwargs in zip(self._states, self._arguments[layer], strict=True):
-            with self._autocast:
+        with self._autocast:  # around the loop: it casts each weight once
+            for states, kwargs in zip(self.states, self._arguments[layer], strict=True):
                 output = self.blocks[layer](states, **kwargs)
-            outputs.append(output[0] if isinstance(output, tuple) else output)
+                outputs.append(output[0] if isinstance(output, tuple) else output)
         return outputs
 
     def advance(self, layer: int) -> None:
         """Go on to the next block with what this one gives now."""
-        self._states = self.run(layer)
+        self.states = self.run(layer)
         self._arguments[layer] = []

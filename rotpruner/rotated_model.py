@@ -22,9 +22,10 @@ from rotpruner.fusion import fuse_block_norms
 from rotpruner.objectives import Objective
 from rotpruner.oneshot import gather_model_moments
 from rotpruner.orthogonal import rotate_bias, rotate_features, rotate_weight
-from rotpruner.patterns import Pattern
+from rotpruner.patterns import Pattern, Slice
 from rotpruner.pruners import Pruner
 from rotpruner.rotations import LearnedRotations, RotationSet, at_site, sides
+from rotpruner.slicing import project, residual_moments, residual_pca, sliced_width
 from rotpruner.statistics import Moment
 from rotpruner.surrogates import Surrogate
 
@@ -63,7 +64,7 @@ class RotatedModel(nn.Module):
         base: causal language model of a known family. It is taken over: frozen, its block norms fused,
             its dropout off, its decoder linears replaced by modules that hold the same weights.
         rotations: of its spaces.
-        pruner, pattern: how masks are chosen.
+        pruner, pattern: how masks are chosen; a `Slice` needs no masks, the last residual directions run as zeros.
         surrogate: how the gradient passes them.
         objective: what is minimised.
         gradient_checkpointing: recompute each block, and its rotated weights, in the backward pass.
@@ -74,7 +75,7 @@ class RotatedModel(nn.Module):
         base: PreTrainedModel,
         rotations: LearnedRotations,
         pruner: Pruner,
-        pattern: Pattern,
+        pattern: Pattern | Slice,
         surrogate: Surrogate | None = None,
         objective: Objective | None = None,
         gradient_checkpointing: bool = False,
@@ -133,7 +134,10 @@ class RotatedModel(nn.Module):
 
     def _enter_rotated(self, pruned: bool) -> None:
         # Not undone after the forward pass: recomputation in the backward pass needs the same basis.
-        self.basis.rotations, self.basis.pruned = self.rotations(), pruned
+        rotations = self.rotations()
+        if pruned and isinstance(self.pattern, Slice):
+            rotations = project(rotations, sliced_width(self.base.config, self.pattern))
+        self.basis.rotations, self.basis.pruned = rotations, pruned
 
     @contextmanager
     def dense(self) -> Iterator[PreTrainedModel]:
@@ -151,7 +155,20 @@ class RotatedModel(nn.Module):
     def calibrate(self, batches: Iterable[Tensor]) -> None:
         """Gather the statistics that the pruner needs from token batches (sequences, seq_len), once."""
         with self.dense() as base:
+            if isinstance(self.pattern, Slice):
+                self.moments = residual_moments(base, batches)
+                return
             self.moments = gather_model_moments(base, self.pruner, set(self.rotations.spaces), batches)
+
+    def start_from_pca(self) -> None:
+        """Turn the residual stream to its principal directions; the other spaces start at the identity.
+
+        Raises:
+            InputError: not every rotation of the residual stream is one of this model.
+        """
+        start = {space: Q.detach() for space, Q in self.rotations().items()}
+        start["residual"] = residual_pca(self.base.config, self.moments).to(start["residual"])
+        self.rotations.restart(start)
 
     @torch.no_grad()
     def refresh_masks(self, rotations: RotationSet | None = None) -> float:
@@ -163,6 +180,8 @@ class RotatedModel(nn.Module):
         self.mask_rotations = {
             space: Q.detach().clone() for space, Q in (self.rotations() if rotations is None else rotations).items()
         }
+        if isinstance(self.pattern, Slice):
+            return 0.0
         rotated: dict[str, Moment] = {}
         flipped = total = 0
         for linear in self.linears:

@@ -29,7 +29,7 @@ from rotpruner.orthogonal import (
 )
 
 RotationSet = dict[str, Tensor]
-Start = Literal["identity", "random"]
+Start = Literal["identity", "random", "pca"]
 
 _TOLERANCE = 1e-3  # of QᵀQ = I and of constraints; learned float32 rotations are within 1e-5
 
@@ -91,7 +91,7 @@ class LearnedRotations(nn.Module):
         config: of the model.
         spaces: names of the spaces to rotate.
         map_name: how orthogonal matrices are parametrised.
-        start: `identity`, or `random` with `seed`.
+        start: `identity`, `random` with `seed`, or `pca`: identity until `RotatedModel.start_from_pca`.
     """
 
     def __init__(
@@ -106,6 +106,8 @@ class LearnedRotations(nn.Module):
         if start not in get_args(Start):
             raise InputError(f"unknown start '{start}'; choose one of {', '.join(get_args(Start))}")
         self.config = config
+        if start == "pca" and "residual" not in spaces:
+            raise InputError(f"start pca turns the residual stream, but spaces are {list(spaces)}; add 'residual'")
         self.spaces = nn.ModuleDict(
             {
                 space: OrthogonalMatrices(*space_shape(config, space), map_name, space_constraint(config, space))
