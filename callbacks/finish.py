@@ -109,7 +109,17 @@ class Finish(Callback):
             # Learned rotations keep the statistics that they were learned with; controls get the better ones.
             known = moments if rotations is learned else None
             dtype = module.base_dtype if module.base_dtype.itemsize < 4 else None
-            prune_model(model, pruner, pattern, batches, rotations, known, calibration_dtype=dtype, progress=track)
+            prune_model(
+                model,
+                pruner,
+                pattern,
+                batches,
+                rotations,
+                known,
+                layer_sparsity=module.layer_sparsity,
+                calibration_dtype=dtype,
+                progress=track,
+            )
             save_model(model, tokenizer, directory, replace=True)
 
         save_rotations(learned, module.rotated.base, run / "rotations", replace=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -16,6 +17,7 @@ from rotpruner.errors import InputError
 from rotpruner.families import SPACES, check_space
 from rotpruner.loading import check_pattern, check_seq_len, load_config, load_model, meta_model
 from rotpruner.objectives import Objective
+from rotpruner.oneshot import LayerSparsity, check_layer_sparsity
 from rotpruner.orthogonal import MapName, orthogonality_error
 from rotpruner.patterns import Scope, Slice, parse_pattern
 from rotpruner.pruners import resolve_pruner
@@ -45,6 +47,7 @@ class RotationModule(LightningModule):
         pruner: short name or import path of a `Pruner` subclass.
         pattern: `N:M`, a sparsity, or `slice:FRACTION` of the residual directions (no pruner takes part in that).
         scope: where an unstructured sparsity is counted.
+        layer_sparsity: `uniform`, or `owl` to let blocks with many outliers keep more of an unstructured pattern.
         spaces: which spaces rotate.
         orthogonal_map: how orthogonal matrices are parametrised.
         start: rotations at the first step; `pca` turns the residual stream to its principal directions.
@@ -70,6 +73,7 @@ class RotationModule(LightningModule):
         pruner: str = "wanda",
         pattern: str | float = "2:4",
         scope: Scope = "row",
+        layer_sparsity: LayerSparsity = "uniform",
         spaces: list[str] = ["residual", "value_heads"],  # noqa: B006 - read by the command line, never changed
         orthogonal_map: MapName = "cayley",
         start: Start = "identity",
@@ -87,6 +91,8 @@ class RotationModule(LightningModule):
         self.strict_loading = False
         self.pruner = resolve_pruner(pruner)
         self.pattern = parse_pattern(pattern, scope)
+        check_layer_sparsity(self.pattern, layer_sparsity)
+        self.layer_sparsity = layer_sparsity
         if not spaces:
             raise InputError(f"spaces is empty; name at least one of {', '.join(SPACES)}")
         self.model_name, self.spaces = model, spaces
@@ -133,6 +139,7 @@ class RotationModule(LightningModule):
             self.surrogate,
             self.objective,
             self.gradient_checkpointing,
+            self.layer_sparsity,
         )
 
     def configure_optimizers(self) -> Any:
@@ -150,13 +157,13 @@ class RotationModule(LightningModule):
     def on_fit_start(self) -> None:
         """Gather the calibration statistics and choose the first masks, or those of a checkpoint."""
         tokens = self.trainer.datamodule.tokens  # type: ignore[attr-defined]
-        batches = track(
-            tokens.to(self.device).split(1),
+        progress = partial(
+            track,
             description=f"{'calibration':<28}",
             console=Console(stderr=True),
             disable=self.trainer.progress_bar_callback is None or not self.trainer.is_global_zero,
         )
-        self.rotated.calibrate(batches)
+        self.rotated.calibrate(tokens.to(self.device).split(1), progress)
         if self.start == "pca" and self.init_rotations is None and self._restored_mask_rotations is None:
             self.rotated.start_from_pca()
         self.rotated.refresh_masks(self._restored_mask_rotations)

@@ -100,14 +100,12 @@ def prune_model(
     if isinstance(pattern, Slice):
         _slice(model, pattern, batches, rotations, calibration_dtype)
         return
+    patterns = layer_patterns(model, pattern, layer_sparsity, batches)
     if rotations:
         merge_rotations(model, rotations)
     if pattern.sparsity == 0:
         return
     linears = block_linears(model.config)
-    patterns = [pattern] * len(module_at(model, family_of(model.config).blocks))
-    if layer_sparsity == "owl":
-        patterns = _outlier_patterns(model, pattern, batches)
     if moments is None:
         blocks = groupby(linears, key=lambda linear: linear.layer)
         replay = BlockReplay(model, batches, calibration_dtype) if pruner.needs != "nothing" else None
@@ -172,8 +170,19 @@ def check_layer_sparsity(pattern: Pattern | Slice, layer_sparsity: str) -> None:
         outlier_sparsities([], pattern.sparsity)
 
 
-def _outlier_patterns(model: nn.Module, pattern: Pattern, batches: Sequence[Tensor]) -> list[Pattern]:
-    """One pattern a block, by the outlier ratios of Wanda's saliencies in the dense model (OWL)."""
+def layer_patterns(
+    model: nn.Module, pattern: Pattern, layer_sparsity: LayerSparsity, batches: Sequence[Tensor]
+) -> list[Pattern]:
+    """One pattern a block: the same, or by the outlier ratios of Wanda's saliencies in the dense model (OWL).
+
+    Args:
+        model: plain model in its own basis; a basis of its own would blur the outliers.
+        pattern: of all blocks together.
+        layer_sparsity: how they share it.
+        batches: calibration token ids, each (sequences, seq_len); read for `owl` only.
+    """
+    if layer_sparsity == "uniform":
+        return [pattern] * len(module_at(model, family_of(model.config).blocks))
     assert isinstance(pattern, Unstructured)
     wanda = resolve_pruner("wanda")
     moments = gather_model_moments(model, wanda, (), batches)

@@ -8,7 +8,7 @@ the decoder blocks stays as it is. Without rotations the same modules are the de
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 from rotpruner.families import BlockLinear, block_linears, family_of
 from rotpruner.fusion import fuse_block_norms
 from rotpruner.objectives import Objective
-from rotpruner.oneshot import gather_model_moments
+from rotpruner.oneshot import LayerSparsity, check_layer_sparsity, gather_model_moments, layer_patterns
 from rotpruner.orthogonal import rotate_bias, rotate_features, rotate_weight
 from rotpruner.patterns import Pattern, Slice
 from rotpruner.pruners import Pruner
@@ -68,6 +68,10 @@ class RotatedModel(nn.Module):
         surrogate: how the gradient passes them.
         objective: what is minimised.
         gradient_checkpointing: recompute each block, and its rotated weights, in the backward pass.
+        layer_sparsity: `uniform`, or `owl` to let blocks with many outliers keep more.
+
+    Raises:
+        InputError: the pattern has no sparsity that blocks could share out.
     """
 
     def __init__(
@@ -79,13 +83,18 @@ class RotatedModel(nn.Module):
         surrogate: Surrogate | None = None,
         objective: Objective | None = None,
         gradient_checkpointing: bool = False,
+        layer_sparsity: LayerSparsity = "uniform",
     ) -> None:
         super().__init__()
+        check_layer_sparsity(pattern, layer_sparsity)
+        self.layer_sparsity = layer_sparsity
         self.rotations = rotations
         self.pruner, self.pattern = pruner, pattern
         self.objective = objective or Objective()
         self.basis = Basis()
         self.moments: dict[str, Moment] = {}
+        #: One for each block; `calibrate` shares the sparsity out.
+        self.patterns: list[Pattern] = []
         #: The rotations in which the masks of the moment were chosen; they determine the masks.
         self.mask_rotations: RotationSet | None = None
         self._dense_states: dict[int, Tensor] = {}
@@ -152,13 +161,23 @@ class RotatedModel(nn.Module):
 
     # -- calibration and masks -------------------------------------------------------------------
 
-    def calibrate(self, batches: Iterable[Tensor]) -> None:
-        """Gather the statistics that the pruner needs from token batches (sequences, seq_len), once."""
+    def calibrate(
+        self,
+        batches: Sequence[Tensor],
+        progress: Callable[[Sequence[Tensor]], Iterable[Tensor]] = lambda batches: batches,
+    ) -> None:
+        """Gather the statistics that the pruner needs, once; `owl` shares the sparsity out in a pass before.
+
+        Args:
+            batches: token ids, each (sequences, seq_len).
+            progress: wraps the iteration over batches, for a progress bar.
+        """
         with self.dense() as base:
             if isinstance(self.pattern, Slice):
-                self.moments = residual_moments(base, batches)
+                self.moments = residual_moments(base, progress(batches))
                 return
-            self.moments = gather_model_moments(base, self.pruner, set(self.rotations.spaces), batches)
+            self.patterns = layer_patterns(base, self.pattern, self.layer_sparsity, batches)
+            self.moments = gather_model_moments(base, self.pruner, set(self.rotations.spaces), progress(batches))
 
     def start_from_pca(self) -> None:
         """Turn the residual stream to its principal directions; the other spaces start at the identity.
@@ -190,7 +209,7 @@ class RotatedModel(nn.Module):
             if group in self.moments and group not in rotated:
                 rotated[group] = self.moments[group].rotate(reads)
             weight = rotate_weight(linear.weight, reads, writes)
-            mask = self.pruner.mask(weight, rotated.get(group), self.pattern)
+            mask = self.pruner.mask(weight, rotated.get(group), self.patterns[linear.place.layer])
             if linear.mask is not None:
                 flipped += int((mask != linear.mask).sum())
             total += mask.numel()

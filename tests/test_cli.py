@@ -83,7 +83,7 @@ def test_prune_prints_json_and_writes_a_plain_checkpoint(prune, capsys, pattern,
     printed = capsys.readouterr().out
     assert status == 0
     result = json.loads(printed)
-    assert set(result) == {"output", "pattern", "sparsity", "seconds"}
+    assert set(result) == {"output", "pattern", "sparsity", "seconds", "parameters"}
     assert result["sparsity"] == pytest.approx(sparsity, abs=1e-6)
     model = AutoModelForCausalLM.from_pretrained(output)
     assert type(model).__name__ == "LlamaForCausalLM"

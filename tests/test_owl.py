@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import copy
 from itertools import pairwise
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tiny_models import tiny
 
 from rotpruner.errors import InputError
+from rotpruner.oneshot import prune_model
 from rotpruner.owl import outlier_sparsities
+from rotpruner.patterns import NM, Unstructured
+from rotpruner.pruners import resolve_pruner
+from rotpruner.rotated_model import RotatedModel
+from rotpruner.rotations import LearnedRotations
 
 
 def layer(outliers: int, size: int = 1000) -> torch.Tensor:
@@ -54,3 +61,24 @@ def test_layers_alike_share_one_sparsity_and_none_give_none():
 def test_a_spread_out_of_bounds_is_refused(sparsity: float, spread: float):
     with pytest.raises(InputError, match="choose a smaller spread"):
         outlier_sparsities([layer(1)], sparsity, spread=spread)
+
+
+@torch.no_grad()
+def test_learning_and_pruning_share_the_sparsity_out_alike():
+    """Masks of a fit under OWL are those of one-shot pruning with the same statistics, in the learned basis."""
+    model = tiny("llama-2")
+    batches = torch.randint(0, 64, (4, 16), generator=torch.Generator().manual_seed(0)).split(1)
+    pruner, pattern = resolve_pruner("wanda"), Unstructured(0.5)
+    rotations = LearnedRotations(model.config, ["residual"], start="random")
+    online = RotatedModel(copy.deepcopy(model), rotations, pruner, pattern, layer_sparsity="owl")
+    online.calibrate(batches)
+    online.refresh_masks()
+    sparsities = [each.sparsity for each in online.patterns]
+    assert sum(sparsities) / 2 == pytest.approx(0.5)
+    assert sparsities[0] != sparsities[1]
+    prune_model(model, pruner, pattern, batches, rotations(), online.moments, layer_sparsity="owl")
+    for linear in online.linears:
+        kept = model.get_submodule(linear.place.name).weight != 0
+        assert (kept == linear.mask).float().mean() > 0.995  # float32 products against float64 ones
+    with pytest.raises(InputError, match="unstructured"):
+        RotatedModel(tiny("llama-2"), rotations, pruner, NM(2, 4), layer_sparsity="owl")
