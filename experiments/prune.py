@@ -33,7 +33,7 @@ from rotpruner.slicing import slice_per_block, sliced_width
 
 
 def main(arguments: list[str]) -> None:
-    """Print `{"pattern", "sparsity", "seconds", "parameters"}`, with `"output"` if saved and `"ppl"` if texts were given."""
+    """Print `{"pattern", "sparsity", "seconds", "parameters"}`, and `"output"` or `"ppl"` if these were asked for."""
     parser = Parser("prune", "Prune every decoder linear and save a checkpoint that plain transformers loads.")
     parser.add_argument("--model", required=True, help="embedded name, directory or hub name")
     parser.add_argument("--pruner", help=f"{', '.join(PRUNERS)}, or the import path of a Pruner; none for a slice")
