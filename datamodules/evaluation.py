@@ -53,5 +53,5 @@ def perplexities(
     found = {}
     for name, ids in texts.items():
         show = partial(progress, description=f"perplexity on {name}")
-        found[name] = perplexity(model, ids, seq_len=seq_len, max_tokens=max_tokens, progress=show)
+        found[name] = perplexity(model, ids.to(model.device), seq_len=seq_len, max_tokens=max_tokens, progress=show)
     return found

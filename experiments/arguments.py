@@ -6,6 +6,8 @@ import argparse
 import json
 from typing import Any, NoReturn
 
+import torch
+
 from rotpruner.errors import InputError
 
 
@@ -35,6 +37,22 @@ def at_least(minimum: int) -> Any:
         return value
 
     return integer
+
+
+def add_device(parser: argparse.ArgumentParser) -> None:
+    """Add `--device`, a `torch.device`."""
+    parser.add_argument(
+        "--device", type=_device, default="auto", help="where to compute; auto is a GPU if there is one"
+    )
+
+
+def _device(text: str) -> torch.device:
+    try:
+        device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if text == "auto" else text)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise argparse.ArgumentTypeError(f"device '{text}' cannot be used here: {str(error).splitlines()[0]}") from None
+    return device
 
 
 def report(result: dict[str, Any], as_json: bool) -> None:

@@ -13,7 +13,7 @@ from callbacks.terminal import console, track
 from datamodules.calibration import calibration_tokens
 from datamodules.evaluation import perplexities, tokenize_texts
 from datamodules.texts import check_text
-from experiments.arguments import Parser, at_least, report
+from experiments.arguments import Parser, add_device, at_least, report
 from rotpruner.artifacts import check_new_directory, load_rotations, save_model
 from rotpruner.errors import InputError
 from rotpruner.families import available_spaces
@@ -72,6 +72,7 @@ def main(arguments: list[str]) -> None:
         choices=("float32", "bfloat16"),
         help="of the matrix products that give the statistics; the model's own if left out",
     )
+    add_device(parser)
     options = parser.parse_args(arguments)
 
     if options.output is None and not options.text:
@@ -125,6 +126,7 @@ def main(arguments: list[str]) -> None:
             moments,
             layer_sparsity=options.layer_sparsity,
             calibration_dtype=dtype,
+            device=options.device,
             progress=track,
         )
     seconds = round(time.perf_counter() - started, 1)
@@ -137,7 +139,9 @@ def main(arguments: list[str]) -> None:
         console.print(f"saved {options.output}")
         result["output"] = str(options.output)
     if texts:
-        result["ppl"] = perplexities(model.float(), texts, options.seq_len, options.max_tokens, track)
+        result["ppl"] = perplexities(
+            model.float().to(options.device), texts, options.seq_len, options.max_tokens, track
+        )
     report(result, options.json)
 
 

@@ -17,7 +17,7 @@ from rotpruner.loading import check_pattern
 from rotpruner.owl import outlier_sparsities
 from rotpruner.patterns import Pattern, Slice, Unstructured
 from rotpruner.pruners import Pruner, resolve_pruner
-from rotpruner.replay import BlockReplay
+from rotpruner.replay import BlockReplay, visiting
 from rotpruner.rotations import merge_rotations, sides, space_shape
 from rotpruner.slicing import residual_moments, residual_pca, slice_residual, sliced_width
 from rotpruner.statistics import Moment, gather_moments, watch_inputs
@@ -73,6 +73,7 @@ def prune_model(
     *,
     layer_sparsity: LayerSparsity = "uniform",
     calibration_dtype: torch.dtype | None = None,
+    device: torch.device | None = None,
     progress: Callable[..., Any] = lambda items, description: items,
 ) -> None:
     """Prune every decoder linear of a plain model in place, after moving it into a rotated basis if one is given.
@@ -89,6 +90,8 @@ def prune_model(
         moments: statistics of the dense model gathered before, in the original basis (fused if the residual rotates).
         layer_sparsity: `uniform`, or `owl` to let blocks with many outliers keep more (unstructured patterns only).
         calibration_dtype: of the matrix products that give the statistics of a block; None is the model's own.
+        device: where blocks are run and pruned, one at a time, while the rest of the model stays where it is; None
+            leaves them there.
         progress: wraps the iteration over blocks, for a progress bar.
 
     Raises:
@@ -106,25 +109,24 @@ def prune_model(
     if pattern.sparsity == 0:
         return
     linears = block_linears(model.config)
-    if moments is None:
-        blocks = groupby(linears, key=lambda linear: linear.layer)
-        replay = BlockReplay(model, batches, calibration_dtype) if pruner.needs != "nothing" else None
-        for layer, members in progress([(layer, list(members)) for layer, members in blocks], "pruning block by block"):
-            block_moments: dict[str, Moment] = {}
+    known = {
+        linear.group: moments[linear.group].rotate(sides(rotations, linear)[0])
+        for linear in linears
+        if moments is not None and linear.name == linear.group and linear.group in moments
+    }
+    replay = None
+    if moments is None and pruner.needs != "nothing":
+        replay = BlockReplay(model, batches, calibration_dtype, device)
+    blocks = [(layer, list(members)) for layer, members in groupby(linears, key=lambda linear: linear.layer)]
+    for layer, members in progress(blocks, "pruning block by block"):
+        with visiting(module_at(model, family_of(model.config).blocks)[layer], device):
             if replay is not None:
                 with watch_inputs(*_to_watch(model, members, pruner, ())) as sums:
                     replay.run(layer)
-                block_moments = sums.means()
-            _prune_linears(model, members, pruner, patterns, block_moments)
+                known = sums.means()
+            _prune_linears(model, members, pruner, patterns, known)
             if replay is not None:
                 replay.advance(layer)
-        return
-    rotated = {
-        linear.group: moments[linear.group].rotate(sides(rotations, linear)[0])
-        for linear in linears
-        if linear.name == linear.group and linear.group in moments
-    }
-    _prune_linears(model, linears, pruner, patterns, rotated)
 
 
 def _slice(
@@ -153,7 +155,8 @@ def _prune_linears(
 ) -> None:
     for (layer, group), members in groupby(linears, key=lambda linear: (linear.layer, linear.group)):
         weights = [module_at(model, linear.name).weight for linear in members]
-        found = pruner.prune_group(weights, moments.get(group), patterns[layer])
+        moment = moments[group].to(weights[0].device) if group in moments else None
+        found = pruner.prune_group(weights, moment, patterns[layer])
         for weight, (pruned, _) in zip(weights, found, strict=True):
             weight.copy_(pruned)
 

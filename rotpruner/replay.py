@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -15,6 +16,28 @@ class _LastBlockReached(Exception):  # noqa: N818 - a signal, not an error
     pass
 
 
+def _moved(value: Any, device: torch.device) -> Any:
+    """The tensors of nested dicts and tuples, on a device."""
+    if isinstance(value, Tensor):
+        return value.to(device)
+    if isinstance(value, dict):
+        return {key: _moved(item, device) for key, item in value.items()}
+    if isinstance(value, tuple):
+        return tuple(_moved(item, device) for item in value)
+    return value
+
+
+@contextmanager
+def visiting(block: nn.Module, device: torch.device | None) -> Iterator[None]:
+    """Have a block on a device for the time of a `with` block; None leaves it where it is."""
+    home = next(block.parameters()).device
+    block.to(device or home)
+    try:
+        yield
+    finally:
+        block.to(home)
+
+
 class BlockReplay:
     """The inputs of one decoder block for every batch, moved forward from block to block.
 
@@ -25,10 +48,19 @@ class BlockReplay:
         model: plain causal language model in evaluation mode.
         batches: token ids, each (sequences, seq_len).
         dtype: of matrix products, under autocast; None keeps the model's.
+        device: where blocks are when they are run (see `visiting`); states wait where the model is. None: there.
     """
 
-    def __init__(self, model: nn.Module, batches: Sequence[Tensor], dtype: torch.dtype | None = None) -> None:
-        self._autocast = torch.autocast(batches[0].device.type, dtype=dtype, enabled=dtype is not None)
+    def __init__(
+        self,
+        model: nn.Module,
+        batches: Sequence[Tensor],
+        dtype: torch.dtype | None = None,
+        device: torch.device | None = None,
+    ) -> None:
+        self._home = batches[0].device
+        self._device = device or self._home
+        self._autocast = torch.autocast(self._device.type, dtype=dtype, enabled=dtype is not None)
         self.blocks = module_at(model, family_of(model.config).blocks)
         # Blocks may get arguments of their own (sliding and full attention take turns in Gemma): ask for each.
         self._arguments: list[list[dict[str, Any]]] = [[] for _ in self.blocks]
@@ -72,8 +104,8 @@ class BlockReplay:
         outputs = []
         with self._autocast:  # around the loop: it casts each weight once
             for states, kwargs in zip(self.states, self._arguments[layer], strict=True):
-                output = self.blocks[layer](states, **kwargs)
-                outputs.append(output[0] if isinstance(output, tuple) else output)
+                output = self.blocks[layer](states.to(self._device), **_moved(kwargs, self._device))
+                outputs.append((output[0] if isinstance(output, tuple) else output).to(self._home))
         return outputs
 
     def advance(self, layer: int) -> None:

@@ -46,3 +46,23 @@ def test_every_family_is_pruned_block_by_block(name, pruner):
     prune_model(model, resolve_pruner(pruner), parse_pattern("2:4"), batches)
     assert sparsity_of(model) == 0.5
     assert torch.isfinite(model(input_ids=batches[0]).logits).all()
+
+
+@torch.no_grad()
+def test_blocks_visit_the_device_one_at_a_time(monkeypatch):
+    """Each block goes there once and comes back before the next one goes; the result is the same."""
+    model, alone = tiny("llama-3"), tiny("llama-3")
+    batches = torch.randint(0, 64, (3, 16), generator=torch.Generator().manual_seed(0)).split(1)
+    blocks, moves = list(module_at(model, family_of(model.config).blocks)), []
+    original = torch.nn.Module.to
+
+    def spied(module, *args, **kwargs):
+        moves.extend(layer for layer, block in enumerate(blocks) if block is module)
+        return original(module, *args, **kwargs)
+
+    monkeypatch.setattr(torch.nn.Module, "to", spied)
+    prune_model(model, resolve_pruner("sparsegpt"), parse_pattern("2:4"), batches, device=torch.device("cpu"))
+    assert moves == [0, 0, 1, 1]
+    prune_model(alone, resolve_pruner("sparsegpt"), parse_pattern("2:4"), batches)
+    for one, other in zip(model.parameters(), alone.parameters(), strict=True):
+        assert torch.equal(one, other)
