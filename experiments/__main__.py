@@ -15,6 +15,8 @@ from rotpruner.errors import InputError
 COMMANDS = {
     "fit": ("experiments.fit", "learn rotations, prune, export and compare: fit -c CONFIG.yaml"),
     "prune": ("experiments.prune", "prune a model once, in its own basis or a rotated one"),
+    "sweep": ("experiments.sweep", "run every row of a table of experiments: sweep experiments/sweeps/pruners.yaml"),
+    "results": ("experiments.results", "write experiments/RESULTS.md from what sweeps have kept"),
     "evaluate": ("experiments.evaluate", "perplexity of a model on texts"),
 }
 

@@ -1,0 +1,93 @@
+"""`python -m experiments results`: write experiments/RESULTS.md from the stored results of sweeps."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any
+
+from experiments.arguments import Parser, report
+from rotpruner.artifacts import write_text
+from rotpruner.errors import InputError
+
+Row = dict[str, Any]
+
+
+def main(arguments: list[str]) -> None:
+    """Print `{"output", "tables", "rows"}` after writing the tables."""
+    parser = Parser("results", "Write the tables of stored results.")
+    parser.add_argument("--results", type=Path, default=Path("experiments/results"), help="directory of results")
+    parser.add_argument("--output", type=Path, default=Path("experiments/RESULTS.md"))
+    options = parser.parse_args(arguments)
+
+    sweeps = sorted(options.results.glob("*/sweep.json"))
+    if not sweeps:
+        raise InputError(f"no results under '{options.results}'; make some with: python -m experiments sweep FILE")
+    text, count = [HEADER], 0
+    for sweep in sweeps:
+        records = [(path.stem, _read(path)) for path in sorted(sweep.parent.glob("*.json")) if path != sweep]
+        text.append(table(_read(sweep), records))
+        count += len(records)
+    write_text("\n".join(text), options.output)
+    report({"output": str(options.output), "tables": len(sweeps), "rows": count}, options.json)
+
+
+HEADER = """# Results
+
+Written by `python -m experiments results` from the files under `results/`, each of which holds its command, its
+commit and what the command printed. Perplexity over non-overlapping windows of 1,024 tokens in float32;
+G = ln(ppl) − ln(ppl of the dense model) on the same tokens. Rows with several seeds show mean ± standard deviation.
+"""
+
+
+def _read(path: Path) -> dict[str, Any]:
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def table(sweep: dict[str, Any], records: list[tuple[str, dict[str, Any]]]) -> str:
+    """One sweep as a Markdown table, its rows by their grid values, seeds pooled."""
+    dense: dict[str, float] = {}
+    pooled: dict[tuple[str, ...], list[Row]] = {}
+    columns = [column for column in sweep["columns"] if "seed" not in column]
+    for name, record in records:
+        found = record["result"]
+        if name == "dense":
+            dense = found["ppl"]
+            continue
+        # A fit holds rows of its own, the dense model and the controls among them.
+        kinds = {"": found} if "ppl" in found else found
+        dense = kinds["dense"]["ppl"] if "dense" in kinds else dense
+        for kind, result in kinds.items():
+            if kind != "dense":
+                key = (*(str(record["row"][column]) for column in columns), kind)
+                pooled.setdefault(key, []).append({**result, "commit": record["commit"]})
+    texts = list(dense) or list(next(iter(pooled.values()))[0]["ppl"])
+    kinds_shown = any(key[-1] for key in pooled)
+    head = [*(column.rpartition(".")[2] for column in columns), *(["row"] if kinds_shown else [])]
+    head += [*(f"{text} ppl" for text in texts), *(f"G {text}" for text in texts if dense)]
+    head += ["parameters", "seconds", "seeds", "commit"]
+    lines = [f"## {sweep['title']}\n", "| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+    if dense:
+        blank = [""] * (len(columns) + kinds_shown - 1)
+        cells = ["dense", *blank, *(f"{dense[text]:.2f}" for text in texts), *("0" for _ in texts), "", "", "", ""]
+        lines.append("| " + " | ".join(cells) + " |")
+    for key, results in sorted(pooled.items()):
+        cells = [*(key if kinds_shown else key[:-1])]
+        cells += [_pool([result["ppl"][text] for result in results], "{:.2f}") for text in texts]
+        cells += [
+            _pool([math.log(result["ppl"][text] / dense[text]) for result in results], "{:.3f}") for text in dense
+        ]
+        cells += [f"{results[0]['parameters'] / 1e6:.1f} M" if "parameters" in results[0] else ""]
+        cells += [_pool([result["seconds"] for result in results], "{:.0f}"), str(len(results))]
+        cells += [str(results[0]["commit"])[:7]]
+        lines.append("| " + " | ".join(cells) + " |")
+    commands = "\n".join(f"{record['command']}" for _, record in records)
+    details = f"<details><summary>commands</summary>\n\n```\n{commands}\n```\n\n</details>\n"
+    return "\n".join([*lines, "", details])
+
+
+def _pool(values: list[float], form: str) -> str:
+    shown = form.format(mean(values))
+    return shown if len(values) == 1 else f"{shown} ± {form.format(stdev(values))}"

@@ -1,0 +1,140 @@
+"""`python -m experiments sweep`: run every row of a table, one command a row, and keep each row's result.
+
+A sweep file is YAML: a `title`, the `command` (prune or fit), its `arguments` (for fit also `config`, a list
+of files), and a `grid` of arguments whose combinations are the rows. `reference` names a model to evaluate
+densely on the same texts, from which gaps are counted.
+
+```yaml
+title: One-shot pruners
+command: prune
+arguments: {model: smollm2-135m, calibration: c4, text: [wikitext2, wikipedia_test]}
+grid: {pruner: [magnitude, wanda], pattern: ["2:4", 0.5]}
+reference: smollm2-135m
+```
+"""
+
+from __future__ import annotations
+
+import json
+import shlex
+import subprocess
+import sys
+from collections.abc import Iterator
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from callbacks.terminal import console
+from experiments.arguments import Parser
+from rotpruner.artifacts import write_json
+from rotpruner.errors import InputError
+from rotpruner.provenance import commit
+
+#: Command → arguments that it has and a row may set, by which the dense model is evaluated like the rows.
+_TEXTS = {"prune": ("text", "seq_len", "max_tokens"), "fit": ()}
+
+
+def main(arguments: list[str]) -> None:
+    """Run the rows that have no result yet; a row that fails is named and the others go on."""
+    parser = Parser("sweep", "Run every row of a table of experiments; finished rows are kept.")
+    parser.add_argument("file", type=Path, help="a sweep file, as in experiments/sweeps")
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE", help="argument of every row, as YAML"
+    )
+    parser.add_argument("--results", type=Path, default=Path("experiments/results"), help="where results are kept")
+    parser.add_argument("--runs", type=Path, default=Path("runs"), help="where fits have their run directories")
+    options = parser.parse_args(arguments)
+
+    sweep = read_sweep(options.file)
+    sweep["arguments"].update(_settings(options.set))
+    directory = options.results / options.file.stem
+    write_json({"title": sweep["title"], "columns": list(sweep["grid"])}, directory / "sweep.json")
+    failed = []
+    for name, row, command in rows(sweep, options.runs / options.file.stem):
+        target = directory / f"{name}.json"
+        if target.is_file():
+            console.print(f"{name}: done before")
+            continue
+        console.print(f"{name}: {shlex.join(command)}")
+        finished = subprocess.run([sys.executable, "-m", "experiments", *command], stdout=subprocess.PIPE, text=True)
+        if finished.returncode:
+            failed.append(name)
+            continue
+        write_json(
+            {"row": row, "command": _public(command), "commit": commit(), "result": _result(command, finished.stdout)},
+            target,
+        )
+    if failed:
+        raise InputError(f"rows that failed: {', '.join(failed)}; what they said stands above, run again to retry them")
+
+
+def read_sweep(path: Path) -> dict[str, Any]:
+    """A sweep file, checked.
+
+    Raises:
+        InputError: it is missing, is not YAML, or lacks what a sweep needs.
+    """
+    try:
+        sweep = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, yaml.YAMLError) as error:
+        raise InputError(f"sweep file '{path}' cannot be read: {error}") from None
+    missing = {"title", "command", "grid"} - set(sweep if isinstance(sweep, dict) else ())
+    if missing:
+        raise InputError(f"sweep file '{path}' lacks {', '.join(sorted(missing))}; see experiments/sweeps")
+    if sweep["command"] not in _TEXTS:
+        raise InputError(f"sweep file '{path}': command '{sweep['command']}' is not one of {', '.join(_TEXTS)}")
+    return {"arguments": {}, "config": [], "reference": None, **sweep}
+
+
+def rows(sweep: dict[str, Any], runs: Path) -> Iterator[tuple[str, dict[str, Any], list[str]]]:
+    """(name, grid values, command line) of every row."""
+    shared = sweep["arguments"]
+    if sweep["reference"] is not None:
+        texts = {key: shared[key] for key in _TEXTS[sweep["command"]] if key in shared}
+        yield "dense", {}, ["evaluate", *_flags({"model": sweep["reference"], **texts}), "--json"]
+    for values in product(*sweep["grid"].values()):
+        row = dict(zip(sweep["grid"], values, strict=True))
+        name = "-".join(str(value).replace(":", "of").replace("/", "_") for value in values)
+        arguments = {**shared, **row}
+        if sweep["command"] == "fit":
+            configs = [item for config in sweep["config"] for item in ("-c", str(config))]
+            arguments["trainer.default_root_dir"] = str(runs / name)
+            yield name, row, ["fit", *configs, *_flags(arguments, repeat=False)]
+        else:
+            yield name, row, [sweep["command"], *_flags(arguments), "--json"]
+
+
+def _settings(pairs: list[str]) -> dict[str, Any]:
+    settings = {}
+    for pair in pairs:
+        key, equals, value = pair.partition("=")
+        if not equals:
+            raise InputError(f"--set {pair} is not of the form KEY=VALUE")
+        settings[key] = yaml.safe_load(value)
+    return settings
+
+
+def _flags(arguments: dict[str, Any], repeat: bool = True) -> list[str]:
+    """Command-line options; lists become repeated options, or one of YAML form."""
+    flags: list[str] = []
+    for key, value in arguments.items():
+        if isinstance(value, list) and repeat:
+            flags += [item for each in value for item in (f"--{key}", str(each))]
+        else:
+            flags += [f"--{key}", yaml.safe_dump(value, default_flow_style=True).split("\n...")[0].strip("\n'")]
+    return flags
+
+
+def _public(command: list[str]) -> str:
+    """The command as another machine would give it: local files by their name alone."""
+    return shlex.join(Path(word).name if Path(word).is_absolute() or word.startswith(".") else word for word in command)
+
+
+def _result(command: list[str], output: str) -> dict[str, Any]:
+    if command[0] != "fit":
+        return json.loads(output)
+    run = Path(command[command.index("--trainer.default_root_dir") + 1])
+    found = json.loads((run / "results.json").read_text(encoding="utf-8"))
+    return {row["name"]: row for row in found["rows"]}

@@ -1,0 +1,77 @@
+"""Sweeps run one command a row and keep what it printed; results become tables."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+import yaml
+
+from experiments.__main__ import main
+from experiments.results import table
+from experiments.sweep import read_sweep, rows
+
+SWEEPS = sorted(Path("experiments/sweeps").glob("*.yaml"))
+
+
+def test_a_sweep_runs_its_rows_once_and_results_become_a_table(model_directory, text_file, test_text_file, tmp_path):
+    file = tmp_path / "tiny.yaml"
+    settings = {"model": str(model_directory), "num_sequences": 4, "seq_len": 32, "max_tokens": 256}
+    sweep = {
+        "title": "Tiny",
+        "command": "prune",
+        "arguments": settings,
+        "grid": {"pruner": ["magnitude"], "pattern": ["2:4"], "seed": [0, 1]},
+        "reference": str(model_directory),
+    }
+    file.write_text(yaml.safe_dump(sweep, sort_keys=False))
+    arguments = ["sweep", str(file), "--set", f"calibration={text_file}", "--set", f"text=[{test_text_file}]"]
+    arguments += ["--results", str(tmp_path / "results")]
+    assert main(arguments) == 0
+    kept = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "results" / "tiny").iterdir()}
+    assert set(kept) == {"sweep.json", "dense.json", "magnitude-2of4-0.json", "magnitude-2of4-1.json"}
+    record = json.loads((tmp_path / "results" / "tiny" / "magnitude-2of4-0.json").read_text())
+    assert record["row"] == {"pruner": "magnitude", "pattern": "2:4", "seed": 0}
+    assert str(tmp_path) not in record["command"]
+    assert main(arguments) == 0
+    assert {name: (tmp_path / "results" / "tiny" / name).stat().st_mtime_ns for name in kept if "-" in name} == {
+        name: time for name, time in kept.items() if "-" in name
+    }
+    output = tmp_path / "RESULTS.md"
+    assert main(["results", "--results", str(tmp_path / "results"), "--output", str(output)]) == 0
+    line = next(line for line in output.read_text().splitlines() if line.startswith("| magnitude | 2:4"))
+    assert line.split(" | ")[-2] == "2"
+    assert " ± " in line
+
+
+def test_gaps_are_counted_from_the_dense_row():
+    records = [
+        ("dense", {"command": "evaluate", "result": {"ppl": {"text": 10.0}}}),
+        ("a", {"row": {"pruner": "a"}, "command": "prune", "commit": "abcdef012", "result": _row(20.0)}),
+    ]
+    text = table({"title": "T", "columns": ["pruner"]}, records)
+    assert f"| a | 20.00 | {math.log(2):.3f} | 1.0 M | 3 | 1 | abcdef0 |" in text
+
+
+def _row(ppl: float) -> dict:
+    return {"ppl": {"text": ppl}, "seconds": 3.0, "parameters": 1_000_000}
+
+
+@pytest.mark.parametrize("file", SWEEPS, ids=lambda path: path.stem)
+def test_shipped_sweeps_expand_and_name_public_texts(file, tmp_path):
+    sweep = read_sweep(file)
+    found = list(rows(sweep, tmp_path))
+    assert len({name for name, _, _ in found}) == len(found) >= 2
+    for _, _, command in found:
+        if command[0] == "prune":
+            assert command[command.index("--calibration") + 1] == "c4"
+
+
+@pytest.mark.parametrize("text", ["[", "title: x", "title: x\ncommand: dance\ngrid: {}"])
+def test_bad_sweep_files_are_refused(text, tmp_path, capsys):
+    (tmp_path / "bad.yaml").write_text(text)
+    assert main(["sweep", str(tmp_path / "bad.yaml")]) == 2
+    assert "bad.yaml" in capsys.readouterr().err
+    assert main(["results", "--results", str(tmp_path)]) == 2
