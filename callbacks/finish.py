@@ -116,6 +116,7 @@ class Finish(Callback):
                 batches,
                 rotations,
                 known,
+                update=module.update,
                 layer_sparsity=module.layer_sparsity,
                 calibration_dtype=dtype,
                 progress=track,

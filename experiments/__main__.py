@@ -17,6 +17,7 @@ COMMANDS = {
     "prune": ("experiments.prune", "prune a model once, in its own basis or a rotated one"),
     "sweep": ("experiments.sweep", "run every row of a table of experiments: sweep experiments/sweeps/pruners.yaml"),
     "results": ("experiments.results", "write experiments/RESULTS.md from what sweeps have kept"),
+    "benchmark": ("experiments.benchmark", "benchmark step: the time and memory of a step of learning"),
     "evaluate": ("experiments.evaluate", "perplexity of a model on texts"),
 }
 

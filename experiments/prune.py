@@ -46,6 +46,7 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--seq_len", type=at_least(2), default=1024, help="tokens a sequence")
     parser.add_argument("--seed", type=at_least(0), default=0, help="of the calibration and of random rotations")
     parser.add_argument("--rotations", help="directory of learned rotations, or 'random'")
+    parser.add_argument("--update", help="pruner whose weight update follows under the mask of --pruner, as sparsegpt")
     parser.add_argument(
         "--placement",
         choices=("shared", "per_block"),
@@ -124,6 +125,7 @@ def main(arguments: list[str]) -> None:
             batches,
             rotations,
             moments,
+            update=None if options.update is None else resolve_pruner(options.update),
             layer_sparsity=options.layer_sparsity,
             calibration_dtype=dtype,
             device=options.device,

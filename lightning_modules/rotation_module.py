@@ -46,6 +46,7 @@ class RotationModule(LightningModule):
         model: embedded name, local directory or hub name.
         pruner: short name or import path of a `Pruner` subclass.
         pattern: `N:M`, a sparsity, or `slice:FRACTION` of the residual directions (no pruner takes part in that).
+        update: pruner whose weight update follows once the rotations are learned, under their masks; none by default.
         scope: where an unstructured sparsity is counted.
         layer_sparsity: `uniform`, or `owl` to let blocks with many outliers keep more of an unstructured pattern.
         spaces: which spaces rotate.
@@ -72,6 +73,7 @@ class RotationModule(LightningModule):
         model: str = "smollm2-135m",
         pruner: str = "wanda",
         pattern: str | float = "2:4",
+        update: str | None = None,
         scope: Scope = "row",
         layer_sparsity: LayerSparsity = "uniform",
         spaces: list[str] = ["residual", "value_heads"],  # noqa: B006 - read by the command line, never changed
@@ -91,6 +93,7 @@ class RotationModule(LightningModule):
         self.strict_loading = False
         self.pruner = resolve_pruner(pruner)
         self.pattern = parse_pattern(pattern, scope)
+        self.update = None if update is None else resolve_pruner(update)
         check_layer_sparsity(self.pattern, layer_sparsity)
         self.layer_sparsity = layer_sparsity
         if not spaces:

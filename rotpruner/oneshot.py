@@ -17,6 +17,7 @@ from rotpruner.loading import check_pattern
 from rotpruner.owl import outlier_sparsities
 from rotpruner.patterns import Pattern, Slice, Unstructured
 from rotpruner.pruners import Pruner, resolve_pruner
+from rotpruner.pruners.base import Needs
 from rotpruner.replay import BlockReplay, visiting
 from rotpruner.rotations import merge_rotations, sides, space_shape
 from rotpruner.slicing import residual_moments, residual_pca, slice_residual, sliced_width
@@ -40,11 +41,11 @@ def gather_model_moments(
     if pruner.needs == "nothing":
         return {}
     linears = block_linears(model.config)
-    return gather_moments(model, *_to_watch(model, linears, pruner, spaces), batches)
+    return gather_moments(model, *_to_watch(model, linears, pruner.needs, spaces), batches)
 
 
 def _to_watch(
-    model: nn.Module, linears: Iterable[BlockLinear], pruner: Pruner, spaces: Container[str]
+    model: nn.Module, linears: Iterable[BlockLinear], needs: Needs, spaces: Container[str]
 ) -> tuple[dict[str, nn.Module], dict[str, int]]:
     """The first linear of each group, and the width of the diagonal blocks to gather of its input."""
     modules: dict[str, nn.Module] = {}
@@ -53,7 +54,7 @@ def _to_watch(
         if linear.name != linear.group:
             continue
         module = modules[linear.name] = module_at(model, linear.name)
-        if pruner.needs == "full":
+        if needs == "full":
             widths[linear.name] = module.in_features
         elif linear.spec.reads in spaces:
             widths[linear.name] = space_shape(model.config, linear.spec.reads)[2]
@@ -71,6 +72,7 @@ def prune_model(
     rotations: Mapping[str, Tensor] | None = None,
     moments: Mapping[str, Moment] | None = None,
     *,
+    update: Pruner | None = None,
     layer_sparsity: LayerSparsity = "uniform",
     calibration_dtype: torch.dtype | None = None,
     device: torch.device | None = None,
@@ -88,6 +90,8 @@ def prune_model(
         batches: calibration token ids, each (sequences, seq_len); read only if `moments` is None.
         rotations: of its spaces, or None.
         moments: statistics of the dense model gathered before, in the original basis (fused if the residual rotates).
+        update: a pruner whose weight update follows under the masks that `pruner` chose, with statistics of what
+            the pruned predecessors give, whatever chose the masks.
         layer_sparsity: `uniform`, or `owl` to let blocks with many outliers keep more (unstructured patterns only).
         calibration_dtype: of the matrix products that give the statistics of a block; None is the model's own.
         device: where blocks are run and pruned, one at a time, while the rest of the model stays where it is; None
@@ -114,17 +118,18 @@ def prune_model(
         for linear in linears
         if moments is not None and linear.name == linear.group and linear.group in moments
     }
-    replay = None
-    if moments is None and pruner.needs != "nothing":
-        replay = BlockReplay(model, batches, calibration_dtype, device)
+    # What each block's statistics are gathered for, if anything.
+    needs = update.needs if update is not None else "nothing" if moments is not None else pruner.needs
+    replay = None if needs == "nothing" else BlockReplay(model, batches, calibration_dtype, device)
     blocks = [(layer, list(members)) for layer, members in groupby(linears, key=lambda linear: linear.layer)]
     for layer, members in progress(blocks, "pruning block by block"):
         with visiting(module_at(model, family_of(model.config).blocks)[layer], device):
+            seen: dict[str, Moment] = {}
             if replay is not None:
-                with watch_inputs(*_to_watch(model, members, pruner, ())) as sums:
+                with watch_inputs(*_to_watch(model, members, needs, ())) as sums:
                     replay.run(layer)
-                known = sums.means()
-            _prune_linears(model, members, pruner, patterns, known)
+                seen = sums.means()
+            _prune_block(model, members, pruner, patterns[layer], seen if moments is None else known, update, seen)
             if replay is not None:
                 replay.advance(layer)
 
@@ -146,17 +151,22 @@ def _slice(
     slice_residual(model, width)
 
 
-def _prune_linears(
+def _prune_block(
     model: nn.Module,
     linears: Iterable[BlockLinear],
     pruner: Pruner,
-    patterns: Sequence[Pattern],
+    pattern: Pattern,
     moments: Mapping[str, Moment],
+    update: Pruner | None,
+    seen: Mapping[str, Moment],
 ) -> None:
-    for (layer, group), members in groupby(linears, key=lambda linear: (linear.layer, linear.group)):
+    """Prune the linears of a block by `moments`; then let `update` rebuild their outputs by what is `seen` now."""
+    for group, members in groupby(linears, key=lambda linear: linear.group):
         weights = [module_at(model, linear.name).weight for linear in members]
-        moment = moments[group].to(weights[0].device) if group in moments else None
-        found = pruner.prune_group(weights, moment, patterns[layer])
+        device = weights[0].device
+        found = pruner.prune_group(weights, moments[group].to(device) if group in moments else None, pattern)
+        if update is not None:
+            found = update.prune_group(weights, seen[group].to(device), pattern, [mask for _, mask in found])
         for weight, (pruned, _) in zip(weights, found, strict=True):
             weight.copy_(pruned)
 

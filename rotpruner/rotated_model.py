@@ -94,7 +94,7 @@ class RotatedModel(nn.Module):
         self.basis = Basis()
         self.moments: dict[str, Moment] = {}
         #: One for each block; `calibrate` shares the sparsity out.
-        self.patterns: list[Pattern] = []
+        self.patterns = [] if isinstance(pattern, Slice) else [pattern] * base.config.num_hidden_layers
         #: The rotations in which the masks of the moment were chosen; they determine the masks.
         self.mask_rotations: RotationSet | None = None
         self._dense_states: dict[int, Tensor] = {}
@@ -238,6 +238,12 @@ class RotatedModel(nn.Module):
         self._enter_rotated(pruned=True)
         student = self._states(input_ids)
         return self.objective(student, teacher, input_ids, self._head)
+
+    def dense_loss(self, input_ids: Tensor, index: Tensor | None = None) -> dict[str, Tensor]:
+        """What `loss` would be without rotations and masks: the floor that a step's time is measured against."""
+        teacher = self._teacher_states(input_ids, index) if self.objective.needs_teacher else None
+        self.basis.rotations, self.basis.pruned = {}, False
+        return self.objective(self._states(input_ids), teacher, input_ids, self._head)
 
     def _head(self, states: Tensor) -> Tensor:
         family = family_of(self.base.config)

@@ -349,3 +349,17 @@ def test_the_core_imports_no_shell():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_dense_loss_is_zero_against_itself_and_gives_weight_gradients():
+    """The floor of the step benchmark runs the untouched function, with a gradient at every weight."""
+    model = in_float64(tiny_llama())
+    online = RotatedModel(model, LearnedRotations(model.config), resolve_pruner("magnitude"), parse_pattern("2:4"))
+    online.double().refresh_masks()
+    ids = torch.randint(0, 320, (2, 16))
+    assert online.loss(ids)["loss"] > 1e-3
+    model.requires_grad_(True)
+    loss = online.dense_loss(ids)["loss"]
+    assert abs(loss.item()) < 1e-9
+    loss.backward()
+    assert all(parameter.grad is not None for parameter in model.parameters())

@@ -6,8 +6,8 @@ import pytest
 import torch
 from tiny_models import MODELS, tiny
 
-from rotpruner.families import family_of, module_at
-from rotpruner.oneshot import prune_model, sparsity_of
+from rotpruner.families import family_of, linear_modules, module_at
+from rotpruner.oneshot import gather_model_moments, prune_model, sparsity_of
 from rotpruner.patterns import parse_pattern
 from rotpruner.pruners import resolve_pruner
 from rotpruner.replay import BlockReplay
@@ -66,3 +66,24 @@ def test_blocks_visit_the_device_one_at_a_time(monkeypatch):
     prune_model(alone, resolve_pruner("sparsegpt"), parse_pattern("2:4"), batches)
     for one, other in zip(model.parameters(), alone.parameters(), strict=True):
         assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("given", [True, False], ids=["dense statistics", "sequential"])
+@torch.no_grad()
+def test_update_keeps_the_masks_and_brings_the_output_nearer(given):
+    """Wanda chooses, SparseGPT's update makes up for what is gone."""
+    dense = tiny("llama-2")
+    batches = torch.randint(0, 64, (64, 16), generator=torch.Generator().manual_seed(0)).split(8)
+    expected = torch.cat([dense(input_ids=ids).logits for ids in batches])
+    wanda, pattern = resolve_pruner("wanda"), parse_pattern("2:4")
+    plain, updated = tiny("llama-2"), tiny("llama-2")
+    moments = gather_model_moments(tiny("llama-2"), wanda, (), batches) if given else None
+    prune_model(plain, wanda, pattern, batches, moments=moments)
+    prune_model(updated, wanda, pattern, batches, moments=moments, update=resolve_pruner("sparsegpt"))
+    first = module_at(plain, "model.layers.0.self_attn.q_proj").weight
+    assert torch.equal(module_at(updated, "model.layers.0.self_attn.q_proj").weight != 0, first != 0)
+    if given:
+        for one, other in zip(linear_modules(plain).values(), linear_modules(updated).values(), strict=True):
+            assert torch.equal(one.weight != 0, other.weight != 0)
+    errors = [(torch.cat([m(input_ids=ids).logits for ids in batches]) - expected).norm() for m in (plain, updated)]
+    assert errors[1] < 0.95 * errors[0]
