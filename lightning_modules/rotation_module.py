@@ -18,6 +18,7 @@ from rotpruner.families import SPACES, check_space
 from rotpruner.loading import check_pattern, check_seq_len, load_config, load_model, meta_model
 from rotpruner.objectives import Objective
 from rotpruner.oneshot import LayerSparsity, check_layer_sparsity
+from rotpruner.optimizers import CayleySGD
 from rotpruner.orthogonal import MapName, orthogonality_error
 from rotpruner.patterns import Scope, Slice, parse_pattern
 from rotpruner.pruners import resolve_pruner
@@ -50,7 +51,7 @@ class RotationModule(LightningModule):
         scope: where an unstructured sparsity is counted.
         layer_sparsity: `uniform`, or `owl` to let blocks with many outliers keep more of an unstructured pattern.
         spaces: which spaces rotate.
-        orthogonal_map: how orthogonal matrices are parametrised.
+        orthogonal_map: how orthogonal matrices are parametrised; `manifold` goes with `CayleySGD` only.
         start: rotations at the first step; `pca` turns the residual stream to its principal directions.
         init_rotations: directory of saved rotations to start from instead.
         surrogate: how the gradient passes the mask.
@@ -118,6 +119,12 @@ class RotationModule(LightningModule):
         self.base_dtype = getattr(torch, base_dtype)
         self.gradient_checkpointing = gradient_checkpointing
         self._optimizer, self._lr_scheduler = optimizer, lr_scheduler
+        trial = optimizer([torch.nn.Parameter(torch.eye(2))])
+        if (orthogonal_map == "manifold") != isinstance(trial, CayleySGD):
+            raise InputError(
+                f"orthogonal_map {orthogonal_map} does not go with {type(trial).__name__}: "
+                "manifold and rotpruner.optimizers.CayleySGD need each other"
+            )
         self._restored_mask_rotations: dict[str, Tensor] | None = None
 
     def setup(self, stage: str) -> None:

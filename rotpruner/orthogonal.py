@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from rotpruner.errors import InputError
 
-MapName = Literal["cayley", "exponential"]
+#: Smooth functions of a skew parameter; or `manifold`, the matrix itself, for `rotpruner.optimizers.CayleySGD`.
+MapName = Literal["cayley", "exponential", "manifold"]
 
 #: Which orthogonal matrices (n, n) a place admits: all; those that keep the all-ones direction, with which
 #: LayerNorm commutes; or a turn in each plane (i, i + n/2), with which rotary positions commute.
@@ -95,11 +96,11 @@ _SUBGROUPS: dict[str, _Subgroup] = {
 
 
 class OrthogonalMatrices(nn.Module):
-    """Learnable orthogonal blocks Q = Q₀ · map(A), A skew and zero at the start.
+    """Learnable orthogonal blocks Q = Q₀ · map(A), A skew and zero at the start; of `manifold`, Q₀ · P with P = I.
 
     Args:
         sites, blocks, n: shape of the result (S, B, n, n).
-        map_name: `cayley` or `exponential`.
+        map_name: `cayley`, `exponential`, or `manifold`.
         constraint: which orthogonal matrices; A then parametrises the part of them that is free.
 
     The parameter and all arithmetic keep their own dtype (float32 unless the module is cast), whatever
@@ -116,19 +117,27 @@ class OrthogonalMatrices(nn.Module):
             raise InputError(f"unknown orthogonal map '{map_name}'; choose one of {', '.join(get_args(MapName))}")
         self.map_name, self.subgroup = map_name, _SUBGROUPS[constraint]
         *many, self.m, _ = self.subgroup.core(n)
-        self.skew = nn.Parameter(torch.zeros(sites, blocks, *many, self.m * (self.m - 1) // 2))
+        shape = (sites, blocks, *many)
+        if map_name == "manifold":
+            self.turn = nn.Parameter(torch.eye(self.m).expand(*shape, self.m, self.m).clone())
+        else:
+            self.turn = nn.Parameter(torch.zeros(*shape, self.m * (self.m - 1) // 2))
         self.register_buffer("start", torch.eye(n).expand(sites, blocks, n, n).clone())
 
     def forward(self) -> Tensor:
-        with torch.autocast(self.skew.device.type, enabled=False):
-            core = ORTHOGONAL_MAPS[self.map_name](skew_symmetric(self.skew, self.m))
+        with torch.autocast(self.turn.device.type, enabled=False):
+            core = self.turn
+            if self.map_name != "manifold":
+                core = ORTHOGONAL_MAPS[self.map_name](skew_symmetric(self.turn, self.m))
             return self.start @ self.subgroup.embed(core)
 
     @torch.no_grad()
     def restart(self, Q: Tensor) -> None:
         """Start again from Q (S, B, n, n), orthogonal and within the constraint."""
         self.start.copy_(Q)
-        self.skew.zero_()
+        self.turn.zero_()
+        if self.map_name == "manifold":
+            self.turn.diagonal(dim1=-2, dim2=-1).fill_(1)
 
 
 def random_orthogonal(

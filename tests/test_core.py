@@ -138,7 +138,7 @@ def test_orthogonal_maps(map_name):
     matrices.restart(start)
     torch.testing.assert_close(matrices(), start)
     with torch.no_grad():
-        matrices.skew.normal_()
+        matrices.turn.normal_()
     assert orthogonality_error(matrices()) < 1e-5
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert matrices().dtype == torch.float32
@@ -251,7 +251,7 @@ def test_constant_mask_gradient_is_that_of_the_masked_model(ids):
     online = rotated_model(in_float64(tiny_llama()), objective=Objective(kl=1.0, cross_entropy=0.5, cosine=0.1))
     online.calibrate(ids.split(1))
     online.refresh_masks()
-    parameter = online.rotations.spaces["residual"].skew
+    parameter = online.rotations.spaces["residual"].turn
     online.loss(ids)["loss"].backward()
     direction = torch.randn(parameter.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     expected = (parameter.grad * direction).sum()

@@ -159,8 +159,8 @@ def test_learned_rotations_stay_inside_and_equal_the_merged_pruned_model(name, m
         online.refresh_masks()
         online.loss(ids)["loss"].backward()
         for space, matrices in rotations.spaces.items():
-            assert matrices.skew.grad.isfinite().all(), space
-            assert matrices.skew.grad.any(), space
+            assert matrices.turn.grad.isfinite().all(), space
+            assert matrices.turn.grad.any(), space
         optimizer.step()
         optimizer.zero_grad()
     learned = {space: Q.detach() for space, Q in rotations().items()}
@@ -266,4 +266,4 @@ def test_full_sizes_on_the_meta_device(config, millions):
     with torch.device("meta"):
         learned = LearnedRotations(config, available_spaces(config))
     width = config.hidden_size - (config.model_type == "opt")
-    assert learned.spaces["residual"].skew.numel() == width * (width - 1) // 2
+    assert learned.spaces["residual"].turn.numel() == width * (width - 1) // 2

@@ -23,11 +23,11 @@ from rotpruner.rotations import LearnedRotations, merge_rotations, random_rotati
 def test_maps_and_draws_keep_their_constraint(constraint, map_name):
     matrices = OrthogonalMatrices(2, 3, 6, map_name, constraint).double()
     torch.testing.assert_close(matrices(), torch.eye(6, dtype=torch.float64).expand(2, 3, 6, 6))
-    assert matrices.skew[0, 0].numel() == {"none": 15, "fixes_ones": 10, "planes": 3}[constraint]
+    assert matrices.turn[0, 0].numel() == {"none": 15, "fixes_ones": 10, "planes": 3}[constraint]
     drawn = random_orthogonal(2, 3, 6, torch.Generator().manual_seed(0), constraint, torch.float64)
     matrices.restart(drawn)
     with torch.no_grad():
-        matrices.skew.normal_()
+        matrices.turn.normal_()
     for Q in (drawn, matrices()):
         assert orthogonality_error(Q) < 1e-12
         assert constraint_error(Q, constraint) < 1e-12

@@ -1,0 +1,90 @@
+"""Cayley-SGD: stays on the manifold, goes downhill along it, and learns inside of constraints."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from lightning_modules.rotation_module import RotationModule
+from rotpruner.errors import InputError
+from rotpruner.optimizers import CayleySGD, nearest_orthogonal
+from rotpruner.orthogonal import OrthogonalMatrices, constraint_error, orthogonality_error, random_orthogonal
+
+
+def drawn(n: int, seed: int, dtype=torch.float64) -> torch.Tensor:
+    return random_orthogonal(1, 1, n, torch.Generator().manual_seed(seed), dtype=dtype)
+
+
+def test_finds_the_procrustes_solution():
+    """min ‖X Q − Y‖² over rotations has its minimum where Y was made."""
+    generator = torch.Generator().manual_seed(0)
+    X = torch.randn(40, 6, generator=generator, dtype=torch.float64)
+    goal = torch.linalg.matrix_exp(torch.randn(6, 6, generator=generator, dtype=torch.float64) * 0.3)
+    goal = torch.linalg.qr(goal).Q
+    goal = goal * goal.diagonal().sign()
+    Q = nn.Parameter(torch.eye(6, dtype=torch.float64))
+    optimizer = CayleySGD([Q], lr=0.005)
+    for _ in range(600):
+        optimizer.zero_grad()
+        (X @ Q - X @ goal).square().sum().backward()
+        optimizer.step()
+    assert (Q - goal).abs().max() < 1e-6
+
+
+def test_first_step_is_along_the_riemannian_gradient():
+    """For small α without momentum, Q moves by −α (G − Q Gᵀ Q), the gradient of the canonical metric."""
+    Q, G = nn.Parameter(drawn(7, 1)[0, 0]), torch.randn(7, 7, dtype=torch.float64)
+    before = Q.detach().clone()
+    Q.grad = G
+    CayleySGD([Q], lr=1e-6, momentum=0).step()
+    W = -(G @ before.T - 0.5 * before @ before.T @ G @ before.T)
+    expected = (W - W.T) @ before
+    assert torch.allclose((Q.detach() - before) / 1e-6, expected, atol=1e-4)
+
+
+def test_stays_orthogonal_in_float32_over_many_large_steps():
+    Q = nn.Parameter(drawn(32, 2, torch.float32))
+    optimizer = CayleySGD([Q], lr=10.0)
+    for step in range(200):
+        Q.grad = torch.randn(Q.shape, generator=torch.Generator().manual_seed(step))
+        optimizer.step()
+    assert orthogonality_error(Q) < 1e-5
+
+
+def test_projection_squares_the_error():
+    Q = drawn(16, 3)
+    rough = Q + 1e-4 * torch.randn(Q.shape, dtype=torch.float64)
+    assert orthogonality_error(nearest_orthogonal(rough)) < orthogonality_error(rough) ** 1.5
+
+
+@pytest.mark.parametrize("constraint", ["none", "fixes_ones", "planes"])
+def test_constraints_hold_while_the_core_moves(constraint):
+    matrices = OrthogonalMatrices(2, 3, 8, "manifold", constraint).double()
+    matrices.restart(random_orthogonal(2, 3, 8, torch.Generator().manual_seed(0), constraint, torch.float64))
+    before = matrices().detach()
+    optimizer = CayleySGD(matrices.parameters(), lr=0.05)
+    target = torch.randn(2, 3, 8, 8, dtype=torch.float64)
+    losses = []
+    for _ in range(30):
+        optimizer.zero_grad()
+        losses.append((matrices() * target).sum())
+        losses[-1].backward()
+        optimizer.step()
+    assert losses[-1] < losses[0] - 1
+    assert orthogonality_error(matrices()) < 1e-9
+    assert constraint_error(matrices(), constraint) < 1e-9
+    assert (matrices() - before).abs().max() > 0.1
+
+
+def test_what_does_not_fit_is_refused(model_directory):
+    with pytest.raises(InputError, match="square orthogonal"):
+        CayleySGD([nn.Parameter(torch.zeros(3))])
+    for settings in ({"lr": 0.0}, {"momentum": 1.0}):
+        with pytest.raises(InputError, match="CayleySGD"):
+            CayleySGD([nn.Parameter(torch.eye(3))], **settings)
+    with pytest.raises(InputError, match="need each other"):
+        RotationModule(str(model_directory), orthogonal_map="manifold")
+    with pytest.raises(InputError, match="need each other"):
+        RotationModule(str(model_directory), optimizer=lambda parameters: CayleySGD(parameters))
+    RotationModule(str(model_directory), orthogonal_map="manifold", optimizer=lambda parameters: CayleySGD(parameters))
