@@ -36,18 +36,17 @@ def gather_model_moments(
     """
     if "residual" in spaces:
         fuse_block_norms(model)
-    if pruner.needs == "nothing":
-        return {}
-    linears = block_linears(model.config)
-    return gather_moments(model, *_to_watch(model, linears, pruner, spaces), batches)
+    return gather_moments(model, *linears_to_watch(model, block_linears(model.config), pruner, spaces), batches)
 
 
-def _to_watch(
+def linears_to_watch(
     model: nn.Module, linears: Iterable[BlockLinear], pruner: Pruner, spaces: Container[str]
 ) -> tuple[dict[str, nn.Module], dict[str, int]]:
-    """The first linear of each group, and the width of the diagonal blocks to gather of its input."""
+    """The first linear of each group, and the width of the diagonal blocks that the pruner needs of its input."""
     modules: dict[str, nn.Module] = {}
     widths: dict[str, int] = {}
+    if pruner.needs == "nothing":
+        return modules, widths
     for linear in linears:
         if linear.name != linear.group:
             continue
@@ -108,7 +107,7 @@ def prune_model(
         for layer, members in progress([(layer, list(members)) for layer, members in blocks], "pruning block by block"):
             block_moments: dict[str, Moment] = {}
             if replay is not None:
-                with watch_inputs(*_to_watch(model, members, pruner, ())) as sums:
+                with watch_inputs(*linears_to_watch(model, members, pruner, ())) as sums:
                     replay.run(layer)
                 block_moments = sums.means()
             _prune_linears(model, members, pruner, patterns, block_moments)

@@ -8,8 +8,9 @@ the decoder blocks stays as it is. Without rotations the same modules are the de
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from itertools import groupby
 from typing import Any
 
 import torch
@@ -17,15 +18,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from rotpruner.distributed import Ranks, whole
 from rotpruner.families import BlockLinear, block_linears, family_of
 from rotpruner.fusion import fuse_block_norms
 from rotpruner.objectives import Objective
-from rotpruner.oneshot import gather_model_moments
+from rotpruner.oneshot import linears_to_watch
 from rotpruner.orthogonal import rotate_bias, rotate_features, rotate_weight
 from rotpruner.patterns import Pattern
 from rotpruner.pruners import Pruner
 from rotpruner.rotations import LearnedRotations, RotationSet, at_site, sides
-from rotpruner.statistics import Moment
+from rotpruner.statistics import Moment, gather_moments
 from rotpruner.surrogates import Surrogate
 
 
@@ -67,6 +69,8 @@ class RotatedModel(nn.Module):
         surrogate: how the gradient passes them.
         objective: what is minimised.
         gradient_checkpointing: recompute each block, and its rotated weights, in the backward pass.
+        ranks: processes that hold a copy each, or shards of one. They share calibration and the choice of masks;
+            losses and their gradients are each rank's own.
     """
 
     def __init__(
@@ -78,11 +82,13 @@ class RotatedModel(nn.Module):
         surrogate: Surrogate | None = None,
         objective: Objective | None = None,
         gradient_checkpointing: bool = False,
+        ranks: Ranks | None = None,
     ) -> None:
         super().__init__()
         self.rotations = rotations
         self.pruner, self.pattern = pruner, pattern
         self.objective = objective or Objective()
+        self.ranks = ranks or Ranks()
         self.basis = Basis()
         self.moments: dict[str, Moment] = {}
         #: The rotations in which the masks of the moment were chosen; they determine the masks.
@@ -149,13 +155,21 @@ class RotatedModel(nn.Module):
     # -- calibration and masks -------------------------------------------------------------------
 
     def calibrate(self, batches: Iterable[Tensor]) -> None:
-        """Gather the statistics that the pruner needs from token batches (sequences, seq_len), once."""
+        """Gather the statistics that the pruner needs from token batches (sequences, seq_len), once.
+
+        Ranks, which are all given the same batches, take turns with them and end with the same statistics.
+        """
+        spaces = set(self.rotations.spaces)
         with self.dense() as base:
-            self.moments = gather_model_moments(base, self.pruner, set(self.rotations.spaces), batches)
+            watched = linears_to_watch(base, block_linears(base.config), self.pruner, spaces)
+            self.moments = gather_moments(base, *watched, batches, self.ranks)
 
     @torch.no_grad()
     def refresh_masks(self, rotations: RotationSet | None = None) -> float:
         """Apply the pruner anew, in the rotations of the moment or in given ones.
+
+        Ranks take turns with the groups of linears and hand the masks around: all have the same ones, even where
+        kernels would not give the same twice.
 
         Returns:
             The share of mask entries that flipped, 0 at the first call.
@@ -163,20 +177,39 @@ class RotatedModel(nn.Module):
         self.mask_rotations = {
             space: Q.detach().clone() for space, Q in (self.rotations() if rotations is None else rotations).items()
         }
-        rotated: dict[str, Moment] = {}
+        groups = [list(members) for _, members in groupby(self.linears, key=lambda linear: linear.place.group)]
         flipped = total = 0
-        for linear in self.linears:
-            reads, writes = sides(self.mask_rotations, linear.place)
-            group = linear.place.group
-            if group in self.moments and group not in rotated:
-                rotated[group] = self.moments[group].rotate(reads)
-            weight = rotate_weight(linear.weight, reads, writes)
-            mask = self.pruner.mask(weight, rotated.get(group), self.pattern)
-            if linear.mask is not None:
-                flipped += int((mask != linear.mask).sum())
-            total += mask.numel()
-            linear.mask = mask
+        for start in range(0, len(groups), self.ranks.size):
+            for linear, mask in self._choose_masks(groups[start : start + self.ranks.size], self.mask_rotations):
+                if linear.mask is not None:
+                    flipped += int((mask != linear.mask).sum())
+                total += mask.numel()
+                linear.mask = mask
         return flipped / total
+
+    def _choose_masks(
+        self, groups: Sequence[Sequence[RotatedLinear]], rotations: RotationSet
+    ) -> Iterator[tuple[RotatedLinear, Tensor]]:
+        """The masks of at most one group of linears a rank: all ranks choose at the same time, then tell the others."""
+        own: dict[RotatedLinear, Tensor] = {}
+        for source, group in enumerate(groups):
+            for linear in group:
+                weight = whole(linear.weight)  # sharded weights come together one at a time, on all ranks
+                if source == self.ranks.rank:
+                    own[linear] = weight
+        moment = None
+        for linear, weight in own.items():
+            reads, writes = sides(rotations, linear.place)
+            # Rotated once for the group, whose linears share what a pruner derives from it.
+            if moment is None and linear.place.group in self.moments:
+                moment = self.moments[linear.place.group].rotate(reads)
+            own[linear] = self.pruner.mask(rotate_weight(weight, reads, writes), moment, self.pattern)
+        for source, group in enumerate(groups):
+            for linear in group:
+                mask = own.get(linear)
+                if mask is None:
+                    mask = torch.empty(linear.weight.shape, dtype=torch.bool, device=linear.weight.device)
+                yield linear, self.ranks.broadcast(mask.contiguous(), source)
 
     # -- what is minimised -----------------------------------------------------------------------
 
@@ -210,10 +243,12 @@ class RotatedModel(nn.Module):
 
     def _teacher_states(self, input_ids: Tensor, index: Tensor | None) -> Tensor:
         rows = [None] * len(input_ids) if index is None else index.tolist()
+        unknown = torch.tensor([row not in self._dense_states for row in rows], device=input_ids.device)
         states = []
-        # Row by row, so that a row's states do not depend on the batch that it first came in.
-        for row, ids in zip(rows, input_ids, strict=True):
-            if row is None or row not in self._dense_states:
+        # Row by row, so that a row's states do not depend on the batch that it first came in; and on all ranks
+        # where one needs it, because a sharded model runs on all of them or on none.
+        for row, ids, run in zip(rows, input_ids, self.ranks.any(unknown).tolist(), strict=True):
+            if run:
                 with self.dense():
                     state = self._states(ids[None])[0]
                 if row is not None:
