@@ -22,11 +22,14 @@ class SignalAt(Callback):
     """Send this very process a signal in one hook of one step."""
 
     def __init__(self, step: int, hook: str, signum: int = signal.SIGKILL) -> None:
-        def send(trainer, *_, **__):
-            if trainer.global_step >= step:
-                os.kill(os.getpid(), signum)
+        self.step, self.hook, self.signum = step, hook, signum
 
-        setattr(self, hook, send)
+    def setup(self, trainer, pl_module, stage):
+        setattr(self, self.hook, self._send)
+
+    def _send(self, trainer, *_, **__):
+        if trainer.global_step >= self.step:
+            os.kill(os.getpid(), self.signum)
 
 
 class Record(Callback):
@@ -71,8 +74,13 @@ def start(arguments: list[str], *callbacks: Callback, **settings) -> int:
     return _join([_process(fit, arguments, callbacks, **settings)])[0]
 
 
-def start_ranks(arguments: list[str], *callbacks: Callback | None, target=fit, ranks: int = 2, **settings) -> list[int]:
-    """Fit in several processes, the n-th callback on rank n only; their exit statuses."""
+def start_ranks(
+    arguments: list[str], *callbacks: Callback | None, target=fit, ranks: int = 2, meanwhile=None, **settings
+) -> list[int]:
+    """Fit in several processes, the n-th callback on rank n only; their exit statuses.
+
+    `meanwhile` is called with the running processes.
+    """
     with socket.socket() as found:
         found.bind(("127.0.0.1", 0))
         port = found.getsockname()[1]
@@ -83,11 +91,13 @@ def start_ranks(arguments: list[str], *callbacks: Callback | None, target=fit, r
         own = [callback for callback in callbacks[rank : rank + 1] if callback is not None]
         given = (arguments, own) if target is fit else (arguments,)
         processes.append(_process(target, *given, environment=environment, **settings))
+    if meanwhile is not None:
+        meanwhile(processes)
     return _join(processes)
 
 
 def _process(target, *given, **settings):
-    process = PROCESSES.Process(target=target, args=given, kwargs=settings)
+    process = PROCESSES.Process(target=target, args=given, kwargs=settings, daemon=True)
     process.start()
     return process
 

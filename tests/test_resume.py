@@ -16,6 +16,7 @@ from experiments.__main__ import main
 STEPS = 12
 HOOKS = ("on_train_batch_start", "on_before_optimizer_step", "on_before_zero_grad", "on_train_batch_end")
 
+
 @pytest.fixture
 def config(tmp_path, model_directory, text_file) -> Path:
     path = tmp_path / "config.yaml"
