@@ -25,7 +25,7 @@ from rotpruner.loading import load_model, load_tokenizer
 from rotpruner.oneshot import parameter_count, prune_model, sparsity_of
 from rotpruner.patterns import Slice
 from rotpruner.provenance import commit
-from rotpruner.rotations import random_rotations
+from rotpruner.rotations import RotationSet, random_rotations
 
 Row = dict[str, Any]
 
@@ -83,24 +83,28 @@ class Finish(Callback):
         return self._training_seconds + (time.perf_counter() - self._fit_started if self._fit_started else 0.0)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Read the test texts before anything long begins."""
+        """Read the test texts before anything long begins; on every rank, so that all of them stop at a bad one."""
         self._fit_started = time.perf_counter()
-        if trainer.is_global_zero:
-            tokenizer = load_tokenizer(pl_module.model_name)  # type: ignore[arg-type]
-            self._ids = tokenize_texts(self.texts, tokenizer, self.seq_len, self.max_tokens)
+        tokenizer = load_tokenizer(pl_module.model_name)  # type: ignore[arg-type]
+        self._ids = tokenize_texts(self.texts, tokenizer, self.seq_len, self.max_tokens)
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Only after training has run to its end; an interrupted fit is resumed, not finished."""
-        if not trainer.is_global_zero or trainer.interrupted or trainer.received_sigterm:
-            return
-        with torch.no_grad():
-            self._finish(Path(trainer.default_root_dir), trainer, pl_module)
+        """Only after training has run to its end; an interrupted fit is resumed, not finished.
 
-    def _finish(self, run: Path, trainer: Trainer, module: Any) -> None:
+        The first rank works on a model of its own, the others wait for it.
+        """
+        if trainer.interrupted or trainer.received_sigterm:
+            return
+        rotated: Any = pl_module.rotated
+        with torch.no_grad(), rotated.ranks.waiting():
+            learned = {space: Q.cpu() for space, Q in rotated.rotations().items()}
+            if trainer.is_global_zero:
+                self._finish(Path(trainer.default_root_dir), trainer, pl_module, learned)
+
+    def _finish(self, run: Path, trainer: Trainer, module: Any, learned: RotationSet) -> None:
         training_seconds = self._elapsed()
         name, pruner, pattern = module.model_name, module.pruner, module.pattern
         tokenizer, batches = load_tokenizer(name), trainer.datamodule.tokens.split(1)  # type: ignore[attr-defined]
-        learned = {space: Q.detach().cpu() for space, Q in module.rotated.rotations().items()}
         drawn = random_rotations(module.rotated.base.config, module.spaces, module.seed)
         moments = {group: moment.to("cpu") for group, moment in module.rotated.moments.items()}
 

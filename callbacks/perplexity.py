@@ -78,19 +78,17 @@ class Perplexity(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Ranks share the windows; those left over by an uneven split are dropped."""
+        """Ranks share the windows."""
         step = trainer.global_step
         if step % self.every_n_steps or step == self._last:
             return
         self._last = step
         for name, text_windows in self._windows.items():
-            share = len(text_windows) // trainer.world_size
-            if share == 0:
-                share, first = len(text_windows), 0
-            else:
-                first = share * trainer.global_rank
             metric = WindowPerplexity().to(pl_module.device)
-            for window in text_windows[first : first + share].to(pl_module.device).split(1):
-                metric.update(pl_module.rotated(window).logits, window)  # type: ignore[operator]
+            rotated: Any = pl_module.rotated
+            for window, counts in rotated.ranks.share(text_windows.to(pl_module.device).split(1)):
+                logits = rotated(window).logits
+                if counts:
+                    metric.update(logits, window)
             value = metric.compute().item()
             pl_module.log(f"ppl/{name}", value if math.isfinite(value) else math.inf, prog_bar=True)

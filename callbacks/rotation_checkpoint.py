@@ -2,18 +2,51 @@
 
 from __future__ import annotations
 
+import os
+import shutil
+import signal
+import threading
 from pathlib import Path
 from typing import Any
 
+import torch
 from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
 
+from callbacks.terminal import console
 from rotpruner.artifacts import save_rotations
 from rotpruner.errors import InputError
 
+#: What a shell reports of a process that SIGTERM has ended.
+TERMINATED = 128 + signal.SIGTERM
+
+
+def last_checkpoint(run: Path) -> Path | None:
+    """The checkpoint from which a run directory's run goes on, a file or a directory of shards."""
+    for name in ("last.ckpt", "previous.ckpt"):
+        if (run / "checkpoints" / name).exists():
+            return run / "checkpoints" / name
+    return None
+
+
+def _replace(new: Path, target: Path, previous: Path) -> None:
+    """Put a file or directory in another's place; at every moment one of the two is whole, under one of the names."""
+    if target.is_dir() or (target.exists() and new.is_dir()):
+        _remove(previous)
+        os.replace(target, previous)
+    os.replace(new, target)
+    _remove(previous)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
 
 class RotationCheckpoint(Checkpoint):
-    """Every `every_n_steps` steps and at the last, write `checkpoints/last.ckpt` and `rotations/`.
+    """Every `every_n_steps` steps, at the last and on SIGTERM, write `checkpoints/last.ckpt` and `rotations/`.
 
     ```yaml
     trainer:
@@ -22,8 +55,9 @@ class RotationCheckpoint(Checkpoint):
           init_args: {every_n_steps: 25}
     ```
 
-    The checkpoint holds all that a resume needs and no base weights; the file before it is replaced only
-    once the new one is whole.
+    The checkpoint holds all that a resume needs and no base weights; the one before it is replaced only
+    once the new one is whole. SIGTERM, to one process or to all, ends the run after the step that it is in:
+    with status 143, as a scheduler expects it of a job that it may put back into its queue.
     """
 
     def __init__(self, every_n_steps: int = 25) -> None:
@@ -31,18 +65,46 @@ class RotationCheckpoint(Checkpoint):
             raise InputError(f"every_n_steps {every_n_steps} of RotationCheckpoint is not positive; give 1 or more")
         self.every_n_steps = every_n_steps
         self._last = 0
+        self._terminated = False
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Only take note of SIGTERM: Lightning's own handler speaks to the other ranks out of turn.
+
+        The trainer puts back the handler that it found when training is over.
+        """
+        self._last = trainer.global_step
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, self._take_note)
+
+    def _take_note(self, signum: int, frame: Any) -> None:
+        self._terminated = True
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Save at the end of a step, once."""
+        """Save at the end of a step, never between batches whose gradients accumulate."""
         step = trainer.global_step
-        due = step % self.every_n_steps == 0 or step == trainer.max_steps
-        if not due or step == self._last:
+        if step == self._last:
             return
         self._last = step
+        ranks: Any = pl_module.rotated.ranks  # type: ignore[union-attr]
+        ending = bool(ranks.any(torch.tensor(self._terminated, device=pl_module.device)))
+        if ending or step % self.every_n_steps == 0 or step == trainer.max_steps:
+            self._save(trainer, pl_module)
+        if ending:
+            if trainer.is_global_zero:
+                console.print(f"SIGTERM: saved step {step}; the same command goes on from there")
+            # One status for the job: launchers kill the rest where any other process fails.
+            raise SystemExit(TERMINATED if trainer.is_global_zero else 0)
+
+    def _save(self, trainer: Trainer, module: Any) -> None:
         run = Path(trainer.default_root_dir)
-        trainer.save_checkpoint(run / "checkpoints" / "last.ckpt", weights_only=False)
+        checkpoints = run / "checkpoints"
+        scratch = checkpoints / ".last.ckpt.tmp"
         if trainer.is_global_zero:
-            rotations = pl_module.rotated.rotations()  # type: ignore[operator, union-attr]
-            save_rotations(rotations, pl_module.rotated.base, run / "rotations", replace=True)  # type: ignore
+            _remove(scratch)
+        trainer.save_checkpoint(scratch, weights_only=False)
+        rotations = module.rotated.rotations()
+        if trainer.is_global_zero:
+            _replace(scratch, checkpoints / "last.ckpt", checkpoints / "previous.ckpt")
+            save_rotations(rotations, module.rotated.base, run / "rotations", replace=True)

@@ -20,8 +20,11 @@ from jsonargparse import ArgumentError
 from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.strategies import ModelParallelStrategy
+from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 from callbacks.finish import Finish
+from callbacks.rotation_checkpoint import last_checkpoint
 from callbacks.terminal import console, results_table
 from datamodules.calibration import CalibrationDataModule
 from lightning_modules.rotation_module import RotationModule
@@ -84,24 +87,20 @@ class FitCLI(LightningCLI):
         recorded = self.run_directory / "config.yaml"
         if not recorded.is_file():
             return
-        if yaml.safe_load(recorded.read_text(encoding="utf-8")) != self.config_record:
+        finished = (self.run_directory / "results.json").is_file()
+        known = yaml.safe_load(recorded.read_text(encoding="utf-8"))
+        if _what_is_learned(known, finished) != _what_is_learned(self.config_record, finished):
             raise InputError(
                 f"run directory '{self.run_directory}' belongs to another configuration ({recorded}); "
                 "choose another --trainer.default_root_dir, or remove it"
             )
-        if (self.run_directory / "results.json").is_file():
+        if finished:
             show(self.run_directory)
             sys.exit(0)
-        checkpoint = self.run_directory / "checkpoints" / "last.ckpt"
-        if checkpoint.is_file():
-            try:
-                torch.load(checkpoint, map_location="cpu", weights_only=True)
-            except Exception as error:  # a damaged archive shows itself in many ways
-                raise InputError(
-                    f"checkpoint '{checkpoint}' is damaged ({type(error).__name__}); remove it to begin the run again"
-                ) from error
-            console.print(f"going on from {checkpoint}")
-            self.resume_from = checkpoint
+        self.resume_from = last_checkpoint(self.run_directory)
+        if self.resume_from is not None:
+            check_checkpoint(self.resume_from)
+            rank_zero_only(console.print)(f"going on from {self.resume_from}")
 
     def instantiate_classes(self) -> None:
         """Build everything; the parser wraps what a callback's constructor refuses, once for each type it tries."""
@@ -119,9 +118,45 @@ class FitCLI(LightningCLI):
             kwargs["logger"] = CSVLogger(self.run_directory, name="logs")
         trainer = super().instantiate_trainer(**kwargs)
         trainer.callbacks.append(RunRecord(self.config_record))  # type: ignore[attr-defined]
+        sharded = self.resume_from is not None and self.resume_from.is_dir()
+        if sharded and not isinstance(trainer.strategy, ModelParallelStrategy):
+            raise InputError(
+                f"checkpoint '{self.resume_from}' is a directory of shards; go on with the ModelParallelStrategy, "
+                "under any number of processes"
+            )
         return trainer
 
 
+def _what_is_learned(config: dict[str, Any], finished: bool) -> dict[str, Any]:
+    """A configuration without what says where it runs.
+
+    An unfinished run may go on with other processes, and then with another `batch_size`, which counts one
+    process's rows; that the batches of all of them stay alike is checked against the checkpoint.
+    """
+    places = {"trainer": {"accelerator", "strategy", "devices", "num_nodes"}, "data": set()}
+    if not finished:
+        places["data"].add("batch_size")
+    return {
+        part: {key: value for key, value in settings.items() if key not in places[part]} if part in places else settings
+        for part, settings in config.items()
+    }
+
+
+def check_checkpoint(checkpoint: Path) -> None:
+    """Raise `InputError` if a checkpoint cannot be read; of a directory of shards, whose index torch pickles, only
+    the rest is read here: it is the run's own."""
+    try:
+        if checkpoint.is_dir() and not (checkpoint / ".metadata").is_file():
+            raise FileNotFoundError(".metadata")
+        file = checkpoint / "meta.pt" if checkpoint.is_dir() else checkpoint
+        torch.load(file, map_location="cpu", weights_only=True)
+    except Exception as error:  # a damaged archive shows itself in many ways
+        raise InputError(
+            f"checkpoint '{checkpoint}' is damaged ({type(error).__name__}); remove it to begin the run again"
+        ) from error
+
+
+@rank_zero_only
 def show(run: Path) -> None:
     """Print the results of a finished run."""
     results = json.loads((run / "results.json").read_text(encoding="utf-8"))

@@ -13,6 +13,7 @@ from rich.progress import track
 from torch import Tensor
 
 from rotpruner.artifacts import load_rotations, read_rotations
+from rotpruner.distributed import Ranks
 from rotpruner.errors import InputError
 from rotpruner.families import SPACES, check_space
 from rotpruner.loading import check_pattern, check_seq_len, load_config, load_model, meta_model
@@ -150,6 +151,7 @@ class RotationModule(LightningModule):
             self.objective,
             self.gradient_checkpointing,
             self.layer_sparsity,
+            Ranks.world(),
         )
 
     def configure_optimizers(self) -> Any:
@@ -165,7 +167,7 @@ class RotationModule(LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
     def on_fit_start(self) -> None:
-        """Gather the calibration statistics and choose the first masks, or those of a checkpoint."""
+        """Gather the calibration statistics, on all ranks together."""
         tokens = self.trainer.datamodule.tokens  # type: ignore[attr-defined]
         progress = partial(
             track,
@@ -174,6 +176,9 @@ class RotationModule(LightningModule):
             disable=self.trainer.progress_bar_callback is None or not self.trainer.is_global_zero,
         )
         self.rotated.calibrate(tokens.to(self.device).split(1), progress)
+
+    def on_train_start(self) -> None:
+        """Choose the first masks, or those of a checkpoint: some strategies read it only after `on_fit_start`."""
         if self.start == "pca" and self.init_rotations is None and self._restored_mask_rotations is None:
             self.rotated.start_from_pca()
         self.rotated.refresh_masks(self._restored_mask_rotations)
@@ -181,7 +186,8 @@ class RotationModule(LightningModule):
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         """The core's loss of `{"input_ids": (B, T), "index": (B,)}`."""
         losses = self.rotated.loss(batch["input_ids"], batch["index"])
-        self.log_dict({f"train/{name}": value.detach() for name, value in losses.items()}, prog_bar=True)
+        values = {f"train/{name}": value.detach() for name, value in losses.items()}
+        self.log_dict(values, prog_bar=True, sync_dist=True)
         return losses["loss"]
 
     @torch.no_grad()

@@ -10,6 +10,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
+from rotpruner.distributed import Ranks, whole
 from rotpruner.errors import InputError
 from rotpruner.families import BlockLinear, block_linears, family_of, linear_modules, module_at
 from rotpruner.fusion import fuse_block_norms
@@ -27,7 +28,11 @@ LayerSparsity = Literal["uniform", "owl"]
 
 
 def gather_model_moments(
-    model: nn.Module, pruner: Pruner, spaces: Container[str], batches: Iterable[Tensor]
+    model: nn.Module,
+    pruner: Pruner,
+    spaces: Container[str],
+    batches: Iterable[Tensor],
+    ranks: Ranks | None = None,
 ) -> dict[str, Moment]:
     """What a pruner needs to know of each group of linears of the dense model, keyed by the group's first linear.
 
@@ -35,21 +40,22 @@ def gather_model_moments(
         model: plain model; its block norms are fused if its residual stream is to be rotated.
         spaces: names of the spaces that will be rotated, which decides how much must be gathered.
         batches: token ids, each (sequences, seq_len).
+        ranks: take turns with the batches and end with the same statistics; None is this process alone.
     """
     if "residual" in spaces:
         fuse_block_norms(model)
-    if pruner.needs == "nothing":
-        return {}
     linears = block_linears(model.config)
-    return gather_moments(model, *_to_watch(model, linears, pruner.needs, spaces), batches)
+    return gather_moments(model, *linears_to_watch(model, linears, pruner.needs, spaces), batches, ranks)
 
 
-def _to_watch(
+def linears_to_watch(
     model: nn.Module, linears: Iterable[BlockLinear], needs: Needs, spaces: Container[str]
 ) -> tuple[dict[str, nn.Module], dict[str, int]]:
     """The first linear of each group, and the width of the diagonal blocks to gather of its input."""
     modules: dict[str, nn.Module] = {}
     widths: dict[str, int] = {}
+    if needs == "nothing":
+        return modules, widths
     for linear in linears:
         if linear.name != linear.group:
             continue
@@ -126,7 +132,7 @@ def prune_model(
         with visiting(module_at(model, family_of(model.config).blocks)[layer], device):
             seen: dict[str, Moment] = {}
             if replay is not None:
-                with watch_inputs(*_to_watch(model, members, needs, ())) as sums:
+                with watch_inputs(*linears_to_watch(model, members, needs, ())) as sums:
                     replay.run(layer)
                 seen = sums.means()
             _prune_block(model, members, pruner, patterns[layer], seen if moments is None else known, update, seen)
@@ -184,7 +190,11 @@ def check_layer_sparsity(pattern: Pattern | Slice, layer_sparsity: str) -> None:
 
 
 def layer_patterns(
-    model: nn.Module, pattern: Pattern, layer_sparsity: LayerSparsity, batches: Sequence[Tensor]
+    model: nn.Module,
+    pattern: Pattern,
+    layer_sparsity: LayerSparsity,
+    batches: Sequence[Tensor],
+    ranks: Ranks | None = None,
 ) -> list[Pattern]:
     """One pattern a block: the same, or by the outlier ratios of Wanda's saliencies in the dense model (OWL).
 
@@ -193,15 +203,16 @@ def layer_patterns(
         pattern: of all blocks together.
         layer_sparsity: how they share it.
         batches: calibration token ids, each (sequences, seq_len); read for `owl` only.
+        ranks: as in `gather_model_moments`.
     """
     if layer_sparsity == "uniform":
         return [pattern] * len(module_at(model, family_of(model.config).blocks))
     assert isinstance(pattern, Unstructured)
     wanda = resolve_pruner("wanda")
-    moments = gather_model_moments(model, wanda, (), batches)
+    moments = gather_model_moments(model, wanda, (), batches, ranks)
 
     def saliency(linear: BlockLinear) -> Tensor:
-        return wanda.saliency(module_at(model, linear.name).weight, moments[linear.group]).flatten()
+        return wanda.saliency(whole(module_at(model, linear.name).weight), moments[linear.group]).flatten()
 
     blocks = groupby(block_linears(model.config), key=lambda linear: linear.layer)
     saliencies = (torch.cat([saliency(linear) for linear in members]) for _, members in blocks)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from itertools import groupby
 from typing import Any
 
 import torch
@@ -17,16 +18,17 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from rotpruner.distributed import Ranks, whole
 from rotpruner.families import BlockLinear, block_linears, family_of
 from rotpruner.fusion import fuse_block_norms
 from rotpruner.objectives import Objective
-from rotpruner.oneshot import LayerSparsity, check_layer_sparsity, gather_model_moments, layer_patterns
+from rotpruner.oneshot import LayerSparsity, check_layer_sparsity, layer_patterns, linears_to_watch
 from rotpruner.orthogonal import rotate_bias, rotate_features, rotate_weight
 from rotpruner.patterns import Pattern, Slice
 from rotpruner.pruners import Pruner
 from rotpruner.rotations import LearnedRotations, RotationSet, at_site, sides
 from rotpruner.slicing import project, residual_moments, residual_pca, sliced_width
-from rotpruner.statistics import Moment
+from rotpruner.statistics import Moment, gather_moments
 from rotpruner.surrogates import Surrogate
 
 
@@ -69,6 +71,8 @@ class RotatedModel(nn.Module):
         objective: what is minimised.
         gradient_checkpointing: recompute each block, and its rotated weights, in the backward pass.
         layer_sparsity: `uniform`, or `owl` to let blocks with many outliers keep more.
+        ranks: processes that hold a copy each, or shards of one. They share calibration and the choice of masks;
+            losses and their gradients are each rank's own.
 
     Raises:
         InputError: the pattern has no sparsity that blocks could share out.
@@ -84,6 +88,7 @@ class RotatedModel(nn.Module):
         objective: Objective | None = None,
         gradient_checkpointing: bool = False,
         layer_sparsity: LayerSparsity = "uniform",
+        ranks: Ranks | None = None,
     ) -> None:
         super().__init__()
         check_layer_sparsity(pattern, layer_sparsity)
@@ -91,6 +96,7 @@ class RotatedModel(nn.Module):
         self.rotations = rotations
         self.pruner, self.pattern = pruner, pattern
         self.objective = objective or Objective()
+        self.ranks = ranks or Ranks()
         self.basis = Basis()
         self.moments: dict[str, Moment] = {}
         #: One for each block; `calibrate` shares the sparsity out.
@@ -168,16 +174,20 @@ class RotatedModel(nn.Module):
     ) -> None:
         """Gather the statistics that the pruner needs, once; `owl` shares the sparsity out in a pass before.
 
+        Ranks, which are all given the same batches, take turns with them and end with the same statistics.
+
         Args:
             batches: token ids, each (sequences, seq_len).
             progress: wraps the iteration over batches, for a progress bar.
         """
         with self.dense() as base:
             if isinstance(self.pattern, Slice):
-                self.moments = residual_moments(base, progress(batches))
+                self.moments = residual_moments(base, progress(batches), self.ranks)
                 return
-            self.patterns = layer_patterns(base, self.pattern, self.layer_sparsity, batches)
-            self.moments = gather_model_moments(base, self.pruner, set(self.rotations.spaces), progress(batches))
+            self.patterns = layer_patterns(base, self.pattern, self.layer_sparsity, batches, self.ranks)
+            spaces = set(self.rotations.spaces)
+            watched = linears_to_watch(base, block_linears(base.config), self.pruner.needs, spaces)
+            self.moments = gather_moments(base, *watched, progress(batches), self.ranks)
 
     def start_from_pca(self) -> None:
         """Turn the residual stream to its principal directions; the other spaces start at the identity.
@@ -193,6 +203,9 @@ class RotatedModel(nn.Module):
     def refresh_masks(self, rotations: RotationSet | None = None) -> float:
         """Apply the pruner anew, in the rotations of the moment or in given ones.
 
+        Ranks take turns with the groups of linears and hand the masks around: all have the same ones, even where
+        kernels would not give the same twice.
+
         Returns:
             The share of mask entries that flipped, 0 at the first call.
         """
@@ -201,20 +214,40 @@ class RotatedModel(nn.Module):
         }
         if isinstance(self.pattern, Slice):
             return 0.0
-        rotated: dict[str, Moment] = {}
+        groups = [list(members) for _, members in groupby(self.linears, key=lambda linear: linear.place.group)]
         flipped = total = 0
-        for linear in self.linears:
-            reads, writes = sides(self.mask_rotations, linear.place)
-            group = linear.place.group
-            if group in self.moments and group not in rotated:
-                rotated[group] = self.moments[group].rotate(reads)
-            weight = rotate_weight(linear.weight, reads, writes)
-            mask = self.pruner.mask(weight, rotated.get(group), self.patterns[linear.place.layer])
-            if linear.mask is not None:
-                flipped += int((mask != linear.mask).sum())
-            total += mask.numel()
-            linear.mask = mask
+        for start in range(0, len(groups), self.ranks.size):
+            for linear, mask in self._choose_masks(groups[start : start + self.ranks.size], self.mask_rotations):
+                if linear.mask is not None:
+                    flipped += int((mask != linear.mask).sum())
+                total += mask.numel()
+                linear.mask = mask
         return flipped / total
+
+    def _choose_masks(
+        self, groups: Sequence[Sequence[RotatedLinear]], rotations: RotationSet
+    ) -> Iterator[tuple[RotatedLinear, Tensor]]:
+        """The masks of at most one group of linears a rank: all ranks choose at the same time, then tell the others."""
+        own: dict[RotatedLinear, Tensor] = {}
+        for source, group in enumerate(groups):
+            for linear in group:
+                weight = whole(linear.weight)  # sharded weights come together one at a time, on all ranks
+                if source == self.ranks.rank:
+                    own[linear] = weight
+        moment = None
+        for linear, weight in own.items():
+            reads, writes = sides(rotations, linear.place)
+            # Rotated once for the group, whose linears share what a pruner derives from it.
+            if moment is None and linear.place.group in self.moments:
+                moment = self.moments[linear.place.group].rotate(reads)
+            pattern = self.patterns[linear.place.layer]
+            own[linear] = self.pruner.mask(rotate_weight(weight, reads, writes), moment, pattern)
+        for source, group in enumerate(groups):
+            for linear in group:
+                mask = own.get(linear)
+                if mask is None:
+                    mask = torch.empty(linear.weight.shape, dtype=torch.bool, device=linear.weight.device)
+                yield linear, self.ranks.broadcast(mask.contiguous(), source)
 
     # -- what is minimised -----------------------------------------------------------------------
 
@@ -254,10 +287,12 @@ class RotatedModel(nn.Module):
 
     def _teacher_states(self, input_ids: Tensor, index: Tensor | None) -> Tensor:
         rows = [None] * len(input_ids) if index is None else index.tolist()
+        unknown = torch.tensor([row not in self._dense_states for row in rows], device=input_ids.device)
         states = []
-        # Row by row, so that a row's states do not depend on the batch that it first came in.
-        for row, ids in zip(rows, input_ids, strict=True):
-            if row is None or row not in self._dense_states:
+        # Row by row, so that a row's states do not depend on the batch that it first came in; and on all ranks
+        # where one needs it, because a sharded model runs on all of them or on none.
+        for row, ids, run in zip(rows, input_ids, self.ranks.any(unknown).tolist(), strict=True):
+            if run:
                 with self.dense():
                     state = self._states(ids[None])[0]
                 if row is not None:

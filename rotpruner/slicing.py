@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from rotpruner.distributed import Ranks
 from rotpruner.errors import InputError
 from rotpruner.families import LinearSpec, block_linears, check_space, family_of, module_at
 from rotpruner.fusion import fuse_block_norms, fuse_norms
@@ -43,18 +44,19 @@ def sliced_width(config: Any, pattern: Slice) -> int:
     return width
 
 
-def residual_moments(model: nn.Module, batches: Iterable[Tensor]) -> dict[str, Moment]:
+def residual_moments(model: nn.Module, batches: Iterable[Tensor], ranks: Ranks | None = None) -> dict[str, Moment]:
     """E[x xᵀ] (d, d) of what each group of readers gets from the normed residual stream; block norms are fused.
 
     Args:
         model: plain model.
         batches: token ids, each (sequences, seq_len).
+        ranks: take turns with the batches and end with the same statistics; None is this process alone.
     """
     fuse_block_norms(model)
     config: Any = model.config
     readers = [place.name for place in block_linears(config) if _reads_first(place)]
     linears = {name: module_at(model, name) for name in readers}
-    return gather_moments(model, linears, dict.fromkeys(readers, config.hidden_size), batches)
+    return gather_moments(model, linears, dict.fromkeys(readers, config.hidden_size), batches, ranks)
 
 
 def _reads_first(place: Any) -> bool:

@@ -18,6 +18,7 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
+from rotpruner.distributed import Ranks
 from rotpruner.orthogonal import rotate_features
 
 T = TypeVar("T")
@@ -90,9 +91,14 @@ class Moment:
 
 
 class MomentSums:
-    """Sums of second moments while some linears are being watched."""
+    """Sums of second moments while some linears are being watched.
+
+    Attributes:
+        counting: whether what runs now is added; if not, it only makes room for the sums of other ranks.
+    """
 
     def __init__(self) -> None:
+        self.counting = True
         self._sums: dict[str, Tensor] = {}
         self._tokens: dict[str, int] = {}
 
@@ -101,13 +107,22 @@ class MomentSums:
         x = x.detach().flatten(0, -2)
         x = x.to(torch.promote_types(x.dtype, torch.float32))
         heads = rearrange(x, "t (b n) -> b n t", n=n)
+        if not self.counting:
+            self._sums.setdefault(name, heads.new_zeros(len(heads), n, n))
+            self._tokens.setdefault(name, 0)
+            return
         product = heads.square().sum(-1, keepdim=True) if n == 1 else heads @ heads.mT
         self._sums[name] = self._sums[name] + product if name in self._sums else product
         self._tokens[name] = self._tokens.get(name, 0) + len(x)
 
-    def means(self) -> dict[str, Moment]:
-        """The moments, averaged over all tokens seen."""
-        return {name: Moment(total / self._tokens[name]) for name, total in self._sums.items()}
+    def means(self, ranks: Ranks | None = None) -> dict[str, Moment]:
+        """The moments, averaged over all tokens that any of the ranks has seen; alike on all of them."""
+        ranks = ranks or Ranks()
+        moments = {}
+        for name, total in self._sums.items():
+            tokens = ranks.sum(torch.tensor(self._tokens[name], device=total.device))
+            moments[name] = Moment(ranks.sum(total) / tokens)
+        return moments
 
 
 @contextmanager
@@ -137,13 +152,18 @@ def gather_moments(
     linears: Mapping[str, nn.Module],
     block_widths: Mapping[str, int],
     batches: Iterable[Tensor],
+    ranks: Ranks | None = None,
 ) -> dict[str, Moment]:
     """Second moments of the inputs of some linears, averaged over all tokens of batches (sequences, seq_len).
 
     The model is called as `model(input_ids=…)` on every batch, in its own basis; for the other arguments see
-    `watch_inputs`. Sums are float32, float64 for a float64 model.
+    `watch_inputs`. Sums are float32, float64 for a float64 model. Several ranks, each of which gives all batches,
+    share the work; the result is alike on all of them.
     """
+    if not linears:
+        return {}
+    ranks = ranks or Ranks()
     with watch_inputs(linears, block_widths) as sums:
-        for input_ids in batches:
+        for input_ids, sums.counting in ranks.share(batches):
             model(input_ids=input_ids, use_cache=False, logits_to_keep=1)
-    return sums.means()
+    return sums.means(ranks)

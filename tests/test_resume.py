@@ -2,55 +2,19 @@
 
 from __future__ import annotations
 
-import multiprocessing
-import os
 import random
 import signal
 from pathlib import Path
 
 import pytest
 import torch
-from lightning import Callback
+from processes import SignalAt, start
 from safetensors.torch import load_file
 
 from experiments.__main__ import main
 
 STEPS = 12
 HOOKS = ("on_train_batch_start", "on_before_optimizer_step", "on_before_zero_grad", "on_train_batch_end")
-
-# Children are forked from a server that has imported everything and computed nothing: starting one is cheap.
-PROCESSES = multiprocessing.get_context("forkserver")
-PROCESSES.set_forkserver_preload(["experiments.fit"])
-
-
-class KillAt(Callback):
-    """SIGKILL this very process in one hook of one step."""
-
-    def __init__(self, step: int, hook: str) -> None:
-        def kill(trainer, *_, **__):
-            if trainer.global_step >= step:
-                os.kill(os.getpid(), signal.SIGKILL)
-
-        setattr(self, hook, kill)
-
-
-def fit(arguments: list[str], kill: tuple[int, str] | None) -> None:
-    """One process's share: build the run and fit it, to its end or to its death."""
-    from experiments.fit import FitCLI
-
-    torch.set_num_threads(1)
-    cli = FitCLI(arguments)
-    if kill is not None:
-        cli.trainer.callbacks.append(KillAt(*kill))
-    cli.trainer.fit(cli.model, cli.datamodule, ckpt_path=cli.resume_from, weights_only=True)
-
-
-def start(arguments: list[str], kill: tuple[int, str] | None = None) -> int:
-    process = PROCESSES.Process(target=fit, args=(arguments, kill))
-    process.start()
-    process.join(120)
-    assert process.exitcode is not None, "the fit hangs"
-    return process.exitcode
 
 
 @pytest.fixture
@@ -88,7 +52,7 @@ def test_killed_and_resumed_runs_end_bit_for_bit_alike(kills, config, tmp_path):
         run = tmp_path / f"killed-{attempt}"
         arguments = ["-c", str(config), "--trainer.default_root_dir", str(run)]
         for step in sorted(chooser.randrange(1, STEPS) for _ in range(min(per_run, kills - attempt))):
-            assert start(arguments, (step, chooser.choice(HOOKS))) == -signal.SIGKILL
+            assert start(arguments, SignalAt(step, chooser.choice(HOOKS))) == -signal.SIGKILL
         assert start(arguments) == 0
         found = load_file(run / "rotations" / "rotations.safetensors")
         for space, Q in expected.items():
@@ -106,7 +70,7 @@ def test_checkpoints_hold_no_base_weights_and_load_without_unpickling(config, tm
 
 def test_a_damaged_checkpoint_is_refused_by_name(config, tmp_path, capsys):
     arguments = ["-c", str(config), "--trainer.default_root_dir", str(tmp_path / "run")]
-    assert start(arguments, (5, "on_train_batch_start")) == -signal.SIGKILL
+    assert start(arguments, SignalAt(5, "on_train_batch_start")) == -signal.SIGKILL
     checkpoint = tmp_path / "run" / "checkpoints" / "last.ckpt"
     checkpoint.write_bytes(checkpoint.read_bytes()[:1000])
     assert main(["fit", *arguments]) == 2

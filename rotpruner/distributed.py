@@ -1,0 +1,88 @@
+"""Several processes, one model: what they split, sum and agree on.
+
+Everything that ranks do together goes through a `Ranks`, which is alone unless it is given a process group; code
+that runs on one rank only can thus use the same functions without waiting for the others.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from itertools import islice
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+T = TypeVar("T")
+
+
+class Ranks:
+    """The processes of a group; this process alone without one.
+
+    Args:
+        group: all of whose ranks make the same calls in the same order.
+    """
+
+    def __init__(self, group: dist.ProcessGroup | None = None) -> None:
+        self.group = group
+        self.rank = 0 if group is None else group.rank()
+        self.size = 1 if group is None else group.size()
+
+    @classmethod
+    def world(cls) -> Ranks:
+        """All processes, where `torch.distributed` has been initialised."""
+        return cls(dist.group.WORLD if dist.is_available() and dist.is_initialized() else None)
+
+    def share(self, items: Iterable[T]) -> Iterator[tuple[T, bool]]:
+        """This rank's items, dealt out in turn, and whether each counts.
+
+        All ranks get equally many, because a sharded model runs on all of them or on none: a rank without an item
+        of its own in the last round gets another's, which does not count.
+        """
+        items = iter(items)
+        while dealt := tuple(islice(items, self.size)):
+            counts = self.rank < len(dealt)
+            yield dealt[self.rank if counts else 0], counts
+
+    def sum(self, tensor: Tensor) -> Tensor:
+        """The sum over ranks, in place; alike on all of them."""
+        if self.size > 1:
+            dist.all_reduce(tensor, group=self.group)
+        return tensor
+
+    def any(self, flags: Tensor) -> Tensor:
+        """Where any rank's boolean flags are set."""
+        return self.sum(flags.int()) > 0
+
+    def broadcast(self, tensor: Tensor, source: int) -> Tensor:
+        """The boolean tensor of rank `source`, in place of what the others hold."""
+        if self.size > 1:
+            # Not every backend knows booleans.
+            dist.broadcast(tensor.view(torch.uint8), group=self.group, group_src=source)
+        return tensor
+
+    @contextmanager
+    def waiting(self, limit: timedelta = timedelta(days=7)) -> Iterator[None]:
+        """At the end of the `with` block wait for the slowest rank, up to `limit`.
+
+        Collectives give up after half an hour (gloo) or ten minutes (NCCL); this one is for work that the first
+        rank does while the others have none. A rank that dies ends the waiting of the others.
+        """
+        if self.size == 1:
+            yield
+            return
+        assert self.group is not None
+        ranks = dist.get_process_group_ranks(self.group)
+        patient = dist.new_group(ranks, backend="gloo", timeout=limit)
+        yield
+        dist.barrier(patient)
+        dist.destroy_process_group(patient)
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """A tensor with all its shards, gathered from all ranks if it is sharded."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor

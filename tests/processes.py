@@ -1,0 +1,112 @@
+"""Fits in processes of their own: one or several ranks on gloo, to their end or to their death."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import socket
+from pathlib import Path
+
+import torch
+from conftest import in_float64
+from lightning import Callback
+from safetensors.torch import load_file, save_file
+
+# Children are forked from a server that has imported everything and computed nothing: starting one is cheap.
+PROCESSES = multiprocessing.get_context("forkserver")
+PROCESSES.set_forkserver_preload(["experiments.fit"])
+
+
+class SignalAt(Callback):
+    """Send this very process a signal in one hook of one step."""
+
+    def __init__(self, step: int, hook: str, signum: int = signal.SIGKILL) -> None:
+        self.step, self.hook, self.signum = step, hook, signum
+
+    def setup(self, trainer, pl_module, stage):
+        setattr(self, self.hook, self._send)
+
+    def _send(self, trainer, *_, **__):
+        if trainer.global_step >= self.step:
+            os.kill(os.getpid(), self.signum)
+
+
+class Record(Callback):
+    """Write every rank's rotations and masks at the end of training."""
+
+    def on_train_end(self, trainer, pl_module):
+        rotated = pl_module.rotated
+        found = {f"rotation {space}": Q.detach().clone() for space, Q in rotated.rotations().items()}
+        found |= {f"mask {linear.place.name}": linear.mask for linear in rotated.linears}
+        save_file(found, Path(trainer.default_root_dir) / f"rank-{trainer.global_rank}.safetensors")
+
+
+def recorded(run: Path, rank: int = 0) -> dict[str, torch.Tensor]:
+    return load_file(run / f"rank-{rank}.safetensors")
+
+
+def fit(arguments: list[str], callbacks=(), exact: bool = False, environment=None) -> None:
+    """One process's share: build the run and fit it. `exact` swaps in norms that compute in float64."""
+    import lightning_modules.rotation_module as module
+    from experiments.fit import FitCLI
+
+    os.environ.update(environment or {})
+    torch.set_num_threads(1)
+    if exact:
+        load = module.load_model
+        module.load_model = lambda *given: in_float64(load(*given))
+    cli = FitCLI(arguments)
+    cli.trainer.callbacks.extend([Record(), *callbacks])
+    cli.trainer.fit(cli.model, cli.datamodule, ckpt_path=cli.resume_from, weights_only=True)
+
+
+def command(arguments: list[str], environment=None) -> None:
+    """The command line itself, in a process that has no terminal to print to."""
+    from experiments.__main__ import main
+
+    os.environ.update(environment or {})
+    raise SystemExit(main(arguments))
+
+
+def start(arguments: list[str], *callbacks: Callback, **settings) -> int:
+    """Fit in one process; its exit status."""
+    return _join([_process(fit, arguments, callbacks, **settings)])[0]
+
+
+def start_ranks(
+    arguments: list[str], *callbacks: Callback | None, target=fit, ranks: int = 2, meanwhile=None, **settings
+) -> list[int]:
+    """Fit in several processes, the n-th callback on rank n only; their exit statuses.
+
+    `meanwhile` is called with the running processes.
+    """
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        port = found.getsockname()[1]
+    processes = []
+    for rank in range(ranks):
+        # As torchrun does: Lightning then starts no processes of its own.
+        environment = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "LOCAL_RANK": str(rank), "NODE_RANK": "0"}
+        own = [callback for callback in callbacks[rank : rank + 1] if callback is not None]
+        given = (arguments, own) if target is fit else (arguments,)
+        processes.append(_process(target, *given, environment=environment, **settings))
+    if meanwhile is not None:
+        meanwhile(processes)
+    return _join(processes)
+
+
+def _process(target, *given, **settings):
+    process = PROCESSES.Process(target=target, args=given, kwargs=settings, daemon=True)
+    process.start()
+    return process
+
+
+def _join(processes) -> list[int]:
+    for process in processes:
+        process.join(40)
+    hanging = [process for process in processes if process.exitcode is None]
+    for process in hanging:
+        process.kill()
+    assert not hanging, "the fit hangs"
+    return [process.exitcode for process in processes]
