@@ -111,7 +111,9 @@ class MomentSums:
             self._sums.setdefault(name, heads.new_zeros(len(heads), n, n))
             self._tokens.setdefault(name, 0)
             return
-        product = heads.square().sum(-1, keepdim=True) if n == 1 else heads @ heads.mT
+        # A caller's autocast would take the products in bfloat16, and sum them up in it.
+        with torch.autocast(x.device.type, enabled=False):
+            product = heads.square().sum(-1, keepdim=True) if n == 1 else heads @ heads.mT
         self._sums[name] = self._sums[name] + product if name in self._sums else product
         self._tokens[name] = self._tokens.get(name, 0) + len(x)
 

@@ -11,6 +11,7 @@ from rotpruner.oneshot import gather_model_moments, prune_model, sparsity_of
 from rotpruner.patterns import parse_pattern
 from rotpruner.pruners import resolve_pruner
 from rotpruner.replay import BlockReplay
+from rotpruner.statistics import watch_inputs
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -87,3 +88,14 @@ def test_update_keeps_the_masks_and_brings_the_output_nearer(given):
             assert torch.equal(one.weight != 0, other.weight != 0)
     errors = [(torch.cat([m(input_ids=ids).logits for ids in batches]) - expected).norm() for m in (plain, updated)]
     assert errors[1] < 0.95 * errors[0]
+
+
+@torch.no_grad()
+def test_moments_stay_float32_under_autocast():
+    """Only the model's own products may be bfloat16; a Hessian of that precision ruins every reconstruction."""
+    linear, x = torch.nn.Linear(8, 4), torch.randn(64, 8)
+    with watch_inputs({"it": linear}, {"it": 8}) as sums, torch.autocast("cpu", dtype=torch.bfloat16):
+        linear(x)
+    H = sums.means()["it"].full()
+    assert H.dtype == torch.float32
+    assert torch.allclose(H, x.mT @ x / 64, atol=1e-6)
