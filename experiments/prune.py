@@ -29,52 +29,13 @@ from rotpruner.oneshot import (
 from rotpruner.patterns import Scope, Slice, parse_pattern
 from rotpruner.pruners import PRUNERS, resolve_pruner
 from rotpruner.rotations import random_rotations
-from rotpruner.slicing import slice_per_block, sliced_width
+from rotpruner.slicegpt import slice_per_block
+from rotpruner.slicing import sliced_width
 
 
 def main(arguments: list[str]) -> None:
     """Print `{"pattern", "sparsity", "seconds", "parameters"}`, and `"output"` or `"ppl"` if these were asked for."""
-    parser = Parser("prune", "Prune every decoder linear and save a checkpoint that plain transformers loads.")
-    parser.add_argument("--model", required=True, help="embedded name, directory or hub name")
-    parser.add_argument("--pruner", help=f"{', '.join(PRUNERS)}, or the import path of a Pruner; none for a slice")
-    parser.add_argument(
-        "--pattern", required=True, help="N:M, a sparsity in [0, 1) (0.0 only rotates), or slice:FRACTION"
-    )
-    parser.add_argument("--scope", choices=get_args(Scope), default="row", help="where a sparsity is counted")
-    parser.add_argument("--calibration", default="wikipedia_calibration", help="name or path of a text")
-    parser.add_argument("--num_sequences", type=at_least(1), default=64)
-    parser.add_argument("--seq_len", type=at_least(2), default=1024, help="tokens a sequence")
-    parser.add_argument("--seed", type=at_least(0), default=0, help="of the calibration and of random rotations")
-    parser.add_argument("--rotations", help="directory of learned rotations, or 'random'")
-    parser.add_argument("--update", help="pruner whose weight update follows under the mask of --pruner, as sparsegpt")
-    parser.add_argument(
-        "--placement",
-        choices=("shared", "per_block"),
-        default="shared",
-        help="of a slice's PCA: per_block is SliceGPT's own, which can only be evaluated",
-    )
-    parser.add_argument("--output", type=Path, help="directory to write a checkpoint to; must not exist yet")
-    parser.add_argument("--text", action="append", default=[], help="test text to evaluate on in float32; repeatable")
-    parser.add_argument("--max_tokens", type=at_least(1), help="first tokens of each test text to use; all if left out")
-    parser.add_argument(
-        "--layer_sparsity",
-        choices=get_args(LayerSparsity),
-        default="uniform",
-        help="owl: outlier-rich blocks keep more",
-    )
-    parser.add_argument(
-        "--statistics",
-        choices=("sequential", "dense"),
-        default="sequential",
-        help="of what pruned predecessors give each block, or of the dense model, as rotations are learned",
-    )
-    parser.add_argument(
-        "--calibration_dtype",
-        choices=("float32", "bfloat16"),
-        help="of the matrix products that give the statistics; the model's own if left out",
-    )
-    add_device(parser)
-    options = parser.parse_args(arguments)
+    options = _parser().parse_args(arguments)
 
     if options.output is None and not options.text:
         raise InputError("nothing to do with the pruned model: give --output, --text, or both")
@@ -145,6 +106,50 @@ def main(arguments: list[str]) -> None:
             model.float().to(options.device), texts, options.seq_len, options.max_tokens, track
         )
     report(result, options.json)
+
+
+def _parser() -> Parser:
+    parser = Parser("prune", "Prune every decoder linear and save a checkpoint that plain transformers loads.")
+    parser.add_argument("--model", required=True, help="embedded name, directory or hub name")
+    parser.add_argument("--pruner", help=f"{', '.join(PRUNERS)}, or the import path of a Pruner; none for a slice")
+    parser.add_argument(
+        "--pattern", required=True, help="N:M, a sparsity in [0, 1) (0.0 only rotates), or slice:FRACTION"
+    )
+    parser.add_argument("--scope", choices=get_args(Scope), default="row", help="where a sparsity is counted")
+    parser.add_argument("--calibration", default="wikipedia_calibration", help="name or path of a text")
+    parser.add_argument("--num_sequences", type=at_least(1), default=64)
+    parser.add_argument("--seq_len", type=at_least(2), default=1024, help="tokens a sequence")
+    parser.add_argument("--seed", type=at_least(0), default=0, help="of the calibration and of random rotations")
+    parser.add_argument("--rotations", help="directory of learned rotations, or 'random'")
+    parser.add_argument("--update", help="pruner whose weight update follows under the mask of --pruner, as sparsegpt")
+    parser.add_argument(
+        "--placement",
+        choices=("shared", "per_block"),
+        default="shared",
+        help="of a slice's PCA: per_block is SliceGPT's own, which can only be evaluated",
+    )
+    parser.add_argument("--output", type=Path, help="directory to write a checkpoint to; must not exist yet")
+    parser.add_argument("--text", action="append", default=[], help="test text to evaluate on in float32; repeatable")
+    parser.add_argument("--max_tokens", type=at_least(1), help="first tokens of each test text to use; all if left out")
+    parser.add_argument(
+        "--layer_sparsity",
+        choices=get_args(LayerSparsity),
+        default="uniform",
+        help="owl: outlier-rich blocks keep more",
+    )
+    parser.add_argument(
+        "--statistics",
+        choices=("sequential", "dense"),
+        default="sequential",
+        help="of what pruned predecessors give each block, or of the dense model, as rotations are learned",
+    )
+    parser.add_argument(
+        "--calibration_dtype",
+        choices=("float32", "bfloat16"),
+        help="of the matrix products that give the statistics; the model's own if left out",
+    )
+    add_device(parser)
+    return parser
 
 
 def _check_slice(options: argparse.Namespace) -> None:

@@ -108,9 +108,9 @@ def prune(
         prune_model(pruned, resolved, parsed, rows.split(1))
         return pruned
 
-    if isinstance(parsed, Slice) and list(spaces) != ["residual"]:
-        spaces = ["residual"]
-    start: Start = "pca" if isinstance(parsed, Slice) else "identity"
+    start: Start = "identity"
+    if isinstance(parsed, Slice):
+        spaces, start = ["residual"], "pca"
     rotations = LearnedRotations(model.config, spaces, start=start).to(model.device)
     base: Any = copy.deepcopy(model)
     rotated = RotatedModel(base.to(dtype), rotations, resolved, parsed, Surrogate(), Objective(kl=1.0))

@@ -93,7 +93,7 @@ def prune_model(
     Args:
         model: plain model. Without `rotations` it is not fused and not untied: it is the control.
         pruner, pattern: how.
-        batches: calibration token ids, each (sequences, seq_len); read only if `moments` is None.
+        batches: calibration token ids, each (sequences, seq_len); with `moments`, only `update` and `owl` read them.
         rotations: of its spaces, or None.
         moments: statistics of the dense model gathered before, in the original basis (fused if the residual rotates).
         update: a pruner whose weight update follows under the masks that `pruner` chose, with statistics of what

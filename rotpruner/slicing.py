@@ -8,21 +8,19 @@ whole stream leaves an ordinary model of a smaller `hidden_size`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rotpruner.distributed import Ranks
 from rotpruner.errors import InputError
-from rotpruner.families import LinearSpec, block_linears, check_space, family_of, module_at
-from rotpruner.fusion import fuse_block_norms, fuse_norms
+from rotpruner.families import block_linears, check_space, family_of, module_at
+from rotpruner.fusion import fuse_block_norms
 from rotpruner.patterns import Slice
-from rotpruner.replay import BlockReplay
 from rotpruner.rotations import RotationSet
-from rotpruner.statistics import Moment, MomentSums, gather_moments, watch_inputs
+from rotpruner.statistics import Moment, gather_moments
 
 
 def sliced_width(config: Any, pattern: Slice) -> int:
@@ -54,13 +52,14 @@ def residual_moments(model: nn.Module, batches: Iterable[Tensor], ranks: Ranks |
     """
     fuse_block_norms(model)
     config: Any = model.config
-    readers = [place.name for place in block_linears(config) if _reads_first(place)]
-    linears = {name: module_at(model, name) for name in readers}
-    return gather_moments(model, linears, dict.fromkeys(readers, config.hidden_size), batches, ranks)
+    linears = {name: module_at(model, name) for name in _residual_groups(config)}
+    return gather_moments(model, linears, dict.fromkeys(linears, config.hidden_size), batches, ranks)
 
 
-def _reads_first(place: Any) -> bool:
-    return place.spec.reads == "residual" and place.name == place.group
+def _residual_groups(config: Any) -> list[str]:
+    """The first linear of each group that reads the residual stream."""
+    places = block_linears(config)
+    return [place.name for place in places if place.spec.reads == "residual" and place.name == place.group]
 
 
 def residual_pca(config: Any, moments: Mapping[str, Moment]) -> Tensor:
@@ -72,8 +71,8 @@ def residual_pca(config: Any, moments: Mapping[str, Moment]) -> Tensor:
         config: of the model.
         moments: of the linears that read the residual stream, in the original basis (fused).
     """
-    readers = [place.name for place in block_linears(config) if _reads_first(place)]
-    return principal_directions(torch.stack([moments[name].full().double() for name in readers]).mean(0))[None, None]
+    seen = [moments[name].full().double() for name in _residual_groups(config)]
+    return principal_directions(torch.stack(seen).mean(0))[None, None]
 
 
 def principal_directions(H: Tensor) -> Tensor:
@@ -136,98 +135,3 @@ def _resize(linear: Any, weight: Tensor, bias: Tensor | None = None) -> None:
     linear.weight = _parameter(weight)
     if linear.bias is not None and bias is not None:
         linear.bias = _parameter(bias)
-
-
-# -- the comparison: one basis per block --------------------------------------------------------------------
-
-
-@torch.no_grad()
-def slice_per_block(
-    model: nn.Module,
-    width: int,
-    batches: Sequence[Tensor],
-    calibration_dtype: torch.dtype | None = None,
-    progress: Callable[..., Any] = lambda items, description: items,
-) -> int:
-    """SliceGPT's own placement: a PCA basis before every norm, each from what the sliced predecessors give.
-
-    No plain checkpoint can hold it, because each residual connection would need a k × k product to change
-    basis. The model stays as wide as it was and projects its stream instead, xQ[:, :k]Q[:, :k]ᵀ, which
-    computes the same function: it can be evaluated, not exported.
-
-    Args:
-        model: plain model, changed in place.
-        width: k.
-        batches: calibration token ids, each (sequences, seq_len).
-        calibration_dtype: of the products that give the statistics; None is the model's own.
-        progress: wraps the iteration over blocks.
-
-    Returns:
-        Parameters of the model that SliceGPT would run, its 2·L shortcut matrices (k, k) included.
-    """
-    fuse_norms(model)
-    config: Any = model.config
-    family, d = family_of(config), config.hidden_size
-    replay = BlockReplay(model, batches, calibration_dtype)
-    for layer, block in enumerate(progress(list(replay.blocks), "PCA block by block")):
-        norms = list(dict.fromkeys(spec.norm for spec in family.linears if spec.norm is not None))
-        for before, norm in zip([None, *norms], norms, strict=False):
-            reader = next(spec.path for spec in family.linears if spec.norm == norm)
-            with watch_inputs({reader: block.get_submodule(reader)}, {reader: d}) as sums:
-                replay.run(layer)
-            P = _projection(sums.means()[reader].full(), width)
-            if before is None:
-                _project_input(block, P)
-            else:
-                _project_stream(block, before, _writer_after(family.linears, before), P)
-        replay.advance(layer)
-    sums = MomentSums()
-    for states in replay.states:
-        sums.add("final", F.rms_norm(states.float(), (d,)), d)
-    _project_input(module_at(model, family.final_norm), _projection(sums.means()["final"].full(), width))
-    return _sliced_parameters(model, width) + 2 * config.num_hidden_layers * width**2
-
-
-def _projection(H: Tensor, width: int) -> Tensor:
-    Q = principal_directions(H)[:, :width]
-    return Q @ Q.mT
-
-
-def _project_input(module: nn.Module, P: Tensor) -> None:
-    module.register_forward_pre_hook(lambda module, args: (args[0] @ P.to(args[0].dtype), *args[1:]))
-
-
-def _project_stream(block: nn.Module, norm: str, writer: str, P: Tensor) -> None:
-    """Project the sum of a residual connection by way of its writer, which adds (x + y) P − x instead of y."""
-    streams: list[Tensor] = []
-
-    def keep(module: nn.Module, args: tuple[Tensor, ...]) -> None:
-        streams.append(args[0])
-
-    def write(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
-        stream = streams.pop()
-        return (stream + output).to(P.dtype) @ P - stream
-
-    block.get_submodule(norm).register_forward_pre_hook(keep)
-    block.get_submodule(writer).register_forward_hook(write)
-
-
-def _writer_after(linears: Sequence[LinearSpec], norm: str) -> str:
-    """The first linear behind the readers of a norm that writes the residual stream."""
-    behind = [index for index, spec in enumerate(linears) if spec.norm == norm]
-    return next(spec.path for spec in linears[behind[-1] :] if spec.writes == "residual")
-
-
-def _sliced_parameters(model: nn.Module, width: int) -> int:
-    """Parameters of a fused model once `slice_residual` has been at it."""
-    config: Any = model.config
-    family, places = family_of(config), block_linears(config)
-    lost = 1 + sum(module_at(model, path).weight.shape[0] for path in (*family.embeddings, family.head))
-    lost += len({(place.layer, place.spec.norm) for place in places if place.spec.norm is not None})
-    for place in places:
-        linear = module_at(model, place.name)
-        if place.spec.reads == "residual":
-            lost += linear.out_features
-        if place.spec.writes == "residual":
-            lost += linear.in_features + (linear.bias is not None)
-    return sum(parameter.numel() for parameter in model.parameters()) - lost * (config.hidden_size - width)

@@ -18,7 +18,8 @@ from rotpruner.patterns import Slice, parse_pattern
 from rotpruner.pruners import resolve_pruner
 from rotpruner.rotated_model import RotatedModel
 from rotpruner.rotations import LearnedRotations, merge_rotations, random_rotations
-from rotpruner.slicing import principal_directions, residual_moments, slice_per_block, slice_residual, sliced_width
+from rotpruner.slicegpt import slice_per_block
+from rotpruner.slicing import principal_directions, residual_moments, slice_residual, sliced_width
 
 SLICEABLE = ("llama-2", "llama-3", "smollm2", "smollm3", "mistral", "qwen2", "qwen3")
 MAGNITUDE = resolve_pruner("magnitude")
