@@ -45,6 +45,7 @@ def main(arguments: list[str]) -> None:
     elif options.pruner is None:
         raise InputError(f"pattern {pattern} needs a --pruner: {', '.join(PRUNERS)}, or an import path")
     pruner = resolve_pruner(options.pruner or "magnitude")
+    update = None if options.update is None else resolve_pruner(options.update)
     check_layer_sparsity(pattern, options.layer_sparsity)
     if options.output is not None:
         check_new_directory(options.output)
@@ -86,7 +87,7 @@ def main(arguments: list[str]) -> None:
             batches,
             rotations,
             moments,
-            update=None if options.update is None else resolve_pruner(options.update),
+            update=update,
             layer_sparsity=options.layer_sparsity,
             calibration_dtype=dtype,
             device=options.device,

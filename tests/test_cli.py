@@ -380,3 +380,12 @@ def test_fit_hints_at_unquoted_patterns(fit, capsys, tmp_path):
     (tmp_path / "unquoted.yaml").write_text("model: {pattern: 2:4}\n")
     status, run = fit("-c", str(tmp_path / "unquoted.yaml"))
     refused(status, run, capsys, "quote")
+
+
+def test_an_unknown_update_is_refused_before_anything_is_gathered(prune, capsys):
+    status, output = prune(update="magic", statistics="dense")
+    assert status == 2
+    assert not output.exists()
+    error = capsys.readouterr().err
+    assert "unknown pruner 'magic'" in error
+    assert "calibration" not in error
