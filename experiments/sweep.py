@@ -32,8 +32,8 @@ from rotpruner.artifacts import write_json
 from rotpruner.errors import InputError
 from rotpruner.provenance import commit
 
-#: Command → arguments that it has and a row may set, by which the dense model is evaluated like the rows.
-_TEXTS = {"prune": ("text", "seq_len", "max_tokens"), "fit": ()}
+#: What a sweep may run.
+_COMMANDS = ("prune", "fit")
 
 
 def main(arguments: list[str]) -> None:
@@ -83,8 +83,8 @@ def read_sweep(path: Path) -> dict[str, Any]:
     missing = {"title", "command", "grid"} - set(sweep if isinstance(sweep, dict) else ())
     if missing:
         raise InputError(f"sweep file '{path}' lacks {', '.join(sorted(missing))}; see experiments/sweeps")
-    if sweep["command"] not in _TEXTS:
-        raise InputError(f"sweep file '{path}': command '{sweep['command']}' is not one of {', '.join(_TEXTS)}")
+    if sweep["command"] not in _COMMANDS:
+        raise InputError(f"sweep file '{path}': command '{sweep['command']}' is not one of {', '.join(_COMMANDS)}")
     return {"arguments": {}, "config": [], "reference": None, **sweep}
 
 
@@ -92,7 +92,7 @@ def rows(sweep: dict[str, Any], runs: Path) -> Iterator[tuple[str, dict[str, Any
     """(name, grid values, command line) of every row."""
     shared = sweep["arguments"]
     if sweep["reference"] is not None:
-        texts = {key: shared[key] for key in _TEXTS[sweep["command"]] if key in shared}
+        texts = {key: shared[key] for key in ("text", "seq_len", "max_tokens") if key in shared}
         yield "dense", {}, ["evaluate", *_flags({"model": sweep["reference"], **texts}), "--json"]
     for values in product(*sweep["grid"].values()):
         row = dict(zip(sweep["grid"], values, strict=True))
