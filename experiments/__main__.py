@@ -20,7 +20,7 @@ COMMANDS = {
     "benchmark": ("experiments.benchmark", "benchmark step: the time and memory of a step of learning"),
     "pack": ("experiments.pack", "store a pruned model as the values that stay and one bit a place"),
     "unpack": ("experiments.unpack", "the ordinary checkpoint that was packed"),
-    "evaluate": ("experiments.evaluate", "perplexity of a model on texts"),
+    "evaluate": ("experiments.evaluate", "perplexity of a model on texts, accuracy on tasks"),
 }
 
 
