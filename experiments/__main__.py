@@ -18,7 +18,9 @@ COMMANDS = {
     "sweep": ("experiments.sweep", "run every row of a table of experiments: sweep experiments/sweeps/pruners.yaml"),
     "results": ("experiments.results", "write experiments/RESULTS.md from what sweeps have kept"),
     "benchmark": ("experiments.benchmark", "benchmark step: the time and memory of a step of learning"),
-    "evaluate": ("experiments.evaluate", "perplexity of a model on texts"),
+    "pack": ("experiments.pack", "store a pruned model as the values that stay and one bit a place"),
+    "unpack": ("experiments.unpack", "the ordinary checkpoint that was packed"),
+    "evaluate": ("experiments.evaluate", "perplexity of a model on texts, accuracy on tasks"),
 }
 
 

@@ -60,9 +60,12 @@ def report(result: dict[str, Any], as_json: bool) -> None:
     if as_json:
         print(json.dumps(result))
         return
-    for key, value in result.items():
-        for name, item in value.items() if isinstance(value, dict) else [("", value)]:
-            print(
-                f"{key} {name}".strip(),
-                f"{item:,.4f}".rstrip("0").rstrip(".") if isinstance(item, float) else item,
-            )
+    _print("", result)
+
+
+def _print(name: str, value: Any) -> None:
+    if isinstance(value, dict):
+        for key, item in value.items():
+            _print(f"{name} {key}".strip(), item)
+    else:
+        print(name, f"{value:,.4f}".rstrip("0").rstrip(".") if isinstance(value, float) else value)

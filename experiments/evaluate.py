@@ -1,30 +1,65 @@
-"""`python -m experiments evaluate`: perplexity of a model on texts."""
+"""`python -m experiments evaluate`: perplexity of a model on texts, and its accuracy on tasks."""
 
 from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
 
 import torch
 
 from callbacks.terminal import track
 from datamodules.evaluation import perplexities, tokenize_texts
+from datamodules.zero_shot import TASKS, evaluate_tasks, load_tasks
 from experiments.arguments import Parser, add_device, at_least, report
+from rotpruner.errors import InputError
 from rotpruner.loading import check_seq_len, load_config, load_model, load_tokenizer
 from rotpruner.perplexity import windows
 
 
 def main(arguments: list[str]) -> None:
-    """Print `{"ppl": {text: value}, "tokens": {text: count}}`, evaluated in float32."""
-    parser = Parser("evaluate", "Perplexity over non-overlapping windows, in float32.")
+    """Print `{"ppl": {text: value}, "tokens": {text: count}}`, `{"tasks": {task: values}}` or both, in float32."""
+    parser = Parser("evaluate", "Perplexity over non-overlapping windows, and tasks by lm-eval, in float32.")
     parser.add_argument("--model", required=True, help="embedded name, directory or hub name")
-    parser.add_argument("--text", required=True, action="append", help="name or path of a test text; repeatable")
+    parser.add_argument("--text", action="append", default=[], help="name or path of a test text; repeatable")
     parser.add_argument("--seq_len", type=at_least(2), default=1024, help="tokens a window")
     parser.add_argument("--max_tokens", type=at_least(1), help="first tokens of each text to use; all if left out")
+    parser.add_argument("--tasks", type=_names, default=[], help=f"with commas between: {', '.join(TASKS)}")
+    parser.add_argument("--task_data", type=Path, help="directory with TASK.jsonl of each task; the hub if left out")
+    parser.add_argument("--limit", type=at_least(1), help="first rows of each task to use; all if left out")
+    parser.add_argument("--num_fewshot", type=at_least(0), default=0, help="examples in front of each question")
+    parser.add_argument("--seed", type=at_least(0), default=0, help="of the choice of these examples")
+    parser.add_argument("--batch_size", type=at_least(1), default=8, help="answers of a task that run together")
     add_device(parser)
     options = parser.parse_args(arguments)
 
-    check_seq_len(load_config(options.model), options.seq_len)
+    if not options.text and not options.tasks:
+        raise InputError("nothing to evaluate: give --text, --tasks, or both")
+    config = load_config(options.model)
     tokenizer = load_tokenizer(options.model)
+    if options.text:
+        check_seq_len(config, options.seq_len)
     texts = tokenize_texts(options.text, tokenizer, options.seq_len, options.max_tokens)
+    tasks: list[Any] = []
+    if options.tasks:
+        tasks = load_tasks(options.tasks, tokenizer, options.task_data, options.num_fewshot)
     model = load_model(options.model, torch.float32).to(options.device)
-    ppl = perplexities(model, texts, options.seq_len, options.max_tokens, track)
-    tokens = {name: windows(ids, options.seq_len, options.max_tokens).numel() for name, ids in texts.items()}
-    report({"ppl": ppl, "tokens": tokens}, options.json)
+    result: dict[str, Any] = {}
+    if texts:
+        result["ppl"] = perplexities(model, texts, options.seq_len, options.max_tokens, track)
+        counts = {name: windows(ids, options.seq_len, options.max_tokens).numel() for name, ids in texts.items()}
+        result["tokens"] = counts
+    if tasks:
+        result["tasks"] = evaluate_tasks(
+            model,
+            tokenizer,
+            tasks,
+            limit=options.limit,
+            num_fewshot=options.num_fewshot,
+            seed=options.seed,
+            batch_size=options.batch_size,
+        )
+    report(result, options.json)
+
+
+def _names(text: str) -> list[str]:
+    return [name.strip() for name in text.split(",") if name.strip()]

@@ -4,7 +4,9 @@ from rotpruner.api import learn, prune
 from rotpruner.artifacts import load_rotations, save_rotations
 from rotpruner.errors import InputError
 from rotpruner.loading import load_model, load_tokenizer
+from rotpruner.loading import load_model as load
 from rotpruner.oneshot import prune_model
+from rotpruner.packed import pack, unpack
 from rotpruner.perplexity import perplexity
 from rotpruner.rotated_model import RotatedModel
 from rotpruner.rotations import LearnedRotations, merge_rotations, random_rotations
@@ -16,13 +18,16 @@ __all__ = [
     "LearnedRotations",
     "RotatedModel",
     "learn",
+    "load",
     "load_model",
     "load_rotations",
     "load_tokenizer",
     "merge_rotations",
+    "pack",
     "perplexity",
     "prune",
     "prune_model",
     "random_rotations",
     "save_rotations",
+    "unpack",
 ]

@@ -12,6 +12,7 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
+    GenerationConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -19,6 +20,7 @@ from transformers import (
 from rotpruner import embedded
 from rotpruner.errors import InputError
 from rotpruner.families import family_of, linear_modules
+from rotpruner.packed import is_packed, read_packed
 from rotpruner.patterns import Pattern, Slice
 from rotpruner.slicing import sliced_width
 
@@ -46,7 +48,8 @@ def _resolve(name: str) -> str:
 def _pretrained(loader: Any, name: str, **kwargs: Any) -> Any:
     source = _resolve(name)
     try:
-        return loader.from_pretrained(source, trust_remote_code=False, **kwargs)
+        place = None if "state_dict" in kwargs else source
+        return loader.from_pretrained(place, trust_remote_code=False, **kwargs)
     except InputError:
         raise
     except Exception as error:  # hub, file and format errors come in a dozen classes; the user needs one line
@@ -71,18 +74,30 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
     return _pretrained(AutoTokenizer, name)
 
 
-def load_model(name: str, dtype: torch.dtype | None = None) -> PreTrainedModel:
+def _packed_weights(directory: str, config: Any) -> dict[str, Any]:
+    """What `from_pretrained` takes in place of a directory."""
+    weights = {"config": config, "state_dict": read_packed(directory)}
+    if (Path(directory) / "generation_config.json").is_file():
+        weights["generation_config"] = _pretrained(GenerationConfig, directory)
+    return weights
+
+
+def load_model(name: str | Path, dtype: torch.dtype | None = None) -> PreTrainedModel:
     """A causal language model in evaluation mode, its weights checked to be finite.
 
     Args:
-        name: embedded name, local directory or hub name.
+        name: embedded name, local directory (packed ones too) or hub name.
         dtype: of the weights; None keeps the checkpoint's.
 
     Raises:
         InputError: it cannot be loaded, its family is unknown, or a weight is NaN or infinite.
     """
-    load_config(name)
-    model = _pretrained(AutoModelForCausalLM, name, dtype="auto" if dtype is None else dtype).eval()
+    name = str(name)
+    config, source = load_config(name), _resolve(name)
+    weights = _packed_weights(source, config) if is_packed(source) else {}
+    # The automatic class insists on a directory, the model's own does not.
+    loader = type(meta_model(config)) if weights else AutoModelForCausalLM
+    model = _pretrained(loader, name, dtype="auto" if dtype is None else dtype, **weights).eval()
     for parameter_name, parameter in model.named_parameters():
         if not torch.isfinite(parameter).all():
             raise InputError(f"weight {parameter_name} of '{name}' holds NaN or infinity; repair the checkpoint")
