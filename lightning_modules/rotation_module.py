@@ -22,6 +22,7 @@ from rotpruner.patterns import Scope, parse_pattern
 from rotpruner.pruners import resolve_pruner
 from rotpruner.rotated_model import RotatedModel
 from rotpruner.rotations import LearnedRotations, Start
+from rotpruner.sharding import shard
 from rotpruner.surrogates import Surrogate
 
 BaseDtype = Literal["bfloat16", "float16", "float32", "float64"]
@@ -107,11 +108,16 @@ class RotationModule(LightningModule):
         self._restored_mask_rotations: dict[str, Tensor] | None = None
 
     def setup(self, stage: str) -> None:
-        """Check the data against the model before its weights are loaded."""
+        """Check the data against the model, and the strategy, before its weights are loaded."""
+        if self.device_mesh is not None and self.device_mesh["tensor_parallel"].size() > 1:
+            raise InputError(
+                f"tensor_parallel_size {self.device_mesh['tensor_parallel'].size()} splits single weights; "
+                "set it to 1 and data_parallel_size to the number of processes"
+            )
         check_seq_len(self._config, self.trainer.datamodule.seq_len)  # type: ignore[attr-defined]
 
     def configure_model(self) -> None:
-        """Load the base model and put it under rotations, once."""
+        """Load the base model and put it under rotations, once; sharded if the strategy has a device mesh."""
         if hasattr(self, "rotated"):
             return
         base = load_model(self.model_name, self.base_dtype)
@@ -130,6 +136,8 @@ class RotationModule(LightningModule):
             self.gradient_checkpointing,
             Ranks.world(),
         )
+        if self.device_mesh is not None:
+            shard(self.rotated, self.device_mesh["data_parallel"])
 
     def configure_optimizers(self) -> Any:
         """Only the rotations learn."""

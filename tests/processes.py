@@ -12,6 +12,7 @@ import torch
 from conftest import in_float64
 from lightning import Callback
 from safetensors.torch import load_file, save_file
+from torch.distributed.tensor import DTensor
 
 # Children are forked from a server that has imported everything and computed nothing: starting one is cheap.
 PROCESSES = multiprocessing.get_context("forkserver")
@@ -32,6 +33,18 @@ class SignalAt(Callback):
             os.kill(os.getpid(), self.signum)
 
 
+class DieOnce(Callback):
+    """SIGKILL the second rank in a step, the first time that the step comes: for config files."""
+
+    def __init__(self, step: int, mark: str) -> None:
+        self.step, self.mark = step, Path(mark)
+
+    def on_before_optimizer_step(self, trainer, *_):
+        if trainer.global_rank == 1 and trainer.global_step == self.step and not self.mark.exists():
+            self.mark.touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
 class Record(Callback):
     """Write every rank's rotations and masks at the end of training."""
 
@@ -39,7 +52,11 @@ class Record(Callback):
         rotated = pl_module.rotated
         found = {f"rotation {space}": Q.detach().clone() for space, Q in rotated.rotations().items()}
         found |= {f"mask {linear.place.name}": linear.mask for linear in rotated.linears}
-        save_file(found, Path(trainer.default_root_dir) / f"rank-{trainer.global_rank}.safetensors")
+        run = Path(trainer.default_root_dir)
+        save_file(found, run / f"rank-{trainer.global_rank}.safetensors")
+        weights = [linear.weight for linear in rotated.linears]
+        held = sum(w.to_local().numel() if isinstance(w, DTensor) else w.numel() for w in weights)
+        (run / f"held-{trainer.global_rank}").write_text(str(held / sum(w.numel() for w in weights)))
 
 
 def recorded(run: Path, rank: int = 0) -> dict[str, torch.Tensor]:

@@ -1,0 +1,78 @@
+"""FSDP2: weights are spread over the ranks, and nothing else changes."""
+
+from __future__ import annotations
+
+import shutil
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+from processes import SignalAt, command, recorded, start, start_ranks
+from test_parallel import alone, assert_alike, assert_finished, config, finishing, logged, together  # noqa: F401
+
+STRATEGY = """
+  strategy:
+    class_path: lightning.pytorch.strategies.ModelParallelStrategy
+    init_args: {data_parallel_size: 2, tensor_parallel_size: 1, save_distributed_checkpoint: %s}"""
+
+
+def sharded(config: Path, files: bool) -> Path:  # noqa: F811
+    """The same run on shards, its checkpoints a directory of `files` or one file."""
+    path = config.with_name(f"sharded-{files}.yaml")
+    path.write_text(config.read_text().replace("\n  strategy: ddp", STRATEGY % str(files).lower()))
+    return path
+
+
+@pytest.mark.parametrize("checkpointing", [True, pytest.param(False, marks=pytest.mark.slow)])
+def test_two_shards_learn_what_one_process_learns(checkpointing, config, tmp_path):  # noqa: F811
+    choice = ["--model.gradient_checkpointing", str(checkpointing)]
+    assert start([*alone(config, tmp_path / "one"), *choice], exact=True) == 0
+    assert start_ranks([*together(sharded(config, False), tmp_path / "two"), *choice], exact=True) == [0, 0]
+    first, second = (recorded(tmp_path / "two", rank) for rank in (0, 1))
+    assert_alike(first, recorded(tmp_path / "one"), 1e-9)
+    assert_alike(second, first, 0)
+    assert [(tmp_path / "two" / f"held-{rank}").read_text() for rank in (0, 1)] == ["0.5", "0.5"]
+    assert (tmp_path / "one" / "held-0").read_text() == "1.0"
+
+
+@pytest.mark.parametrize("files", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_checkpoints_go_on_under_any_number_of_ranks(files, config, tmp_path):  # noqa: F811
+    config.write_text(config.read_text().replace("float64", "float32"))
+    two = sharded(config, files)
+    assert start_ranks(together(two, tmp_path / "whole")) == [0, 0]
+    arguments = together(two, tmp_path / "ended")
+    ended = start_ranks(arguments, None, SignalAt(5, "on_before_optimizer_step", signal.SIGTERM))
+    assert ended == [128 + signal.SIGTERM, 0]
+    checkpoint = tmp_path / "ended" / "checkpoints" / "last.ckpt"
+    assert checkpoint.is_dir() == files
+    if not files:
+        names = torch.load(checkpoint, weights_only=True)["state_dict"]
+        assert {name.split(".")[1] for name in names} == {"rotations"}
+    shutil.copytree(tmp_path / "ended", tmp_path / "saved")
+
+    def back() -> None:
+        shutil.rmtree(tmp_path / "ended")
+        shutil.copytree(tmp_path / "saved", tmp_path / "ended")
+
+    assert start_ranks(arguments) == [0, 0]
+    assert_alike(recorded(tmp_path / "ended"), recorded(tmp_path / "whole"), 0)
+    back()
+    place = ["--trainer.devices", "1", "--trainer.strategy.init_args.data_parallel_size", "1", "--data.batch_size", "4"]
+    assert start_ranks([*arguments, *place], ranks=1) == [0]
+    assert_alike(recorded(tmp_path / "ended"), recorded(tmp_path / "whole"), 1e-4)
+    back()
+    if files:
+        assert start_ranks(["fit", *alone(config, tmp_path / "ended")], target=command, ranks=1) == [2]
+    else:
+        assert start(alone(config, tmp_path / "ended")) == 0
+        assert_alike(recorded(tmp_path / "ended"), recorded(tmp_path / "whole"), 1e-4)
+
+
+def test_a_sharded_fit_is_resumed_and_exported_as_a_plain_checkpoint(config, test_text_file, tmp_path):  # noqa: F811
+    run = tmp_path / "run"
+    arguments = finishing(sharded(config, True), test_text_file, 10, run)
+    Path(arguments[-1]).write_text(Path(arguments[-1]).read_text() + f"    - {{class_path: processes.DieOnce, init_args: {{step: 6, mark: {tmp_path / 'died'}}}}}\n")
+    assert -signal.SIGKILL in start_ranks(arguments, target=command)
+    assert start_ranks(arguments, target=command) == [0, 0]
+    assert_finished(run)
