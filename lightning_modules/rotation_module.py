@@ -164,7 +164,8 @@ class RotationModule(LightningModule):
 
     def on_train_start(self) -> None:
         """Choose the first masks, or those of a checkpoint: some strategies read it only after `on_fit_start`."""
-        self.rotated.refresh_masks(self._restored_mask_rotations)
+        restored = self._restored_mask_rotations
+        self.rotated.refresh_masks(restored and {space: Q.to(self.device) for space, Q in restored.items()})
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         """The core's loss of `{"input_ids": (B, T), "index": (B,)}`."""
@@ -194,7 +195,9 @@ class RotationModule(LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Add what determines the masks, and the random state."""
-        checkpoint["mask_rotations"] = self.rotated.mask_rotations
+        assert self.rotated.mask_rotations is not None, "masks are chosen before the first step"
+        # On the CPU, so that no rank reads them into another's device.
+        checkpoint["mask_rotations"] = {space: Q.cpu() for space, Q in self.rotated.mask_rotations.items()}
         checkpoint["rng_state"] = torch.get_rng_state()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:

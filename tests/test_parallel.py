@@ -111,6 +111,12 @@ def test_sigterm_to_one_rank_saves_and_ends_all_and_one_process_goes_on(config, 
     assert_alike(recorded(tmp_path / "ended"), recorded(tmp_path / "whole"), 1e-9)
 
 
+def test_batches_that_the_ranks_cannot_share_are_refused_by_all(config, tmp_path):
+    arguments = ["fit", *together(config, tmp_path / "run"), "--data.batch_size", "5"]
+    assert start_ranks(arguments, target=command) == [2, 2]
+    assert not (tmp_path / "run" / "config.yaml").exists()
+
+
 # -- the command line ------------------------------------------------------------------------------
 
 

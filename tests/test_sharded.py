@@ -72,7 +72,32 @@ def test_checkpoints_go_on_under_any_number_of_ranks(files, config, tmp_path):  
 def test_a_sharded_fit_is_resumed_and_exported_as_a_plain_checkpoint(config, test_text_file, tmp_path):  # noqa: F811
     run = tmp_path / "run"
     arguments = finishing(sharded(config, True), test_text_file, 10, run)
-    Path(arguments[-1]).write_text(Path(arguments[-1]).read_text() + f"    - {{class_path: processes.DieOnce, init_args: {{step: 6, mark: {tmp_path / 'died'}}}}}\n")
+    Path(arguments[-1]).write_text(
+        Path(arguments[-1]).read_text()
+        + f"    - {{class_path: processes.DieOnce, init_args: {{step: 6, mark: {tmp_path / 'died'}}}}}\n"
+    )
     assert -signal.SIGKILL in start_ranks(arguments, target=command)
     assert start_ranks(arguments, target=command) == [0, 0]
     assert_finished(run)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("first", ["ddp", "fsdp"])
+def test_a_checkpoint_file_goes_on_under_the_other_strategy(first, config, tmp_path):  # noqa: F811
+    config.write_text(config.read_text().replace("float64", "float32"))
+    before, after = (config, sharded(config, False))[:: 1 if first == "ddp" else -1]
+    assert start_ranks(together(before, tmp_path / "whole")) == [0, 0]
+    ending = SignalAt(5, "on_before_optimizer_step", signal.SIGTERM)
+    assert start_ranks(together(before, tmp_path / "run"), None, ending) == [128 + signal.SIGTERM, 0]
+    assert start_ranks(together(after, tmp_path / "run")) == [0, 0]
+    assert_alike(recorded(tmp_path / "run"), recorded(tmp_path / "whole"), 1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+def test_accumulated_gradients_are_those_of_one_process(strategy, config, tmp_path):  # noqa: F811
+    choice = ["--trainer.accumulate_grad_batches", "2", "--model.spaces", "[value_heads, query_key]"]
+    assert start([*alone(config, tmp_path / "one"), *choice], exact=True) == 0
+    two = config if strategy == "ddp" else sharded(config, False)
+    assert start_ranks([*together(two, tmp_path / "two"), *choice], exact=True) == [0, 0]
+    assert_alike(recorded(tmp_path / "two"), recorded(tmp_path / "one"), 1e-9)
