@@ -106,7 +106,7 @@ def test_a_config_file_alone_fits_on_two_ranks_and_goes_on_after_a_kill(parallel
 SMOLLM2 = """
 data: {num_sequences: 2, seq_len: 128}
 trainer:
-  max_steps: 5
+  max_steps: 3
   devices: 2
   strategy: ddp
   default_root_dir: %s
@@ -130,7 +130,7 @@ def test_smollm2_on_two_ranks_of_its_own_goes_on_after_a_kill(tmp_path):
         (second,) = Path(f"/proc/{first.pid}/task/{first.pid}/children").read_text().split()
         os.kill(int(second), signal.SIGKILL)
     assert first.returncode != 0
-    assert torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)["global_step"] < 5
+    assert torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)["global_step"] < 3
     resumed = subprocess.run(fit, capture_output=True, text=True, timeout=200)
     assert resumed.returncode == 0, resumed.stderr
     assert "going on from" in resumed.stderr

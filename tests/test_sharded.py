@@ -46,7 +46,8 @@ def test_two_shards_learn_what_one_process_learns(checkpointing, parallel_config
     assert (tmp_path / "one" / "held-0").read_text() == "1.0"
 
 
-@pytest.mark.parametrize("files", [False, pytest.param(True, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("files", [False, True])
 def test_checkpoints_go_on_under_any_number_of_ranks(files, parallel_config, tmp_path):
     parallel_config.write_text(parallel_config.read_text().replace("float64", "float32"))
     two = sharded(parallel_config, files)
