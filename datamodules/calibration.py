@@ -229,13 +229,16 @@ class CalibrationDataModule(lightning.LightningDataModule):
         self.tokens  # noqa: B018
 
     def setup(self, stage: str | None = None) -> None:
-        """The others read it."""
-        self.tokens  # noqa: B018
+        """The others read it, and all see that it holds a batch for each."""
+        self._make_batches()
+
+    def _make_batches(self) -> CalibrationBatches:
+        rank, world_size = (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
+        return CalibrationBatches(self.tokens, self.batch_size, self.seed, rank, world_size)
 
     def train_dataloader(self) -> CalibrationBatches:
         """This rank's batches."""
-        rank, world_size = (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
-        self._batches = CalibrationBatches(self.tokens, self.batch_size, self.seed, rank, world_size)
+        self._batches = self._make_batches()
         if self._saved is not None:
             self._batches.load_state_dict(self._saved)
             self._saved = None

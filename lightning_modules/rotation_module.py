@@ -25,6 +25,7 @@ from rotpruner.patterns import Scope, Slice, parse_pattern
 from rotpruner.pruners import resolve_pruner
 from rotpruner.rotated_model import RotatedModel
 from rotpruner.rotations import LearnedRotations, Start, space_constraint
+from rotpruner.sharding import shard
 from rotpruner.surrogates import Surrogate
 
 BaseDtype = Literal["bfloat16", "float16", "float32", "float64"]
@@ -129,11 +130,16 @@ class RotationModule(LightningModule):
         self._restored_mask_rotations: dict[str, Tensor] | None = None
 
     def setup(self, stage: str) -> None:
-        """Check the data against the model before its weights are loaded."""
+        """Check the data against the model, and the strategy, before its weights are loaded."""
+        if self.device_mesh is not None and self.device_mesh["tensor_parallel"].size() > 1:
+            raise InputError(
+                f"tensor_parallel_size {self.device_mesh['tensor_parallel'].size()} splits single weights; "
+                "set it to 1 and data_parallel_size to the number of processes"
+            )
         check_seq_len(self._config, self.trainer.datamodule.seq_len)  # type: ignore[attr-defined]
 
     def configure_model(self) -> None:
-        """Load the base model and put it under rotations, once."""
+        """Load the base model and put it under rotations, once; sharded if the strategy has a device mesh."""
         if hasattr(self, "rotated"):
             return
         base = load_model(self.model_name, self.base_dtype)
@@ -153,6 +159,8 @@ class RotationModule(LightningModule):
             self.layer_sparsity,
             Ranks.world(),
         )
+        if self.device_mesh is not None:
+            shard(self.rotated, self.device_mesh["data_parallel"])
 
     def configure_optimizers(self) -> Any:
         """Only the rotations learn."""
@@ -179,9 +187,10 @@ class RotationModule(LightningModule):
 
     def on_train_start(self) -> None:
         """Choose the first masks, or those of a checkpoint: some strategies read it only after `on_fit_start`."""
-        if self.start == "pca" and self.init_rotations is None and self._restored_mask_rotations is None:
+        restored = self._restored_mask_rotations
+        if self.start == "pca" and self.init_rotations is None and restored is None:
             self.rotated.start_from_pca()
-        self.rotated.refresh_masks(self._restored_mask_rotations)
+        self.rotated.refresh_masks(restored and {space: Q.to(self.device) for space, Q in restored.items()})
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         """The core's loss of `{"input_ids": (B, T), "index": (B,)}`."""
@@ -211,7 +220,9 @@ class RotationModule(LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Add what determines the masks, and the random state."""
-        checkpoint["mask_rotations"] = self.rotated.mask_rotations
+        assert self.rotated.mask_rotations is not None, "masks are chosen before the first step"
+        # On the CPU, so that no rank reads them into another's device.
+        checkpoint["mask_rotations"] = {space: Q.cpu() for space, Q in self.rotated.mask_rotations.items()}
         checkpoint["rng_state"] = torch.get_rng_state()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:

@@ -107,6 +107,33 @@ def test_text_file(tmp_path_factory) -> Path:
     return path
 
 
+@pytest.fixture
+def parallel_config(tmp_path, model_directory, text_file, test_text_file) -> Path:
+    """A run of ten steps on two ranks of nine sequences, which they cannot share evenly."""
+    path = tmp_path / "config.yaml"
+    path.write_text(f"""
+model:
+  model: {model_directory}
+  base_dtype: float64
+  optimizer: {{class_path: torch.optim.Adam, init_args: {{lr: 0.01}}}}
+data: {{calibration: {text_file}, num_sequences: 9, seq_len: 32, batch_size: 2}}
+trainer:
+  max_steps: 10
+  accelerator: cpu
+  devices: 2
+  strategy: ddp
+  log_every_n_steps: 1
+  enable_progress_bar: false
+  enable_model_summary: false
+  callbacks:
+    - {{class_path: callbacks.repruning.Repruning, init_args: {{every_n_steps: 3}}}}
+    - {{class_path: callbacks.rotation_checkpoint.RotationCheckpoint, init_args: {{every_n_steps: 4}}}}
+    - class_path: callbacks.perplexity.Perplexity
+      init_args: {{texts: [{test_text_file}], every_n_steps: 5, seq_len: 32, max_tokens: 160}}
+""")
+    return path
+
+
 @pytest.fixture(autouse=True)
 def _alone(tmp_path_factory, monkeypatch, request):
     """Tiny models run on one thread, many times faster than on two, and with caches of their own."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import multiprocessing
 import os
 import signal
@@ -12,6 +13,10 @@ import torch
 from conftest import in_float64
 from lightning import Callback
 from safetensors.torch import load_file, save_file
+from torch.distributed.tensor import DTensor
+from transformers import AutoModelForCausalLM
+
+from rotpruner.oneshot import sparsity_of
 
 # Children are forked from a server that has imported everything and computed nothing: starting one is cheap.
 PROCESSES = multiprocessing.get_context("forkserver")
@@ -32,6 +37,18 @@ class SignalAt(Callback):
             os.kill(os.getpid(), self.signum)
 
 
+class DieOnce(Callback):
+    """SIGKILL the second rank in a step, the first time that the step comes: for config files."""
+
+    def __init__(self, step: int, mark: str) -> None:
+        self.step, self.mark = step, Path(mark)
+
+    def on_before_optimizer_step(self, trainer, *_):
+        if trainer.global_rank == 1 and trainer.global_step == self.step and not self.mark.exists():
+            self.mark.touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
 class Record(Callback):
     """Write every rank's rotations and masks at the end of training."""
 
@@ -39,7 +56,11 @@ class Record(Callback):
         rotated = pl_module.rotated
         found = {f"rotation {space}": Q.detach().clone() for space, Q in rotated.rotations().items()}
         found |= {f"mask {linear.place.name}": linear.mask for linear in rotated.linears}
-        save_file(found, Path(trainer.default_root_dir) / f"rank-{trainer.global_rank}.safetensors")
+        run = Path(trainer.default_root_dir)
+        save_file(found, run / f"rank-{trainer.global_rank}.safetensors")
+        weights = [linear.weight for linear in rotated.linears]
+        held = sum(w.to_local().numel() if isinstance(w, DTensor) else w.numel() for w in weights)
+        (run / f"held-{trainer.global_rank}").write_text(str(held / sum(w.numel() for w in weights)))
 
 
 def recorded(run: Path, rank: int = 0) -> dict[str, torch.Tensor]:
@@ -110,3 +131,43 @@ def _join(processes) -> list[int]:
         process.kill()
     assert not hanging, "the fit hangs"
     return [process.exitcode for process in processes]
+
+
+# -- what parallel runs are given, and what they must give ---------------------------------------------
+
+
+def alone(config: Path, run: Path) -> list[str]:
+    """The same run in one process: the same global batches."""
+    place = ["--trainer.devices", "1", "--trainer.strategy", "auto", "--data.batch_size", "4"]
+    return ["-c", str(config), "--trainer.default_root_dir", str(run), *place]
+
+
+def together(config: Path, run: Path) -> list[str]:
+    return ["-c", str(config), "--trainer.default_root_dir", str(run)]
+
+
+def assert_alike(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor], tolerance: float) -> None:
+    assert set(found) == set(expected)
+    for name, tensor in expected.items():
+        if tensor.dtype == torch.bool:
+            assert torch.equal(found[name], tensor), name
+        else:
+            assert (found[name] - tensor).abs().max() <= tolerance, name
+            assert (tensor - torch.eye(tensor.shape[-1])).abs().max() > 0.01, "nothing was learned"
+
+
+def finishing(config: Path, test_text_file: Path, steps: int, run: Path) -> list[str]:
+    """A config file that says all: two processes, where the run lives and how it ends."""
+    text = config.read_text().replace("max_steps: 10", f"max_steps: {steps}\n  default_root_dir: {run}")
+    finish = f"init_args: {{texts: [{test_text_file}], seq_len: 32, max_tokens: 256}}"
+    text += f"    - class_path: callbacks.finish.Finish\n      {finish}\n"
+    path = config.with_name("all.yaml")
+    path.write_text(text.replace("float64", "float32"))
+    return ["fit", "-c", str(path)]
+
+
+def assert_finished(run: Path) -> None:
+    rows = [row["name"] for row in json.loads((run / "results.json").read_text())["rows"]]
+    assert rows == ["dense", "pruner", "random_rotation", "rotpruner"]
+    exported = AutoModelForCausalLM.from_pretrained(run / "export")
+    assert sparsity_of(exported) == 0.5

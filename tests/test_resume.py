@@ -77,6 +77,31 @@ def test_a_damaged_checkpoint_is_refused_by_name(config, tmp_path, capsys):
     assert "last.ckpt' is damaged" in capsys.readouterr().err
 
 
+class Marker:
+    """Leaves a file behind where it is unpickled."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self):
+        return (Path.touch, (self.path,))
+
+
+@pytest.mark.parametrize("shards", [False, True])
+def test_nothing_of_a_checkpoint_is_unpickled_by_the_command_line(shards, config, tmp_path, capsys):
+    arguments = ["-c", str(config), "--trainer.default_root_dir", str(tmp_path / "run")]
+    assert start(arguments, SignalAt(5, "on_train_batch_start")) == -signal.SIGKILL
+    checkpoint = tmp_path / "run" / "checkpoints" / "last.ckpt"
+    checkpoint.unlink()
+    if shards:
+        checkpoint.mkdir()
+        (checkpoint / ".metadata").touch()
+    torch.save({"state_dict": Marker(tmp_path / "mark")}, checkpoint / "meta.pt" if shards else checkpoint)
+    assert main(["fit", *arguments]) == 2
+    assert "last.ckpt' is damaged" in capsys.readouterr().err.replace("\n", "")
+    assert not (tmp_path / "mark").exists()
+
+
 def test_same_seed_same_rotations_other_seed_others(config, tmp_path):
     found = []
     for name, seed in (("a", 1), ("b", 1), ("c", 2)):
