@@ -16,6 +16,7 @@ COMMANDS = {
     "fit": ("experiments.fit", "learn rotations, prune, export and compare: fit -c CONFIG.yaml"),
     "prune": ("experiments.prune", "prune a model once, in its own basis or a rotated one"),
     "evaluate": ("experiments.evaluate", "perplexity of a model on texts"),
+    "plan": ("experiments.plan", "what a fit would take: memory by part, arithmetic, disk; from its config alone"),
     "report": ("experiments.report", "one HTML page and SVG plots about finished runs"),
 }
 
