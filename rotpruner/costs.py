@@ -5,6 +5,7 @@ A matrix product of (a, b) by (b, c) counts 2abc operations.
 
 from __future__ import annotations
 
+from rotpruner.families import family_of
 from rotpruner.rotations import head_dim, space_shape
 from rotpruner.sizes import Setup, Term
 
@@ -14,13 +15,18 @@ def step_flops(setup: Setup) -> list[Term]:
     config, tau = setup.config, setup.tokens
     M = sum(outputs * inputs for _, outputs, inputs in setup.linears)
     linears = 2 * M * tau
+    # PyTorch stops recomputing a block at its last product, whose result nothing needs.
+    last = sum(
+        outputs * inputs for place, outputs, inputs in setup.linears if place.spec is family_of(config).linears[-1]
+    )
     heads = config.num_attention_heads * head_dim(config)
     attention = 2 * setup.layers * heads * setup.seq_len * tau  # queries by keys and weights by values, half of each
     again = 1 if setup.gradient_checkpointing else 0
-    passes = 3 + again
+    redone, repeated = (M - last, f" + {M - last:,}") if again else (0, "")
     terms = [
-        Term("linears", passes * linears,
-             f"{passes} · 2 M B T = {passes} · 2 · {M:,} · {tau}: forward, two gradients" + ", recomputed" * again),
+        Term("linears", 2 * tau * (3 * M + redone),
+             f"2 B T · (3 M{repeated}) = 2 · {tau} · (3 · {M:,}{repeated}): forward, two gradients"
+             + ", all but the last of a block again" * again),
         Term("attention", int((3.5 + again) * attention),
              f"{3.5 + again} · 2 L h e T · B T = {3.5 + again} · 2 · {setup.layers} · {heads} · {setup.seq_len} · {tau}"
              ),
@@ -28,6 +34,9 @@ def step_flops(setup: Setup) -> list[Term]:
         Term("Cayley solve", _solves(setup), "32/3 n³ a matrix, in the rotations' precision"),
     ]  # fmt: skip
     V, d = config.vocab_size, config.hidden_size
+    if "residual" in setup.spaces:
+        terms.append(Term("ends of the stream", 10 * d * d * tau,
+                          f"5 · 2 d² B T = 10 · {d}² · {tau}: into the basis and out of it, gradients"))  # fmt: skip
     passes = 3 * bool(setup.objective.kl) + 3 * bool(setup.objective.cross_entropy) + 2 * bool(setup.objective.kl)
     formula = f"{passes} · 2 V d B T = {passes} · 2 · {V:,} · {d} · {tau}: pruned forward, again, gradient; dense twice"
     terms.append(Term("logits", passes * 2 * V * d * tau, formula))
