@@ -21,6 +21,7 @@ from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import CSVLogger
 
+from callbacks.dashboard import Dashboard
 from callbacks.finish import Finish
 from callbacks.terminal import console, results_table
 from datamodules.calibration import CalibrationDataModule
@@ -138,7 +139,7 @@ def main(arguments: list[str]) -> None:
     warnings.filterwarnings("ignore", message=".*LeafSpec.* is deprecated")
     cli = FitCLI(arguments)
     for callback in cli.trainer.callbacks:  # type: ignore[attr-defined]
-        if isinstance(callback, Finish):
+        if isinstance(callback, (Finish, Dashboard)):
             callback.config = cli.config_record
     existed = cli.run_directory.exists()
     try:

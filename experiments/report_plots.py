@@ -6,10 +6,10 @@ import io
 import math
 import re
 from collections.abc import Callable, Sequence
-from itertools import groupby
 from typing import Any
 
 from experiments.report_runs import Run
+from rotpruner.diagnostics import block_means
 from rotpruner.errors import InputError
 
 try:
@@ -113,26 +113,24 @@ def _layers(runs: Sequence[Run], key: str) -> Callable[[Any], None]:
             if key == "kept_mass":
                 for basis, style in (("own", "--"), ("learned", "-")):
                     label = f"{run.label}, {'before' if basis == 'own' else 'after'}"
-                    means = _block_means(rows, lambda row, basis=basis: row[key][basis])
-                    axes.plot(*means, color=colour, linestyle=style, marker=".", linewidth=1.2, label=label)
+                    means = block_means(rows, lambda row, basis=basis: row[key][basis])  # type: ignore[misc]
+                    axes.plot(
+                        *zip(*means.items(), strict=True),
+                        color=colour,
+                        linestyle=style,
+                        marker=".",
+                        linewidth=1.2,
+                        label=label,
+                    )
             else:
-                axes.plot(*_block_means(rows, lambda row: row[key]), color=colour, marker=".", label=run.label)
+                means = block_means(rows, lambda row: row[key])
+                axes.plot(*zip(*means.items(), strict=True), color=colour, marker=".", label=run.label)
         axes.set(xlabel="decoder block", ylabel=key.replace("_", " "))
         if key == "sparsity":
             axes.set_ylim(0, 1)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
 
     return draw
-
-
-def _block_means(rows: list[dict[str, Any]], value: Callable[..., float]) -> tuple[list[int], list[float]]:
-    """The mean over each block's weights."""
-    layers, means = [], []
-    for layer, members in groupby(rows, key=lambda row: row["layer"]):
-        block = list(members)
-        layers.append(layer)
-        means.append(sum(value(row) * row["weights"] for row in block) / sum(row["weights"] for row in block))
-    return layers, means
 
 
 def _cycle(count: int, values: Sequence[str] = _SERIES) -> list[str]:

@@ -5,7 +5,7 @@ Shapes: a decoder linear's weight W (O, I), its pruned form Ŵ (O, I), the secon
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from rotpruner.fusion import fuse_block_norms
 from rotpruner.orthogonal import rotate_weight
 from rotpruner.patterns import Pattern
 from rotpruner.pruners import Pruner
+from rotpruner.rotated_model import RotatedModel
 from rotpruner.rotations import sides
 from rotpruner.statistics import Moment
 
@@ -115,6 +116,39 @@ def layer_table(
                 row["kept_mass"] = {basis: kept_mass(S, pattern.mask(S)) for basis, S in saliencies.items()}
             rows.append(row)
     return rows
+
+
+@torch.no_grad()
+def masked_share(rotated: RotatedModel) -> list[dict[str, Any]]:
+    """One row a decoder linear, of the masks of the moment in the rotations of the moment, while it learns.
+
+    It rotates and scores every weight: as dear as a refresh of the masks.
+
+    Returns:
+        `[{"name", "layer", "weights": count, "sparsity", "kept_mass"}, …]` in data-flow order, shares of one.
+    """
+    rotations = {space: Q.detach() for space, Q in rotated.rotations().items()}
+    rows = []
+    for group, members in groupby(rotated.linears, key=lambda linear: linear.place.group):
+        linears = list(members)
+        moment = rotated.moments.get(group)
+        turned = None if moment is None else moment.rotate(sides(rotations, linears[0].place)[0])
+        for linear in linears:
+            mask = linear.mask
+            assert mask is not None, "masks are chosen when a fit begins"
+            saliency = rotated.pruner.saliency(rotate_weight(linear.weight, *sides(rotations, linear.place)), turned)
+            row = {"name": linear.place.name, "layer": linear.place.layer, "weights": mask.numel()}
+            rows.append({**row, "sparsity": 1 - mask.double().mean().item(), "kept_mass": kept_mass(saliency, mask)})
+    return rows
+
+
+def block_means(rows: Iterable[Mapping[str, Any]], value: Callable[[Mapping[str, Any]], float]) -> dict[int, float]:
+    """The mean of a value over each block's weights, from rows with `layer` and `weights` in data-flow order."""
+    means = {}
+    for layer, members in groupby(rows, key=lambda row: row["layer"]):
+        block = list(members)
+        means[layer] = sum(value(row) * row["weights"] for row in block) / sum(row["weights"] for row in block)
+    return means
 
 
 @torch.no_grad()

@@ -87,6 +87,8 @@ class RotatedModel(nn.Module):
         self.moments: dict[str, Moment] = {}
         #: The rotations in which the masks of the moment were chosen; they determine the masks.
         self.mask_rotations: RotationSet | None = None
+        #: The share of each block's mask entries that flipped at the last refresh.
+        self.block_flips: list[float] = []
         self._dense_states: dict[int, Tensor] = {}
 
         if "residual" in rotations.spaces:
@@ -164,7 +166,8 @@ class RotatedModel(nn.Module):
             space: Q.detach().clone() for space, Q in (self.rotations() if rotations is None else rotations).items()
         }
         rotated: dict[str, Moment] = {}
-        flipped = total = 0
+        flipped = [0] * self.base.config.num_hidden_layers
+        total = [0] * len(flipped)
         for linear in self.linears:
             reads, writes = sides(self.mask_rotations, linear.place)
             group = linear.place.group
@@ -173,10 +176,11 @@ class RotatedModel(nn.Module):
             weight = rotate_weight(linear.weight, reads, writes)
             mask = self.pruner.mask(weight, rotated.get(group), self.pattern)
             if linear.mask is not None:
-                flipped += int((mask != linear.mask).sum())
-            total += mask.numel()
+                flipped[linear.place.layer] += int((mask != linear.mask).sum())
+            total[linear.place.layer] += mask.numel()
             linear.mask = mask
-        return flipped / total
+        self.block_flips = [part / whole for part, whole in zip(flipped, total, strict=True)]
+        return sum(flipped) / sum(total)
 
     # -- what is minimised -----------------------------------------------------------------------
 
