@@ -99,7 +99,7 @@ def _gap(runs: Sequence[Run], text: str) -> Callable[[Any], None]:
                 axes.plot(*zip(*points, strict=True), color=colour, marker=marker, linestyle="", label=name)
         axes.set(xlabel="sparsity of the decoder linears", ylabel="G (nats per token)")
         axes.set_ylim(bottom=min(0.0, axes.get_ylim()[0]))
-        axes.margins(x=0.15)
+        axes.set_xlim(0, 1)
 
     return draw
 
