@@ -105,7 +105,8 @@ class Dashboard(Callback):
             metrics[f"flips/block_{layer:02}"] = share
         self._wandb.log_metrics(metrics, step)
         columns = ["name", "layer", "weights", "sparsity", "kept_mass"]
-        self._wandb.log_table("sparsity", columns, [[row[column] for column in columns] for row in rows], step=step)
+        if rows:
+            self._wandb.log_table("sparsity", columns, [[row[column] for column in columns] for row in rows], step=step)
         for space, Q in rotated.rotations().items():
             self._wandb.log_image(f"rotations/{space}", [picture(Q[0, 0])], step)
 
@@ -144,7 +145,10 @@ def without_secrets(config: Any) -> Any:
 
 
 def picture(Q: torch.Tensor) -> Any:
-    """|Q| (n, n) as grey levels, black where zero, (≤ 256, ≤ 256) uint8; the largest entry of a cell stands for it."""
+    """|Q| (n, n) as grey levels, (≤ 256, ≤ 256) uint8: black up to 1e-4, white at 1, logarithmic in between.
+
+    The largest entry of a cell stands for it.
+    """
     cells = min(len(Q), _PIXELS)
     pooled = F.adaptive_max_pool2d(Q.detach().abs().float().cpu()[None], cells)[0]
-    return (pooled / pooled.max() * 255).to(torch.uint8).numpy()
+    return ((1 + pooled.clamp(1e-4, 1).log10() / 4) * 255).round().to(torch.uint8).numpy()

@@ -125,7 +125,8 @@ def masked_share(rotated: RotatedModel) -> list[dict[str, Any]]:
     It rotates and scores every weight: as dear as a refresh of the masks.
 
     Returns:
-        `[{"name", "layer", "weights": count, "sparsity", "kept_mass"}, …]` in data-flow order, shares of one.
+        `[{"name", "layer", "weights": count, "sparsity", "kept_mass"}, …]` in data-flow order, shares of one;
+        nothing for linears without masks.
     """
     rotations = {space: Q.detach() for space, Q in rotated.rotations().items()}
     rows = []
@@ -135,7 +136,8 @@ def masked_share(rotated: RotatedModel) -> list[dict[str, Any]]:
         turned = None if moment is None else moment.rotate(sides(rotations, linears[0].place)[0])
         for linear in linears:
             mask = linear.mask
-            assert mask is not None, "masks are chosen when a fit begins"
+            if mask is None:
+                continue
             saliency = rotated.pruner.saliency(rotate_weight(linear.weight, *sides(rotations, linear.place)), turned)
             row = {"name": linear.place.name, "layer": linear.place.layer, "weights": mask.numel()}
             rows.append({**row, "sparsity": 1 - mask.double().mean().item(), "kept_mass": kept_mass(saliency, mask)})

@@ -7,6 +7,7 @@ import math
 import os
 import re
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
@@ -228,3 +229,10 @@ def test_a_config_of_the_report_is_readable_yaml(report):
     shown = re.findall(r"<pre>(.*?)</pre>", report[0].read_text(), flags=re.DOTALL)
     config = yaml.safe_load(html.unescape(shown[1]))
     assert config["model"]["pattern"] == "0.75"
+
+
+def test_without_matplotlib_the_reader_is_told_what_to_install(runs, monkeypatch, capsys):
+    for module in ("experiments.report", "experiments.report_plots"):
+        monkeypatch.delitem(sys.modules, module, raising=False)
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    assert "rotpruner[report]" in _refused([str(runs[0])], capsys)
