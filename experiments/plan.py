@@ -120,7 +120,7 @@ def read_setup(arguments: list[str], gpu: str, count: int) -> tuple[Setup, str]:
         seq_len=data.seq_len,
         batch_size=data.batch_size,
         num_sequences=data.num_sequences,
-        steps=trainer.max_steps,
+        steps=_steps(trainer, data),
         gradient_checkpointing=model.gradient_checkpointing,
         optimizer_states=_optimizer_states(model.optimizer),
         keeps_unmasked=_plain(model.surrogate)["name"] == "sr_ste",
@@ -130,6 +130,13 @@ def read_setup(arguments: list[str], gpu: str, count: int) -> tuple[Setup, str]:
     )
     check_pattern(setup.model, parse_pattern(model.pattern, model.scope))
     return setup, model.model
+
+
+def _steps(trainer: Any, data: Any) -> int:
+    """Of the whole fit; Lightning goes on for 1000 epochs where neither steps nor epochs are limited."""
+    if trainer.max_steps > 0:
+        return trainer.max_steps
+    return (trainer.max_epochs or 1000) * (data.num_sequences // data.batch_size)
 
 
 def _plain(settings: Any) -> dict[str, Any]:

@@ -19,7 +19,8 @@ from rotpruner.errors import InputError
 
 Head = Callable[[Tensor], Tensor]
 
-CHUNK = 512  # tokens whose logits are held at once: 100 MB of float32 at a vocabulary of 49k
+#: Tokens whose logits are held at once: 100 MB of float32 at a vocabulary of 49k.
+CHUNK = 512
 
 
 @dataclass(frozen=True)

@@ -232,6 +232,14 @@ def test_the_plan_for_a_person_shows_the_same_numbers(plan, capsys, tmp_path):
     assert f"2 · {found['parameters']:,}" in text or f"{found['parameters']:,} · 2" in text
 
 
+def test_epochs_count_as_steps(plan):
+    def rows(*options: str) -> str:
+        return plan("llama3-8b", *options)["memory"]["kept_by_host"][0]["formula"]
+
+    assert rows("--trainer.max_steps", "5").startswith("rows · T · d · s = 5 ·")
+    assert rows("--trainer.max_steps", "-1", "--trainer.max_epochs", "2").startswith("rows · T · d · s = 128 ·")
+
+
 def test_optimizers_and_spaces_count(plan):
     adam = plan("llama3-8b")["memory"]["resident"]
     sgd = plan("llama3-8b", "--model.optimizer", "torch.optim.SGD", "--model.optimizer.momentum", "0.9")
