@@ -20,6 +20,7 @@ from callbacks.terminal import console, results_table, track
 from datamodules.evaluation import perplexities, tokenize_texts
 from datamodules.texts import check_text
 from rotpruner.artifacts import save_model, save_rotations, write_json
+from rotpruner.diagnostics import write_diagnostics
 from rotpruner.errors import InputError
 from rotpruner.loading import load_model, load_tokenizer
 from rotpruner.oneshot import parameter_count, prune_model, sparsity_of
@@ -31,7 +32,7 @@ Row = dict[str, Any]
 
 
 class Finish(Callback):
-    """After the last step, write `rotations/`, `export/` and `results.json` into the run directory.
+    """After the last step, write `rotations/`, `export/`, `layers.json` and `results.json` into the run directory.
 
     ```yaml
     trainer:
@@ -134,6 +135,8 @@ class Finish(Callback):
                 control = "pca" if control == "pruner" and isinstance(pattern, Slice) else control
                 rows.append(self._row(run, control, pattern, partial(pruned, rotations)))
         rows.append(self._row(run, "rotpruner", pattern, partial(pruned, learned), seconds=training_seconds))
+        exported = AutoModelForCausalLM.from_pretrained(run / "export")
+        write_diagnostics(run, load_model(name), exported, learned, moments, pruner, pattern, track)
         results = {"rows": rows, "config": self.config, "commit": commit()}
         write_json(results, run / "results.json")
         shutil.rmtree(run / "rows")

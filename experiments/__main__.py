@@ -21,6 +21,8 @@ COMMANDS = {
     "pack": ("experiments.pack", "store a pruned model as the values that stay and one bit a place"),
     "unpack": ("experiments.unpack", "the ordinary checkpoint that was packed"),
     "evaluate": ("experiments.evaluate", "perplexity of a model on texts, accuracy on tasks"),
+    "plan": ("experiments.plan", "what a fit would take: memory by part, arithmetic, disk; from its config alone"),
+    "report": ("experiments.report", "one HTML page and SVG plots about finished runs"),
 }
 
 

@@ -23,6 +23,7 @@ from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
+from callbacks.dashboard import Dashboard
 from callbacks.finish import Finish
 from callbacks.rotation_checkpoint import last_checkpoint
 from callbacks.terminal import console, results_table
@@ -173,7 +174,7 @@ def main(arguments: list[str]) -> None:
     warnings.filterwarnings("ignore", message=".*LeafSpec.* is deprecated")
     cli = FitCLI(arguments)
     for callback in cli.trainer.callbacks:  # type: ignore[attr-defined]
-        if isinstance(callback, Finish):
+        if isinstance(callback, (Finish, Dashboard)):
             callback.config = cli.config_record
     existed = cli.run_directory.exists()
     try:

@@ -57,13 +57,18 @@ def check_new_directory(path: str | Path, replace: bool = False) -> None:
         raise InputError(f"output '{path}' exists already; choose another directory or remove it")
 
 
-def write_text(text: str, path: str | Path) -> None:
+def write_bytes(content: bytes, path: str | Path) -> None:
     """Write a file, whole or not at all."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     scratch = path.with_name(f".{path.name}.tmp")
-    scratch.write_text(text, encoding="utf-8")
+    scratch.write_bytes(content)
     os.replace(scratch, path)
+
+
+def write_text(text: str, path: str | Path) -> None:
+    """Write a file in UTF-8, whole or not at all."""
+    write_bytes(text.encode(), path)
 
 
 def write_json(value: Any, path: str | Path) -> None:

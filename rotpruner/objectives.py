@@ -19,7 +19,8 @@ from rotpruner.errors import InputError
 
 Head = Callable[[Tensor], Tensor]
 
-_CHUNK = 512  # tokens whose logits are held at once: 100 MB of float32 at a vocabulary of 49k
+#: Tokens whose logits are held at once: 100 MB of float32 at a vocabulary of 49k.
+CHUNK = 512
 
 
 @dataclass(frozen=True)
@@ -78,7 +79,7 @@ class Objective:
 
 def _mean(term: Callable[[Tensor, Tensor, Head], Tensor], states: Tensor, other: Tensor, head: Head) -> Tensor:
     total = states.new_zeros((), dtype=torch.promote_types(states.dtype, torch.float32))
-    for part, other_part in zip(states.split(_CHUNK), other.split(_CHUNK), strict=True):
+    for part, other_part in zip(states.split(CHUNK), other.split(CHUNK), strict=True):
         total = total + checkpoint(term, part, other_part, head, use_reentrant=False)
     return total / len(states)
 

@@ -103,6 +103,8 @@ class RotatedModel(nn.Module):
         self.patterns = [] if isinstance(pattern, Slice) else [pattern] * base.config.num_hidden_layers
         #: The rotations in which the masks of the moment were chosen; they determine the masks.
         self.mask_rotations: RotationSet | None = None
+        #: The share of each block's mask entries that flipped at the last refresh.
+        self.block_flips: list[float] = []
         self._dense_states: dict[int, Tensor] = {}
 
         if "residual" in rotations.spaces:
@@ -215,14 +217,16 @@ class RotatedModel(nn.Module):
         if isinstance(self.pattern, Slice):
             return 0.0
         groups = [list(members) for _, members in groupby(self.linears, key=lambda linear: linear.place.group)]
-        flipped = total = 0
+        flipped = [0] * self.base.config.num_hidden_layers
+        total = [0] * len(flipped)
         for start in range(0, len(groups), self.ranks.size):
             for linear, mask in self._choose_masks(groups[start : start + self.ranks.size], self.mask_rotations):
                 if linear.mask is not None:
-                    flipped += int((mask != linear.mask).sum())
-                total += mask.numel()
+                    flipped[linear.place.layer] += int((mask != linear.mask).sum())
+                total[linear.place.layer] += mask.numel()
                 linear.mask = mask
-        return flipped / total
+        self.block_flips = [part / entries for part, entries in zip(flipped, total, strict=True)]
+        return sum(flipped) / sum(total)
 
     def _choose_masks(
         self, groups: Sequence[Sequence[RotatedLinear]], rotations: RotationSet

@@ -62,6 +62,17 @@ class Moment:
         heads = rearrange(self.blocks, "b (h i) (k j) -> b h i k j", i=n, j=n)
         return rearrange(heads.diagonal(dim1=1, dim2=3), "b i j h -> (b h) i j")
 
+    def seen_blocks(self) -> Tensor:
+        """The diagonal blocks in the basis of the moment, (B, n, n): as wide as they were gathered."""
+        if self.rotation is None:
+            return self.blocks
+        Q = self.rotation.to(self.blocks.dtype)
+        width, n = self.blocks.shape[-1], Q.shape[-1]
+        if width != n:  # gathered whole, rotated by head
+            return rotate_features(rotate_features(self.blocks[0], Q).mT, Q)[None]
+        Q = Q.repeat_interleave(len(self.blocks) // len(Q), dim=0)
+        return Q.mT @ self.blocks @ Q
+
     def diagonal(self) -> Tensor:
         """E[x_j²] of every feature, (I,)."""
         return self._diagonal

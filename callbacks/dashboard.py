@@ -1,0 +1,154 @@
+"""What a wandb dashboard shows of a fit besides the losses that the module logs."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from lightning import Callback, LightningModule, Trainer
+from lightning.pytorch.loggers import WandbLogger
+
+from rotpruner.diagnostics import LAYERS, block_means, masked_share
+from rotpruner.errors import InputError
+
+_PIXELS = 256  # of a rotation's picture, at most, in each direction
+_SECRET = ("api_key", "apikey", "password", "passwd", "secret", "token", "credential")
+
+
+class Dashboard(Callback):
+    """Log a run's settings, masks, rotations, speed and results to a `WandbLogger`. Stands after `Finish` in the list.
+
+    ```yaml
+    trainer:
+      logger: {class_path: lightning.pytorch.loggers.WandbLogger, init_args: {project: rotpruner, offline: true}}
+      callbacks:
+        - class_path: callbacks.dashboard.Dashboard
+          init_args: {every_n_steps: 25}
+    ```
+
+    `-c experiments/configs/logging/wandb.yaml` adds just that to any config. On top of what the module and the other
+    callbacks log (`train/…`, `masks/flipped`, `ppl/…`), a run shows:
+
+    * its settings, without environment variables and without values whose names sound secret;
+    * `throughput/tokens_per_second`, over all ranks, as often as Lightning logs;
+    * every `every_n_steps` steps: `rotations/orthogonality_error`, ‖QᵀQ − I‖∞; `kept_mass/block_…`, the share of
+      saliency under the mask, and `flips/block_…`, the share of mask entries that the last refresh flipped; the
+      table `sparsity` of all linears; the picture `rotations/SPACE` of the first matrix of each space, |Q|;
+    * at the end, if `Finish` came before: `results/ROW/TEXT` perplexities and the tables `results` and `layers`.
+
+    Args:
+        every_n_steps: how often masks and rotations are looked at; it costs as much as a refresh of the masks.
+    """
+
+    def __init__(self, every_n_steps: int = 25) -> None:
+        if every_n_steps < 1:
+            raise InputError(f"every_n_steps {every_n_steps} of Dashboard is not positive; give 1 or more")
+        self.every_n_steps = every_n_steps
+        #: What to record as the run's configuration; the command line fills it in.
+        self.config: Mapping[str, Any] = {}
+        self._last = -1
+        self._clock = 0.0
+        self._logger: WandbLogger | None = None
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Find the logger before anything long begins."""
+        loggers = [logger for logger in trainer.loggers if isinstance(logger, WandbLogger)]
+        if not loggers:
+            raise InputError(
+                "Dashboard has no wandb run to log to; set trainer.logger to a WandbLogger, "
+                "as -c experiments/configs/logging/wandb.yaml does"
+            )
+        self._logger = loggers[0]
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Record the settings."""
+        if trainer.is_global_zero:
+            self._wandb.log_hyperparams(without_secrets(self.config))
+
+    @property
+    def _wandb(self) -> WandbLogger:
+        assert self._logger is not None
+        return self._logger
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Start the clock."""
+        self._clock = time.perf_counter()
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Speed of every batch; masks and rotations now and then."""
+        now = time.perf_counter()
+        tokens = batch["input_ids"].numel() * trainer.world_size
+        pl_module.log("throughput/tokens_per_second", tokens / (now - self._clock))
+        step = trainer.global_step
+        if step % self.every_n_steps == 0 and step != self._last:
+            self._last = step
+            if trainer.is_global_zero:
+                self._look(pl_module, step)
+        self._clock = time.perf_counter()  # looking is not learning
+
+    @torch.no_grad()
+    def _look(self, module: Any, step: int) -> None:
+        rotated = module.rotated
+        rows = masked_share(rotated)
+        metrics = {"rotations/orthogonality_error": module.orthogonality_error()}
+        for layer, mass in block_means(rows, lambda row: row["kept_mass"]).items():
+            metrics[f"kept_mass/block_{layer:02}"] = mass
+        for layer, share in enumerate(rotated.block_flips):
+            metrics[f"flips/block_{layer:02}"] = share
+        self._wandb.log_metrics(metrics, step)
+        columns = ["name", "layer", "weights", "sparsity", "kept_mass"]
+        if rows:
+            self._wandb.log_table("sparsity", columns, [[row[column] for column in columns] for row in rows], step=step)
+        for space, Q in rotated.rotations().items():
+            self._wandb.log_image(f"rotations/{space}", [picture(Q[0, 0])], step)
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """What `Finish` has written, if it came before."""
+        run = Path(trainer.default_root_dir)
+        if not (trainer.is_global_zero and (run / "results.json").is_file()):
+            return
+        rows = json.loads((run / "results.json").read_text(encoding="utf-8"))["rows"]
+        dense = rows[0]["ppl"]
+        step = trainer.global_step
+        self._wandb.log_metrics(
+            {f"results/{row['name']}/{text}": row["ppl"][text] for row in rows for text in dense}, step
+        )
+        columns = ["row", "pattern", "sparsity", "parameters", "seconds", "text", "ppl", "gap"]
+        table = [
+            [*(row[key] for key in ("name", "pattern", "sparsity", "parameters", "seconds")), text, ppl,
+             math.log(ppl) - math.log(dense[text])]
+            for row in rows
+            for text, ppl in row["ppl"].items()
+        ]  # fmt: skip
+        self._wandb.log_table("results", columns, table, step=step)
+        linears = json.loads((run / LAYERS).read_text(encoding="utf-8"))["linears"]
+        columns = ["name", "layer", "sparsity", "error"]
+        self._wandb.log_table("layers", columns, [[row[column] for column in columns] for row in linears], step=step)
+
+
+def without_secrets(config: Any) -> Any:
+    """A configuration without the values whose names sound secret."""
+    if isinstance(config, Mapping):
+        return {
+            key: "(not logged)" if any(word in str(key).lower() for word in _SECRET) else without_secrets(value)
+            for key, value in config.items()
+        }
+    return [without_secrets(item) for item in config] if isinstance(config, (list, tuple)) else config
+
+
+def picture(Q: torch.Tensor) -> Any:
+    """|Q| (n, n) as grey levels, (≤ 256, ≤ 256) uint8: black up to 1e-4, white at 1, logarithmic in between.
+
+    The largest entry of a cell stands for it.
+    """
+    cells = min(len(Q), _PIXELS)
+    pooled = F.adaptive_max_pool2d(Q.detach().abs().float().cpu()[None], cells)[0]
+    return ((1 + pooled.clamp(1e-4, 1).log10() / 4) * 255).round().to(torch.uint8).numpy()

@@ -1,0 +1,260 @@
+"""`python -m experiments plan`: what a fit would take, from its config alone; no weights are loaded.
+
+Every option of `fit` can be given here too, in the same words: `plan -c CONFIG --model.base_dtype float32`.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from dataclasses import asdict, dataclass, replace
+from importlib import import_module
+from typing import Any
+
+import torch
+
+from experiments.arguments import Parser, at_least
+from experiments.arguments import report as print_json
+from experiments.fit import FitCLI
+from rotpruner.costs import disk_space, step_flops
+from rotpruner.families import check_space
+from rotpruner.loading import check_pattern, check_seq_len, load_config
+from rotpruner.objectives import Objective
+from rotpruner.patterns import parse_pattern
+from rotpruner.planning import MemoryPlan, largest, memory_plan
+from rotpruner.pruners import resolve_pruner
+from rotpruner.sizes import Setup, Term, total
+
+_EFFICIENCY = 0.4  # of the peak rate that large models usually reach in training; an assumption
+
+
+@dataclass(frozen=True)
+class Hardware:
+    """Memory in bytes and peak rates in operations a second, by the makers' data sheets, without sparsity."""
+
+    memory: float
+    half: float
+    single: float
+
+
+_GIB, _TERA = 2**30, 1e12
+
+GPUS = {
+    "v100-32gb": Hardware(32 * _GIB, 125 * _TERA, 15.7 * _TERA),
+    "rtx4090-24gb": Hardware(24 * _GIB, 165 * _TERA, 82.6 * _TERA),
+    "l40s-48gb": Hardware(48 * _GIB, 362 * _TERA, 91.6 * _TERA),
+    "a100-40gb": Hardware(40 * _GIB, 312 * _TERA, 19.5 * _TERA),
+    "a100-80gb": Hardware(80 * _GIB, 312 * _TERA, 19.5 * _TERA),
+    "h100-80gb": Hardware(80 * _GIB, 989 * _TERA, 67 * _TERA),
+    "h200-141gb": Hardware(141 * _GIB, 989 * _TERA, 67 * _TERA),
+}
+
+
+class SettingsCLI(FitCLI):
+    """`fit`'s options, read and checked for their form; nothing is built and no run directory is looked at."""
+
+    def before_instantiate_classes(self) -> None:
+        """Leave the run directory alone."""
+
+    def instantiate_classes(self) -> None:
+        """Build nothing."""
+
+
+def main(arguments: list[str]) -> None:
+    """Print the plan; with `--json` one object of parameters, memory, flops, time, disk and changes that would help."""
+    parser = Parser("plan", "What a fit would take: memory by part, arithmetic, disk. Other options are those of fit.")
+    parser.add_argument("--gpu", choices=[*GPUS, "cpu"], default="h100-80gb", help="where; cpu is this machine")
+    parser.add_argument("--count", type=at_least(1), default=1, help="GPUs; whether they shard, the config says")
+    # Lightning says aloud which seed it has set.
+    logging.getLogger("lightning.fabric").setLevel(logging.WARNING)
+    options, rest = parser.parse_known_args(arguments)
+    setup, name = read_setup(rest, options.gpu, options.count)
+    memory = memory_plan(setup)
+    capacity = _capacity(options.gpu)
+    flops = step_flops(setup)
+    fits = memory.peak <= capacity
+    result = {
+        "model": name,
+        "parameters": setup.parameters,
+        "trainable_parameters": setup.trainable,
+        "hardware": {"name": options.gpu, "count": options.count, "bytes": capacity, "sharded": setup.sharded},
+        "memory": {
+            "peak": memory.peak,
+            "learning": memory.learning,
+            "host": memory.host,
+            "resident": _terms(memory.resident),
+            "phases": {name: _terms(terms) for name, terms in memory.phases.items()},
+            "kept_by_host": _terms(memory.kept_by_host),
+            "host_phases": {name: _terms(terms) for name, terms in memory.host_phases.items()},
+        },
+        "flops": _terms(flops),
+        "seconds_per_step": _seconds(flops, setup, options.gpu),
+        "disk": _terms(disk_space(setup)),
+        "fits": fits,
+        "changes": [] if fits else _changes(setup, options.gpu, capacity),
+    }
+    if options.json:
+        print_json(result, True)
+    else:
+        _show(result, setup, memory)
+
+
+def read_setup(arguments: list[str], gpu: str, count: int) -> tuple[Setup, str]:
+    """The settings of a fit from its command line, and the model's name.
+
+    Raises:
+        InputError: as the fit would, before it loads weights.
+    """
+    settings = SettingsCLI(arguments).config
+    model, data, trainer = settings.model, settings.data, settings.trainer
+    config = load_config(model.model)
+    for space in model.spaces:
+        check_space(config, space)
+    check_seq_len(config, data.seq_len)
+    setup = Setup(
+        config=config,
+        pruner=resolve_pruner(model.pruner),
+        spaces=tuple(model.spaces),
+        objective=Objective(**_plain(model.objective)),
+        dtype=getattr(torch, model.base_dtype),
+        seq_len=data.seq_len,
+        batch_size=data.batch_size,
+        num_sequences=data.num_sequences,
+        steps=_steps(trainer, data),
+        gradient_checkpointing=model.gradient_checkpointing,
+        optimizer_states=_optimizer_states(model.optimizer),
+        keeps_unmasked=_plain(model.surrogate)["name"] == "sr_ste",
+        ranks=count,
+        sharded=count > 1 and _shards(trainer.strategy),
+        device="cpu" if gpu == "cpu" else "gpu",
+    )
+    check_pattern(setup.model, parse_pattern(model.pattern, model.scope))
+    return setup, model.model
+
+
+def _steps(trainer: Any, data: Any) -> int:
+    """Of the whole fit; Lightning goes on for 1000 epochs where neither steps nor epochs are limited."""
+    if trainer.max_steps > 0:
+        return trainer.max_steps
+    return (trainer.max_epochs or 1000) * (data.num_sequences // data.batch_size)
+
+
+def _plain(settings: Any) -> dict[str, Any]:
+    """A dataclass or what the parser made of its settings, as a dictionary."""
+    if hasattr(settings, "as_dict"):
+        settings = settings.as_dict()
+        return settings.get("init_args", settings)
+    return asdict(settings)
+
+
+def _shards(strategy: Any) -> bool:
+    """Whether a Trainer's strategy spreads the weights."""
+    name = strategy if isinstance(strategy, str) else getattr(strategy, "class_path", "")
+    return "ModelParallel" in name or "fsdp" in name.lower()
+
+
+def _optimizer_states(optimizer: Any) -> int:
+    """How many tensors as large as a parameter an optimiser keeps for it: seen from a step of a small one."""
+    path, settings = "torch.optim.Adam", {}
+    if hasattr(optimizer, "class_path"):
+        path, settings = optimizer.class_path, dict(optimizer.get("init_args") or {})
+    module, _, name = path.rpartition(".")
+    parameter = torch.nn.Parameter(torch.zeros(16))
+    parameter.grad = torch.ones(16)
+    built = getattr(import_module(module), name)([parameter], **settings)
+    built.step()
+    return sum(torch.is_tensor(state) and state.numel() == 16 for state in built.state[parameter].values())
+
+
+def _capacity(gpu: str) -> int:
+    if gpu == "cpu":
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return int(GPUS[gpu].memory)
+
+
+def _seconds(flops: list[Term], setup: Setup, gpu: str) -> float | None:
+    """Of a step; None for a CPU, whose rates are not known."""
+    if gpu == "cpu":
+        return None
+    rates = GPUS[gpu]
+    rate = rates.half if setup.s < 4 else rates.single
+    return sum(term.amount / (rates.single if term.name == "Cayley solve" else rate) for term in flops) / _EFFICIENCY
+
+
+def _terms(terms: list[Term]) -> list[dict[str, Any]]:
+    return [asdict(term) for term in terms]
+
+
+def _changes(setup: Setup, gpu: str, capacity: int) -> list[dict[str, Any]]:
+    """What would lower the peak: each change alone, all together, then other hardware; and whether it is enough."""
+    found: list[dict[str, Any]] = []
+
+    def weigh(change: str, changed: Setup, room: int) -> bool:
+        peak = memory_plan(changed).peak
+        found.append({"change": change, "peak": peak, "fits": peak <= room})
+        return peak <= room
+
+    together, names = setup, list[str]()
+    for change, settings, useful in _savings(setup):
+        if useful:
+            weigh(change, replace(setup, **settings), capacity)
+            together, names = replace(together, **settings), [*names, change]
+    if len(names) > 1:
+        weigh(" ".join(names), together, capacity)
+    if gpu == "cpu":
+        return found
+    for name, hardware in GPUS.items():
+        if hardware.memory >= capacity and name != gpu:
+            weigh(f"--gpu {name}", setup, int(hardware.memory))
+    for name in [gpu, *(other for other in GPUS if GPUS[other].memory > capacity)]:
+        for ranks in (2, 4, 8, 16, 32):
+            shared = replace(setup, ranks=ranks, sharded=True)
+            if memory_plan(shared).peak <= GPUS[name].memory or ranks == 32:
+                weigh(f"--gpu {name} --count {ranks}, and a ModelParallelStrategy", shared, int(GPUS[name].memory))
+                break
+    return found
+
+
+def _savings(setup: Setup) -> list[tuple[str, dict[str, Any], bool]]:
+    """Options of `fit`, what they change, and whether that can help here."""
+    half = setup.seq_len // 2
+    return [
+        ("--model.base_dtype bfloat16", {"dtype": torch.bfloat16}, setup.s > 2),
+        ("--model.gradient_checkpointing true", {"gradient_checkpointing": True}, not setup.gradient_checkpointing),
+        ("--data.batch_size 1", {"batch_size": 1}, setup.batch_size > 1),
+        (f"--data.seq_len {half}", {"seq_len": half}, half >= 512),
+        ("--model.spaces [value_heads]", {"spaces": ("value_heads",)}, "residual" in setup.spaces),
+    ]
+
+
+def _show(result: dict[str, Any], setup: Setup, memory: MemoryPlan) -> None:
+    """For a person, on standard output."""
+    hardware, worst = result["hardware"], largest(memory.phases)
+    where = f"{hardware['count']} × {hardware['name']}" + ", weights sharded" * hardware["sharded"]
+    print(f"{result['model']}: {setup.parameters:,} parameters, {setup.trainable:,} of rotations learn")
+    _table(f"resident, on each of {where}", memory.resident)
+    _table(f"largest phase: {worst}", memory.phases[worst])
+    others = [f"{name} {total(terms) / _GIB:.2f} GiB" for name, terms in memory.phases.items() if name != worst]
+    print("other phases:", ", ".join(others))
+    if memory.kept_by_host:
+        _table("kept by the host", memory.kept_by_host)
+    for name, terms in memory.host_phases.items():
+        _table(f"on the host: {name}", terms)
+    print(f"peak of the host: {memory.host / _GIB:.2f} GiB")
+    _table("operations of a step", [Term(**term) for term in result["flops"]], _TERA, "TFLOP")
+    _table("disk", [Term(**term) for term in result["disk"]])
+    if (seconds := result["seconds_per_step"]) is not None:
+        print(
+            f"\ntime: {seconds:.2f} s a step at {_EFFICIENCY:.0%} of the peak rate (assumed); {setup.steps} steps take"
+        )
+        print(f"{seconds * setup.steps / 60:.0f} minutes, without calibration, mask refreshes and the end of the run")
+    verdict = "fits" if result["fits"] else "DOES NOT FIT; what would change that:"
+    print(f"\npeak {memory.peak / _GIB:.2f} GiB of {hardware['bytes'] / _GIB:.0f} GiB: {verdict}")
+    for change in result["changes"]:
+        print(f"  {change['peak'] / _GIB:8.2f} GiB {'fits' if change['fits'] else 'too large':10} {change['change']}")
+
+
+def _table(title: str, terms: list[Term], unit: float = _GIB, name: str = "GiB") -> None:
+    print(f"\n{title}: {total(terms) / unit:.2f} {name}")
+    for term in terms:
+        print(f"  {term.amount / unit:9.3f}  {term.name:32} {term.formula}")

@@ -1,0 +1,91 @@
+"""Arithmetic and disk space of a fit, reckoned from its settings; the symbols are those of `rotpruner.sizes`.
+
+A matrix product of (a, b) by (b, c) counts 2abc operations.
+"""
+
+from __future__ import annotations
+
+from rotpruner.families import family_of
+from rotpruner.rotations import head_dim, space_shape
+from rotpruner.sizes import Setup, Term
+
+
+def step_flops(setup: Setup) -> list[Term]:
+    """Operations of one optimiser step on one device; all in the model's precision but those of "Cayley solve"."""
+    config, tau = setup.config, setup.tokens
+    M = sum(outputs * inputs for _, outputs, inputs in setup.linears)
+    linears = 2 * M * tau
+    # PyTorch stops recomputing a block at its last product, whose result nothing needs.
+    last = sum(
+        outputs * inputs for place, outputs, inputs in setup.linears if place.spec is family_of(config).linears[-1]
+    )
+    heads = config.num_attention_heads * head_dim(config)
+    attention = 2 * setup.layers * heads * setup.seq_len * tau  # queries by keys and weights by values, half of each
+    again = 1 if setup.gradient_checkpointing else 0
+    redone, repeated = (M - last, f" + {M - last:,}") if again else (0, "")
+    terms = [
+        Term("linears", 2 * tau * (3 * M + redone),
+             f"2 B T · (3 M{repeated}) = 2 · {tau} · (3 · {M:,}{repeated}): forward, two gradients"
+             + ", all but the last of a block again" * again),
+        Term("attention", int((3.5 + again) * attention),
+             f"{3.5 + again} · 2 L h e T · B T = {3.5 + again} · 2 · {setup.layers} · {heads} · {setup.seq_len} · {tau}"
+             ),
+        *_rotated_weights(setup, again),
+        Term("Cayley solve", _solves(setup), "32/3 n³ a matrix, in the rotations' precision"),
+    ]  # fmt: skip
+    V, d = config.vocab_size, config.hidden_size
+    if "residual" in setup.spaces:
+        terms.append(Term("ends of the stream", 10 * d * d * tau,
+                          f"5 · 2 d² B T = 10 · {d}² · {tau}: into the basis and out of it, gradients"))  # fmt: skip
+    passes = 3 * bool(setup.objective.kl) + 3 * bool(setup.objective.cross_entropy) + 2 * bool(setup.objective.kl)
+    formula = f"{passes} · 2 V d B T = {passes} · 2 · {V:,} · {d} · {tau}: pruned forward, again, gradient; dense twice"
+    terms.append(Term("logits", passes * 2 * V * d * tau, formula))
+    if setup.objective.needs_teacher:
+        share = min(1.0, setup.num_sequences / (setup.steps * setup.batch_size))
+        terms.append(Term("teacher", int(share * (linears + attention)),
+                          f"one forward pass in {share:.0%} of the steps: each sequence once"))  # fmt: skip
+    return terms
+
+
+def _rotated_weights(setup: Setup, again: int) -> list[Term]:
+    """W' = Q_Bᵀ W Q_A: a product a side, one for each gradient of Q, and one through the outer of two sides."""
+    forward = backward = 0
+    for place, outputs, inputs in setup.linears:
+        sides = [
+            2 * outputs * inputs * space_shape(setup.config, space)[2]
+            for space in (place.spec.reads, place.spec.writes)
+            if space in setup.spaces
+        ]
+        forward += sum(sides)
+        backward += sum(sides) + (sides[1] if len(sides) == 2 else 0)
+    total = (1 + again) * forward + backward
+    return [Term("rotated weights", total, "Σ 2 O I n for each side that rotates: forward, gradients"
+                 + ", recomputed" * again)]  # fmt: skip
+
+
+def _solves(setup: Setup) -> int:
+    """LU and its solution 8/3 n³, Q₀ times it 2 n³; backward 2 n³ each for Q₀, the solve and the outer product."""
+    total = 0
+    for space in setup.spaces:
+        sites, blocks, n = space_shape(setup.config, space)
+        total += sites * blocks * 32 * n**3 // 3
+    return total
+
+
+def disk_space(setup: Setup) -> list[Term]:
+    """Bytes that a run directory and the calibration cache take at the most."""
+    config, r = setup.config, setup.r
+    K, k = setup.rotation_entries, setup.trainable
+    tied = getattr(config, "tie_word_embeddings", False) and "residual" in setup.spaces
+    exported = setup.parameters + (config.vocab_size * config.hidden_size if tied else 0)
+    size = setup.checkpoint_size
+    text = f"P · {size} = {exported:,} · {size}" + ", the head untied" * tied
+    return [
+        Term("export", exported * size, text),
+        Term("a control, until it is evaluated", exported * size, text),
+        Term("rotations", K * 4, f"4 K = 4 · {K:,}"),
+        Term("checkpoint", (2 * K + (1 + setup.optimizer_states) * k) * r,
+             f"(2 K + {1 + setup.optimizer_states} k) r = (2 · {K:,} + {1 + setup.optimizer_states} · {k:,}) · {r}"),
+        Term("calibration tokens", 8 * setup.num_sequences * setup.seq_len,
+             f"8 N T = 8 · {setup.num_sequences} · {setup.seq_len}"),
+    ]  # fmt: skip

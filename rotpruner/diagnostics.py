@@ -1,0 +1,190 @@
+"""What a pruned model looks like inside: each linear's sparsity and error, and the saliency kept in either basis.
+
+Shapes: a decoder linear's weight W (O, I), its pruned form Ŵ (O, I), the second moment of its input H (I, I).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from safetensors.torch import save
+from torch import Tensor, nn
+
+from rotpruner.artifacts import write_bytes, write_json
+from rotpruner.families import BlockLinear, block_linears, module_at
+from rotpruner.fusion import fuse_block_norms
+from rotpruner.orthogonal import rotate_weight
+from rotpruner.patterns import Pattern
+from rotpruner.pruners import Pruner
+from rotpruner.rotated_model import RotatedModel
+from rotpruner.rotations import sides
+from rotpruner.statistics import Moment
+
+#: Files of a run directory.
+LAYERS, HEAT_MAP = "layers.json", "heatmap.safetensors"
+
+_CELLS = 96  # of a heat map, at most, in each direction
+
+
+def kept_mass(saliency: Tensor, mask: Tensor) -> float:
+    """The share of the total saliency (O, I) that stays under a mask (O, I), in [0, 1]; 1 where there is none."""
+    total = saliency.double().sum()
+    return (saliency.double().mul(mask).sum() / total).item() if total else 1.0
+
+
+def relative_error(weight: Tensor, pruned: Tensor, moment: Moment | None) -> float:
+    """√(E‖(W − Ŵ) x‖² / E‖W x‖²), the relative error of a linear's output.
+
+    Features of different diagonal blocks of the moment count as uncorrelated; without a moment, all features
+    as uncorrelated and of one size, which is the relative error of the weights.
+
+    Args:
+        weight, pruned: W and Ŵ (O, I), in one basis.
+        moment: of the input, in the same basis; its blocks are (B, n, n), B·n = I.
+    """
+
+    def energy(W: Tensor) -> Tensor:
+        if moment is None:
+            return W.square().sum()
+        H = moment.seen_blocks()
+        heads = W.to(H.dtype).unflatten(-1, (len(H), -1)).transpose(0, 1)  # (B, O, n)
+        return ((heads @ H) * heads).sum()
+
+    weight, pruned = weight.float(), pruned.float()
+    total = energy(weight)
+    return (energy(weight - pruned) / total).clamp_min(0).sqrt().item() if total else 0.0
+
+
+def pooled_rms(weight: Tensor) -> Tensor:
+    """Root mean square over cells of a weight (O, I), relative to that of the whole: (≤ 96, ≤ 96) float32."""
+    rows, columns = weight.shape
+    squares = F.adaptive_avg_pool2d(weight.float().square()[None], (min(rows, _CELLS), min(columns, _CELLS)))[0]
+    return (squares / squares.mean()).sqrt()
+
+
+@torch.no_grad()
+def layer_table(
+    model: nn.Module,
+    pruned: nn.Module,
+    rotations: Mapping[str, Tensor],
+    moments: Mapping[str, Moment],
+    pruner: Pruner,
+    pattern: Any,
+    progress: Callable[..., Any] = lambda items, description: items,
+) -> list[dict[str, Any]]:
+    """One row a decoder linear: how sparse it is, how wrong its output, and how much saliency each basis keeps.
+
+    Args:
+        model: dense model in its own basis; its block norms are folded here if the residual stream rotates.
+        pruned: what came of it in the rotated basis. It may be narrower: what is missing counts as pruned.
+        rotations: that it was pruned in.
+        moments: of the dense model in its own basis, by group, as `gather_model_moments` returns them.
+        pruner, pattern: as it was pruned. A pattern without masks (whole directions) has no kept mass and no error.
+        progress: wraps the iteration over groups of linears, for a progress bar.
+
+    Returns:
+        `[{"name", "layer", "weights": count, "sparsity", "error", "kept_mass": {"own", "learned"} or None}, …]` in
+        data-flow order; sparsities, errors and masses are shares of one.
+    """
+    if "residual" in rotations:
+        fuse_block_norms(model)
+    groups = groupby(block_linears(model.config), key=lambda place: place.group)
+    rows = []
+    for group, members in progress([(group, list(members)) for group, members in groups], "layer diagnostics"):
+        moment = moments.get(group)
+        # Rotated once for the group, whose linears share what a pruner derives from it.
+        turned = None if moment is None else moment.rotate(sides(rotations, members[0])[0])
+        for place in members:
+            weight, found = module_at(model, place.name).weight.float(), module_at(pruned, place.name).weight
+            row: dict[str, Any] = {
+                "name": place.name,
+                "layer": place.layer,
+                "weights": weight.numel(),
+                "sparsity": 1 - int((found != 0).sum()) / weight.numel(),
+                "error": None,
+                "kept_mass": None,
+            }
+            if isinstance(pattern, Pattern):
+                rotated = rotate_weight(weight, *sides(rotations, place))
+                row["error"] = relative_error(rotated, found, turned)
+                saliencies = {"own": pruner.saliency(weight, moment), "learned": pruner.saliency(rotated, turned)}
+                row["kept_mass"] = {basis: kept_mass(S, pattern.mask(S)) for basis, S in saliencies.items()}
+            rows.append(row)
+    return rows
+
+
+@torch.no_grad()
+def masked_share(rotated: RotatedModel) -> list[dict[str, Any]]:
+    """One row a decoder linear, of the masks of the moment in the rotations of the moment, while it learns.
+
+    It rotates and scores every weight: as dear as a refresh of the masks.
+
+    Returns:
+        `[{"name", "layer", "weights": count, "sparsity", "kept_mass"}, …]` in data-flow order, shares of one;
+        nothing for linears without masks.
+    """
+    rotations = {space: Q.detach() for space, Q in rotated.rotations().items()}
+    rows = []
+    for group, members in groupby(rotated.linears, key=lambda linear: linear.place.group):
+        linears = list(members)
+        moment = rotated.moments.get(group)
+        turned = None if moment is None else moment.rotate(sides(rotations, linears[0].place)[0])
+        for linear in linears:
+            mask = linear.mask
+            if mask is None:
+                continue
+            saliency = rotated.pruner.saliency(rotate_weight(linear.weight, *sides(rotations, linear.place)), turned)
+            row = {"name": linear.place.name, "layer": linear.place.layer, "weights": mask.numel()}
+            rows.append({**row, "sparsity": 1 - mask.double().mean().item(), "kept_mass": kept_mass(saliency, mask)})
+    return rows
+
+
+def block_means(rows: Iterable[Mapping[str, Any]], value: Callable[[Mapping[str, Any]], float]) -> dict[int, float]:
+    """The mean of a value over each block's weights, from rows with `layer` and `weights` in data-flow order."""
+    means = {}
+    for layer, members in groupby(rows, key=lambda row: row["layer"]):
+        block = list(members)
+        means[layer] = sum(value(row) * row["weights"] for row in block) / sum(row["weights"] for row in block)
+    return means
+
+
+@torch.no_grad()
+def heat_maps(model: nn.Module, rotations: Mapping[str, Tensor]) -> tuple[str, dict[str, Tensor]]:
+    """The magnitudes of one linear's weights in both bases: (its name, {"own", "learned": (rows, columns) float32}).
+
+    The linear is the first of the middle block that reads or writes a rotated space; `model` is dense, its block
+    norms folded if the residual stream rotates.
+    """
+    linears = block_linears(model.config)
+
+    def rotates(place: BlockLinear) -> bool:
+        return place.layer == linears[-1].layer // 2 and any(Q is not None for Q in sides(rotations, place))
+
+    place = next(filter(rotates, linears))
+    weight = module_at(model, place.name).weight.float()
+    return place.name, {
+        "own": pooled_rms(weight),
+        "learned": pooled_rms(rotate_weight(weight, *sides(rotations, place))),
+    }
+
+
+def write_diagnostics(
+    run: Path,
+    model: nn.Module,
+    pruned: nn.Module,
+    rotations: Mapping[str, Tensor],
+    moments: Mapping[str, Moment],
+    pruner: Pruner,
+    pattern: Any,
+    progress: Callable[..., Any] = lambda items, description: items,
+) -> None:
+    """Write `layers.json` and `heatmap.safetensors` into a run directory; the arguments are those of `layer_table`."""
+    rows = layer_table(model, pruned, rotations, moments, pruner, pattern, progress)
+    name, maps = heat_maps(model, rotations)
+    write_bytes(save({basis: found.contiguous() for basis, found in maps.items()}, {"linear": name}), run / HEAT_MAP)
+    write_json({"linears": rows}, run / LAYERS)

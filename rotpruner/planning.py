@@ -1,0 +1,252 @@
+"""The memory of a fit, part by part, reckoned from its settings; symbols and sizes are those of `rotpruner.sizes`.
+
+A plan is the resident parts, which stay for the whole fit, plus the largest of the phases of a step, which follow each
+other. Counts of copies are those of the code that they describe (`rotated_model`, `objectives`, `orthogonal`) as
+PyTorch's autograd keeps them; tests hold them against what it keeps and against the kernel's count of resident pages.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from rotpruner.families import family_of, module_at
+from rotpruner.objectives import CHUNK
+from rotpruner.oneshot import parameter_count
+from rotpruner.rotations import head_dim, space_shape
+from rotpruner.sizes import Setup, Term, total
+
+#: Bytes that libraries take at their first use. CPU: measured, code and scratch space of matrix products. GPU: the
+#: CUDA context and cuBLAS workspaces, from what is commonly seen; not measured here.
+RUNTIME = {"cpu": 64 * 2**20, "gpu": 700 * 2**20}
+
+
+Phases = dict[str, list[Term]]
+
+
+def largest(phases: Phases) -> str:
+    """The phase that takes most."""
+    return max(phases, key=lambda phase: total(phases[phase]))
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """Bytes on one device and on its host; with a CPU, which is both, they add up.
+
+    Attributes:
+        resident: what stays on the device.
+        phases: what comes and goes there, by phase of learning.
+        kept_by_host: what stays on the host.
+        host_phases: what comes and goes there: loading, and the end of the run, which is reckoned but not measured.
+        device: `cpu` or `gpu`.
+    """
+
+    resident: list[Term]
+    phases: Phases
+    kept_by_host: list[Term]
+    host_phases: Phases
+    device: str
+
+    @property
+    def learning(self) -> int:
+        """The peak on the device while it learns."""
+        beside = total(self.kept_by_host) if self.device == "cpu" else 0
+        return total(self.resident) + beside + total(self.phases[largest(self.phases)])
+
+    @property
+    def host(self) -> int:
+        """The peak on the host, at the beginning or the end; a CPU's resident parts are there at the end too."""
+        peaks = [total(terms) for name, terms in self.host_phases.items() if name != "loading"]
+        kept = total(self.kept_by_host) + (total(self.resident) if self.device == "cpu" else 0)
+        return max(total(self.host_phases["loading"]), kept + max(peaks))
+
+    @property
+    def peak(self) -> int:
+        """On the device, from beginning to end."""
+        return max(self.learning, self.host) if self.device == "cpu" else self.learning
+
+
+def memory_plan(setup: Setup) -> MemoryPlan:
+    """The memory of a fit on one device and on its host."""
+    masks = sum(outputs * inputs for _, outputs, inputs in setup.linears)
+    k, r = setup.trainable, setup.r
+    resident = [
+        *_weights(setup),
+        Term("masks", masks, f"M · 1 = {masks:,} · 1, boolean"),
+        _statistics(setup),
+        _rotations(setup),
+        Term("optimiser states", setup.optimizer_states * k * r,
+             f"{setup.optimizer_states} k r = {setup.optimizer_states} · {k:,} · {r}"),
+        Term("runtime", RUNTIME[setup.device], "what libraries take at their first use"),
+    ]  # fmt: skip
+    phases = {
+        "logits": [*_kept(setup), _cayley(setup), _logits(setup)],
+        "blocks, backward": [*_kept(setup), *_recomputed(setup), _cayley(setup), _weight_gradients(setup)],
+        "rotations, backward": [_cayley_backward(setup)],
+        "mask refresh": [_refresh(setup)],
+    }
+    teacher = [_teacher_states(setup)] if setup.objective.needs_teacher else []
+    return MemoryPlan(resident, phases, teacher, _host_phases(setup), setup.device)
+
+
+def _host_phases(setup: Setup) -> Phases:
+    P, c = setup.parameters, setup.checkpoint_size
+    states = 2 * setup.num_sequences * setup.seq_len * setup.config.hidden_size * c
+    T, V = setup.seq_len, setup.config.vocab_size
+    return {
+        "loading": [
+            Term("weights", P * setup.s, f"P · s = {P:,} · {setup.s}"),
+            Term("checkpoint file, mapped", P * c, f"P · {c} = {P:,} · {c}"),
+        ],
+        "controls pruned": [
+            Term("model", P * c, f"P · {c} = {P:,} · {c}"),
+            Term("inputs and outputs of a block", states,
+                 f"2 N T d · {c} = 2 · {setup.num_sequences} · {T} · {setup.config.hidden_size} · {c}"),
+        ],
+        "perplexity": [
+            Term("model in float32", P * 4, f"P · 4 = {P:,} · 4"),
+            Term("logits", 2 * T * V * 4, f"2 · T · V · 4 = 2 · {T} · {V:,} · 4"),
+        ],
+    }  # fmt: skip
+
+
+def _weights(setup: Setup) -> list[Term]:
+    P, s = setup.parameters, setup.s
+    if not setup.sharded:
+        return [Term("frozen weights", P * s, f"P · s = {P:,} · {s}")]
+    blocks = parameter_count(module_at(setup.model, family_of(setup.config).blocks))
+    share, block, rest = blocks * s // setup.ranks, blocks * s // setup.layers, (P - blocks) * s
+    return [
+        Term("frozen weights", rest + share,
+             f"(P − P_blocks) s + P_blocks s / ranks = {P - blocks:,} · {s} + {blocks:,} · {s} / {setup.ranks}"),
+        Term("gathered blocks", 2 * block, f"2 blocks at once: 2 · {blocks // setup.layers:,} · {s}"),
+    ]  # fmt: skip
+
+
+def _statistics(setup: Setup) -> Term:
+    """Moments by diagonal blocks as wide as what rotates them, one for each group of linears."""
+    entries = 0
+    for place, _, inputs in setup.linears:
+        if place.name == place.group and setup.pruner.needs != "nothing":
+            rotates = place.spec.reads in setup.spaces
+            width = space_shape(setup.config, place.spec.reads)[2] if rotates else 1
+            entries += inputs * (inputs if setup.pruner.needs == "full" else width)
+    return Term("statistics H", entries * setup.r,
+                f"Σ over inputs of I · n · r = {entries:,} · {setup.r}; n = width of what rotates them")  # fmt: skip
+
+
+def _rotations(setup: Setup) -> Term:
+    K, k, r = setup.rotation_entries, setup.trainable, setup.r
+    return Term("rotations", (2 * K + 2 * k) * r,
+                f"(2K + 2k) r = (2 · {K:,} + 2 · {k:,}) · {r}: start, the masks'; parameters, gradients")  # fmt: skip
+
+
+def _teacher_states(setup: Setup) -> Term:
+    rows = min(setup.num_sequences, setup.steps * setup.batch_size)
+    count = rows * setup.seq_len * setup.config.hidden_size
+    return Term("teacher states", count * setup.s,
+                f"rows · T · d · s = {rows} · {setup.seq_len} · {setup.config.hidden_size} · {setup.s}")  # fmt: skip
+
+
+def _cayley(setup: Setup) -> Term:
+    """What the backward pass through Q = Q₀ (I − A/2)⁻¹ (I + A/2) needs: the LU factors and two more, and Q itself."""
+    index = sum(8 * space_shape(setup.config, space)[2] ** 2 for space in setup.spaces)
+    K = setup.rotation_entries
+    return Term("Cayley solve", 4 * K * setup.r + index,
+                f"4 K r + Σ 8 n² = 4 · {K:,} · {setup.r} + {index:,} (indices of the triangle, int64)")  # fmt: skip
+
+
+def _cayley_backward(setup: Setup) -> Term:
+    """Its backward pass makes five more: gradients of Q, of the solution, of both sides, of A."""
+    held = _cayley(setup)
+    K = setup.rotation_entries
+    return Term("Cayley solve, backward", held.amount + 5 * K * setup.r, f"as above + 5 K r = 5 · {K:,} · {setup.r}")
+
+
+def rotated_weights(setup: Setup) -> int:
+    """Bytes of rotated weights that the backward pass through all blocks needs.
+
+    Each linear keeps its masked weight, a permuted copy if it reads rotated heads, and what lies between if both
+    of its sides rotate, with Q_B in the model's precision if that is the residual's.
+    """
+    size = 0
+    for place, outputs, inputs in setup.linears:
+        reads, writes = place.spec.reads in setup.spaces, place.spec.writes in setup.spaces
+        by_head = reads and place.spec.reads != "residual"
+        size += (1 + by_head + (reads and writes) + setup.keeps_unmasked) * outputs * inputs * setup.s
+        if reads and place.spec.writes == "residual" and writes and setup.s < setup.r:
+            size += setup.config.hidden_size**2 * setup.s
+    return size
+
+
+def block_activations(setup: Setup) -> tuple[int, str]:
+    """Bytes of activations that the backward pass through one block needs, for one token, and their formula."""
+    config, s = setup.config, setup.s
+    d, h, e = config.hidden_size, config.num_attention_heads, head_dim(config)
+    g = getattr(config, "num_key_value_heads", None) or h
+    family = family_of(config)
+    block = module_at(setup.model, f"{family.blocks}.0")
+    names = [type(module).__name__ for module in block.modules()]
+    # RMSNorm of transformers keeps its input in float32; torch's LayerNorm keeps it as it is.
+    copies = sum(s if name == "LayerNorm" else max(4, s) for name in names if name.endswith("Norm"))
+    outputs = len({spec.norm for spec in family.linears if spec.norm})
+    f = next(inputs for place, _, inputs in setup.linears if place.spec.reads == "mlp")
+    # Gated: gate, its activation, up, their product. Plain: what the activation gives, which is what ReLU keeps.
+    mlp = 4 if sum(spec.writes == "mlp" for spec in family.linears) == 2 else 1
+    size = mlp * f * s + d * copies + outputs * d * s + (2 * h + 2 * g) * e * s + 4 * h
+    formula = f"{mlp} f s + norms' inputs {copies} d + {outputs} d s + (2h + 2g) e s + 4h, with "
+    return size, formula + f"f = {f}, d = {d}, h = {h}, g = {g}, e = {e}, s = {s}"
+
+
+def _kept(setup: Setup) -> list[Term]:
+    """From the forward to the backward pass."""
+    tokens, d, s = setup.tokens, setup.config.hidden_size, setup.s
+    ends = tokens * d * (4 + 4 * s)
+    terms = [Term("ends of the stream", ends, f"B T d (4 + 4s) = {tokens} · {d} · {4 + 4 * s}: embedding, final norm")]
+    if setup.gradient_checkpointing:
+        size = setup.layers * tokens * d * s
+        return [*terms, Term("blocks' inputs", size, f"L B T d s = {setup.layers} · {tokens} · {d} · {s}")]
+    per_token, formula = block_activations(setup)
+    size = setup.layers * tokens * per_token
+    return [
+        *terms,
+        Term("activations", size, f"L B T · a = {setup.layers} · {tokens} · {per_token:,}; a = {formula}"),
+        Term("rotated weights", rotated_weights(setup), "Σ (1 + heads read + both sides rotate) · O · I · s"),
+    ]
+
+
+def _recomputed(setup: Setup) -> list[Term]:
+    """One block's activations and weights, under gradient checkpointing."""
+    if not setup.gradient_checkpointing:
+        return []
+    per_token, formula = block_activations(setup)
+    weights = rotated_weights(setup) // setup.layers
+    return [
+        Term(
+            "one block's activations", setup.tokens * per_token, f"B T · a = {setup.tokens} · {per_token:,}; {formula}"
+        ),
+        Term("one block's rotated weights", weights, "Σ (1 + heads read + both sides rotate) · O · I · s over a block"),
+    ]
+
+
+def _logits(setup: Setup) -> Term:
+    # KL: the dense log-probabilities, the pruned ones, the dense probabilities, their difference, their product.
+    copies = 5 if setup.objective.kl else 3 if setup.objective.cross_entropy else 0
+    rows, r = min(CHUNK, setup.tokens), setup.r
+    V = setup.config.vocab_size
+    return Term("logits of a chunk", rows * V * copies * r,
+                f"tokens · V · {copies} r = {rows} · {V:,} · {copies * r}")  # fmt: skip
+
+
+def _weight_gradients(setup: Setup) -> Term:
+    return Term("gradients of a weight", 2 * setup.largest * setup.s,
+                f"2 · O · I · s of the largest linear = 2 · {setup.largest:,} · {setup.s}")  # fmt: skip
+
+
+def _refresh(setup: Setup) -> Term:
+    """Rotated weight, its magnitude, float32 of that, saliency: 12 bytes a weight; and full moments are factored."""
+    K, r = setup.rotation_entries, setup.r
+    widest = max(inputs for _, _, inputs in setup.linears)
+    factors = 3 * r * widest**2 if setup.pruner.needs == "full" else 0
+    tail = f" + 3 · {r} · {widest}² (moment, its factor and inverse)" if factors else ""
+    return Term("mask refresh", 12 * setup.largest + K * r + factors,
+                f"12 · O · I of the largest linear + K r = 12 · {setup.largest:,} + {K:,} · {r}{tail}")  # fmt: skip

@@ -1,0 +1,132 @@
+"""The sizes that a plan is reckoned from: the settings of a fit and its model's shapes, without any weights.
+
+Symbols of all formulas: P parameters, M weights of decoder linears, L blocks, T tokens a sequence, B sequences a
+batch, d width of the residual stream, f of the MLP, h query and g key-value heads of width e, V vocabulary, s bytes of
+an element of the frozen model, r bytes of an element of the rotations, K entries of all rotations and k free
+parameters in them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import nn
+
+from rotpruner.families import BlockLinear, block_linears, module_at
+from rotpruner.loading import meta_model
+from rotpruner.objectives import Objective
+from rotpruner.oneshot import parameter_count
+from rotpruner.pruners import Pruner
+from rotpruner.rotations import LearnedRotations, space_shape
+
+
+@dataclass(frozen=True)
+class Term:
+    """One part of what a fit takes: how much, and the formula that gives it, with the numbers put in."""
+
+    name: str
+    amount: int
+    formula: str
+
+
+def total(terms: Iterable[Term]) -> int:
+    """Their sum."""
+    return sum(term.amount for term in terms)
+
+
+@dataclass(frozen=True)
+class Setup:
+    """The settings that decide what a fit takes.
+
+    Attributes:
+        config: of the model, as `transformers` reads it.
+        pruner: that is re-applied.
+        spaces: that rotate.
+        objective: what is minimised.
+        dtype: of the frozen weights and activations.
+        seq_len, batch_size, num_sequences, steps: of a rank.
+        gradient_checkpointing: whether blocks are recomputed in the backward pass.
+        optimizer_states: tensors that the optimiser keeps for each parameter; Adam has 2.
+        keeps_unmasked: whether the surrogate keeps W' besides the masked weight (SR-STE does).
+        ranks: GPUs that share the work.
+        sharded: whether they share the blocks' weights too (FSDP2), or hold a copy each.
+        device: `cpu` or `gpu`.
+    """
+
+    config: Any
+    pruner: Pruner
+    spaces: Sequence[str] = ("residual", "value_heads")
+    objective: Objective = Objective()  # noqa: RUF009 - frozen
+    dtype: torch.dtype = torch.bfloat16
+    seq_len: int = 1024
+    batch_size: int = 1
+    num_sequences: int = 128
+    steps: int = 100
+    gradient_checkpointing: bool = False
+    optimizer_states: int = 2
+    keeps_unmasked: bool = False
+    ranks: int = 1
+    sharded: bool = False
+    device: str = "gpu"
+
+    @cached_property
+    def model(self) -> nn.Module:
+        """The model on the meta device."""
+        return meta_model(self.config)
+
+    @cached_property
+    def linears(self) -> list[tuple[BlockLinear, int, int]]:
+        """Every decoder linear with its outputs O and inputs I."""
+        found = []
+        for place in block_linears(self.config):
+            linear = module_at(self.model, place.name)
+            found.append((place, linear.out_features, linear.in_features))
+        return found
+
+    @cached_property
+    def parameters(self) -> int:
+        """P, tied ones counted once."""
+        return parameter_count(self.model)
+
+    @cached_property
+    def trainable(self) -> int:
+        """k."""
+        with torch.device("meta"):
+            return parameter_count(LearnedRotations(self.config, self.spaces))
+
+    @cached_property
+    def rotation_entries(self) -> int:
+        """K."""
+        shapes = [space_shape(self.config, space) for space in self.spaces]
+        return sum(sites * blocks * n * n for sites, blocks, n in shapes)
+
+    @property
+    def s(self) -> int:
+        return self.dtype.itemsize
+
+    @property
+    def r(self) -> int:
+        return max(4, self.s)
+
+    @property
+    def tokens(self) -> int:
+        """B · T."""
+        return self.batch_size * self.seq_len
+
+    @property
+    def layers(self) -> int:
+        return self.config.num_hidden_layers
+
+    @property
+    def checkpoint_size(self) -> int:
+        """Bytes of an element of the saved model."""
+        return (getattr(self.config, "dtype", None) or torch.float32).itemsize
+
+    @cached_property
+    def largest(self) -> int:
+        """Weights of the largest decoder linear."""
+        return max(outputs * inputs for _, outputs, inputs in self.linears)

@@ -1,0 +1,333 @@
+"""The plan against what autograd keeps, what the kernel counts, and arithmetic done by hand."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import tiny_llama
+from tiny_models import tiny
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from experiments.__main__ import main
+from rotpruner.costs import step_flops
+from rotpruner.loading import load_config
+from rotpruner.objectives import Objective
+from rotpruner.patterns import parse_pattern
+from rotpruner.planning import block_activations, memory_plan, rotated_weights
+from rotpruner.pruners import resolve_pruner
+from rotpruner.rotated_model import RotatedModel
+from rotpruner.rotations import LearnedRotations
+from rotpruner.sizes import Setup, total
+from rotpruner.surrogates import Surrogate
+
+SHAPES = {
+    "llama": dict(hidden_size=96, intermediate_size=160, num_attention_heads=4, num_key_value_heads=2, head_dim=16),
+    "opt": dict(hidden_size=96, ffn_dim=160, num_attention_heads=4),
+}
+
+
+def model_of(family: str):
+    shape = {**SHAPES[family], "num_hidden_layers": 3, "vocab_size": 320, "max_position_embeddings": 128}
+    return tiny_llama(**shape) if family == "llama" else tiny("opt", **shape)
+
+
+def rotated_model(base, dtype, spaces, surrogate="constant", pruner="wanda", **settings) -> RotatedModel:
+    rotated = RotatedModel(
+        base.to(dtype),
+        LearnedRotations(base.config, spaces),
+        resolve_pruner(pruner),
+        parse_pattern("2:4"),
+        Surrogate(surrogate),
+        **settings,
+    )
+    rotated.calibrate([torch.arange(64)[None]])
+    rotated.refresh_masks()
+    return rotated
+
+
+def setup_of(rotated: RotatedModel, spaces, seq_len: int, **settings) -> Setup:
+    base = rotated.base
+    return Setup(base.config, rotated.pruner, spaces, dtype=base.dtype, seq_len=seq_len, device="cpu", **settings)
+
+
+def kept_bytes(rotated: RotatedModel, seq_len: int) -> int:
+    """Bytes of all storages that autograd keeps from the forward to the backward pass, besides the model's own."""
+    own = {tensor.untyped_storage().data_ptr() for tensor in (*rotated.parameters(), *rotated.buffers())}
+    kept = {}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            kept[storage.data_ptr()] = (storage.nbytes(), tensor)
+        return tensor
+
+    ids = torch.arange(seq_len)[None]
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        rotated._enter_rotated(pruned=True)
+        states = rotated._states(ids)
+    assert states.requires_grad
+    return sum(size for size, _ in kept.values())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize(
+    ("family", "spaces", "surrogate"),
+    [
+        ("llama", ("residual", "value_heads"), "constant"),
+        ("llama", ("residual", "value_heads"), "sr_ste"),
+        ("llama", ("residual",), "straight_through"),
+        ("llama", ("residual", "value_heads", "query_key"), "constant"),
+        ("opt", ("residual", "value_heads"), "constant"),
+    ],
+)
+def test_activations_and_rotated_weights_are_what_autograd_keeps(family, spaces, surrogate, dtype):
+    """Two lengths tell what grows with tokens (activations) from what does not (weights, the solve)."""
+    rotated = rotated_model(model_of(family), dtype, spaces, surrogate)
+    short, long = kept_bytes(rotated, 64), kept_bytes(rotated, 128)
+    setup = setup_of(rotated, spaces, 128, keeps_unmasked=surrogate == "sr_ste")
+    per_token, _ = block_activations(setup)
+    ends = setup.config.hidden_size * (4 + 2 * setup.s)  # the states of teacher and pupil are the objective's
+    assert (long - short) / 64 == pytest.approx(setup.layers * per_token + ends, rel=0.04)
+    cayley = next(term for term in memory_plan(setup).phases["logits"] if term.name == "Cayley solve")
+    assert 2 * short - long == pytest.approx(rotated_weights(setup) + cayley.amount, rel=0.12)
+
+
+def test_resident_terms_are_what_the_model_holds():
+    spaces = ("residual", "value_heads")
+    for pruner in ("magnitude", "wanda", "sparsegpt"):
+        rotated = rotated_model(model_of("llama"), torch.bfloat16, spaces, pruner=pruner)
+        optimizer = torch.optim.Adam(rotated.rotations.parameters())
+        rotated.loss(torch.arange(64)[None], torch.tensor([3]))["loss"].backward()
+        optimizer.step()
+        setup = setup_of(rotated, spaces, 64, num_sequences=9, steps=1)
+        plan = memory_plan(setup)
+        terms = {term.name: term.amount for term in (*plan.resident, *plan.kept_by_host)}
+        held = {
+            "frozen weights": list(rotated.base.parameters()),
+            "masks": [linear.mask for linear in rotated.linears],
+            "statistics H": [moment.blocks for moment in rotated.moments.values()],
+            "teacher states": list(rotated._dense_states.values()),
+            "rotations": [
+                *rotated.rotations.parameters(),
+                *rotated.rotations.buffers(),
+                *rotated.mask_rotations.values(),
+                *(parameter.grad for parameter in rotated.rotations.parameters()),
+            ],
+        }
+        for name, tensors in held.items():
+            assert terms[name] == sum(tensor.numel() * tensor.element_size() for tensor in tensors), name
+        states = [state for of in optimizer.state.values() for state in of.values() if state.dim()]
+        assert terms["optimiser states"] == sum(state.nbytes for state in states)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("objective", [Objective(), Objective(kl=0, cross_entropy=1)], ids=["kl", "cross_entropy"])
+def test_operations_are_those_that_torch_counts(objective, checkpointing):
+    spaces = ("residual", "value_heads")
+    rotated = rotated_model(
+        model_of("llama"), torch.float32, spaces, objective=objective, gradient_checkpointing=checkpointing
+    )
+    with FlopCounterMode(display=False) as counter:
+        rotated.loss(torch.arange(128)[None], torch.tensor([0]))["loss"].backward()
+    setup = setup_of(rotated, spaces, 128, steps=1, objective=objective, gradient_checkpointing=checkpointing)
+    counted = {str(operator).split(".")[1]: count for operator, count in counter.get_flop_counts()["Global"].items()}
+    products = sum(counted.get(name, 0) for name in ("mm", "bmm", "addmm", "baddbmm"))
+    terms = {term.name: term.amount for term in step_flops(setup)}
+    expected = terms["linears"] + terms["rotated weights"] + terms["logits"] + terms["ends of the stream"]
+    expected += terms["Cayley solve"] * 6 // (32 / 3)  # the products; torch does not count solves
+    if objective.needs_teacher:
+        expected += 2 * 128 * sum(outputs * inputs for _, outputs, inputs in setup.linears)
+    assert products == pytest.approx(expected, rel=0.01)
+
+
+# -- the command -------------------------------------------------------------------------------------
+
+HEADS = dict(num_hidden_layers=32, num_attention_heads=32, hidden_size=4096, max_position_embeddings=4096)
+LARGE = {
+    "llama2-7b": LlamaConfig(**HEADS, intermediate_size=11008, num_key_value_heads=32, vocab_size=32000),
+    "llama3-8b": LlamaConfig(**HEADS, intermediate_size=14336, num_key_value_heads=8, vocab_size=128256),
+    "llama3-70b": LlamaConfig(
+        hidden_size=8192,
+        intermediate_size=28672,
+        num_hidden_layers=80,
+        num_attention_heads=64,
+        num_key_value_heads=8,
+        vocab_size=128256,
+        max_position_embeddings=8192,
+    ),
+}
+
+
+@pytest.fixture
+def plan(tmp_path, capsys):
+    """`plan(name, *options)` → the JSON plan of a large config, its model a directory with nothing but a config."""
+
+    def run(name: str, *options: str) -> dict:
+        LARGE[name].save_pretrained(tmp_path / name)
+        assert [path.name for path in (tmp_path / name).iterdir()] == ["config.json"]
+        config = ["-c", f"experiments/configs/{name}.yaml", "--model.model", str(tmp_path / name)]
+        assert main(["plan", *config, *options, "--json"]) == 0
+        return json.loads(capsys.readouterr().out)
+
+    return run
+
+
+def test_llama2_7b_by_hand(plan):
+    found = plan("llama2-7b", "--gpu", "a100-80gb")
+    assert found["parameters"] == 6_738_415_616
+    d, f, L, V = 4096, 11008, 32, 32000
+    M = L * (4 * d * d + 3 * d * f)
+    terms = {term["name"]: term["amount"] for term in found["memory"]["resident"]}
+    assert terms["frozen weights"] == 2 * (M + 2 * V * d + (2 * L + 1) * d)
+    assert terms["masks"] == M
+    # Residual inputs whole, value heads by head, the MLP's by entry.
+    assert terms["statistics H"] == 4 * L * (2 * d * d + 32 * 128 * 128 + f)
+    assert terms["optimiser states"] == 2 * 4 * (d * (d - 1) // 2 + L * 32 * 128 * 127 // 2)
+    phases = {name: sum(term["amount"] for term in terms) for name, terms in found["memory"]["phases"].items()}
+    assert found["memory"]["peak"] == sum(terms.values()) + max(phases.values())
+    assert found["fits"]
+    assert found["changes"] == []
+    assert found["seconds_per_step"] > 0
+    linears = next(term["amount"] for term in found["flops"] if term["name"] == "linears")
+    assert linears == 2 * 2048 * (4 * M - L * d * f)  # recomputed, but for the last linear of each block
+    for terms in (found["memory"]["resident"], *found["memory"]["phases"].values(), found["flops"], found["disk"]):
+        assert all(term["formula"] and term["amount"] >= 0 for term in terms)
+
+
+def test_what_does_not_fit_is_told_what_to_change(plan):
+    assert not plan("llama2-7b", "--gpu", "rtx4090-24gb")["fits"]
+    found = plan("llama3-8b", "--gpu", "rtx4090-24gb", "--model.gradient_checkpointing", "false")
+    changes = {change["change"]: change for change in found["changes"]}
+    assert not found["fits"]
+    assert changes["--model.gradient_checkpointing true"]["peak"] < found["memory"]["peak"]
+    assert changes["--gpu h100-80gb"]["fits"]
+    again = plan("llama3-8b", "--gpu", "rtx4090-24gb", "--model.gradient_checkpointing", "true")
+    assert again["memory"]["peak"] == changes["--model.gradient_checkpointing true"]["peak"]
+
+    huge = plan("llama3-70b")
+    shared = [change for change in huge["changes"] if "--count" in change["change"] and change["fits"]]
+    assert not huge["fits"]
+    assert "h200-141gb" in shared[0]["change"]
+    strategy = ["--trainer.strategy", "lightning.pytorch.strategies.ModelParallelStrategy"]
+    sharded = plan("llama3-70b", "--gpu", "h200-141gb", "--count", "8", *strategy)
+    assert sharded["hardware"]["sharded"]
+    assert sharded["fits"]
+
+
+def test_the_plan_for_a_person_shows_the_same_numbers(plan, capsys, tmp_path):
+    found = plan("llama3-8b")
+    config = ["-c", "experiments/configs/llama3-8b.yaml", "--model.model", str(tmp_path / "llama3-8b")]
+    assert main(["plan", *config]) == 0
+    text = capsys.readouterr().out
+    assert f"{found['parameters']:,} parameters" in text
+    assert f"peak {found['memory']['peak'] / 2**30:.2f} GiB of 80 GiB: fits" in text
+    assert f"2 · {found['parameters']:,}" in text or f"{found['parameters']:,} · 2" in text
+
+
+def test_epochs_count_as_steps(plan):
+    def rows(*options: str) -> str:
+        return plan("llama3-8b", *options)["memory"]["kept_by_host"][0]["formula"]
+
+    assert rows("--trainer.max_steps", "5").startswith("rows · T · d · s = 5 ·")
+    assert rows("--trainer.max_steps", "-1", "--trainer.max_epochs", "2").startswith("rows · T · d · s = 128 ·")
+
+
+def test_optimizers_and_spaces_count(plan):
+    adam = plan("llama3-8b")["memory"]["resident"]
+    sgd = plan("llama3-8b", "--model.optimizer", "torch.optim.SGD", "--model.optimizer.momentum", "0.9")
+    heads = plan("llama3-8b", "--model.spaces", "[value_heads]")
+    states = [next(term["amount"] for term in terms if term["name"] == "optimiser states")
+              for terms in (adam, sgd["memory"]["resident"], heads["memory"]["resident"])]  # fmt: skip
+    assert states[1] * 2 == states[0]
+    assert states[2] == 2 * 4 * 32 * 8 * 128 * 127 // 2
+
+
+@pytest.mark.parametrize(
+    ("options", "mentions"),
+    [
+        (["--gpu", "abacus"], ["abacus", "h100-80gb"]),
+        (["--count", "0"], ["0"]),
+        (["--model.spaces", "[attic]"], ["attic"]),
+        (["--model.pattern", "2:5"], ["2:5"]),
+        (["--data.seq_len", "100000"], ["100000", "4096"]),
+        (["--model.model", "/no/model"], ["/no/model"]),
+        (["--model.banana", "1"], ["banana"]),
+    ],
+    ids=lambda value: "".join(value[:2]) if value[0].startswith("--") else "",
+)
+def test_plan_refuses(options, mentions, tmp_path, capsys):
+    LARGE["llama2-7b"].save_pretrained(tmp_path / "model")
+    config = ["-c", "experiments/configs/llama2-7b.yaml", "--model.model", str(tmp_path / "model")]
+    assert main(["plan", *config, *options]) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    (line,) = captured.err.strip().splitlines()
+    assert all(mention in line for mention in mentions), line
+
+
+# -- the kernel's count ------------------------------------------------------------------------------
+
+
+def measured(model: str, seq_len: int, steps: int, calibration: str, run: Path, **settings) -> dict[str, int]:
+    """Peak resident bytes of a few steps, above what imports take, in a process that gives memory back at once."""
+    trimmed = dict(MALLOC_ARENA_MAX="1", MALLOC_MMAP_THRESHOLD_="65536", MALLOC_TRIM_THRESHOLD_="65536")
+    data = dict(num_sequences=2, seq_len=seq_len, calibration=calibration)
+    what = json.dumps({"model": {"model": model, **settings}, "data": data, "steps": steps})
+    environment = {**os.environ, **trimmed, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.getcwd()}
+    command = [sys.executable, "tests/peak_memory.py", str(run), what]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def planned(model: str, seq_len: int, steps: int, **settings) -> int:
+    sizes = dict(seq_len=seq_len, steps=steps, num_sequences=2)
+    setup = Setup(load_config(model), resolve_pruner("wanda"), **sizes, device="cpu")
+    return memory_plan(replace(setup, **settings)).learning
+
+
+needs_linux = pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux's count of pages")
+
+
+@needs_linux
+@pytest.mark.slow
+def test_the_plan_predicts_the_peak_of_smollm2(tmp_path):
+    found = measured("smollm2-135m", 1024, 3, "wikipedia_calibration", tmp_path)
+    assert planned("smollm2-135m", 1024, 3) == pytest.approx(found["peak"], rel=0.15)
+
+
+@needs_linux
+@pytest.mark.slow
+@pytest.mark.parametrize(("width", "checkpointing"), [(2048, False), (1024, True)])
+def test_the_plan_predicts_the_peak_of_a_wide_model(width, checkpointing, tmp_path, tokenizer, text_file):
+    config = LlamaConfig(
+        hidden_size=width,
+        intermediate_size=4096,
+        num_hidden_layers=2,
+        num_attention_heads=16,
+        num_key_value_heads=8,
+        vocab_size=16000,
+        max_position_embeddings=1024,
+        dtype="bfloat16",
+    )
+    model = LlamaForCausalLM(config).to(torch.bfloat16)
+    model.save_pretrained(tmp_path / "wide")
+    tokenizer.save_pretrained(tmp_path / "wide")
+    del model
+    path = str(tmp_path / "wide")
+    found = measured(path, 256, 2, str(text_file), tmp_path, gradient_checkpointing=checkpointing)
+    assert planned(path, 256, 2, gradient_checkpointing=checkpointing) == pytest.approx(found["peak"], rel=0.15)
+
+
+def test_totals_add_up():
+    rotated = rotated_model(model_of("llama"), torch.bfloat16, ("residual",))
+    plan = memory_plan(setup_of(rotated, ("residual",), 64))
+    assert plan.learning == total([*plan.resident, *plan.kept_by_host]) + max(map(total, plan.phases.values()))
+    assert plan.peak >= plan.host
