@@ -16,6 +16,7 @@ reference: smollm2-135m
 from __future__ import annotations
 
 import json
+import re
 import shlex
 import subprocess
 import sys
@@ -57,7 +58,7 @@ def main(arguments: list[str]) -> None:
         if target.is_file():
             console.print(f"{name}: done before")
             continue
-        console.print(f"{name}: {shlex.join(command)}")
+        console.print(f"{name}: {shlex.join(command)}", markup=False, highlight=False)
         finished = subprocess.run([sys.executable, "-m", "experiments", *command], stdout=subprocess.PIPE, text=True)
         if finished.returncode:
             failed.append(name)
@@ -128,8 +129,8 @@ def _flags(arguments: dict[str, Any], repeat: bool = True) -> list[str]:
 
 
 def _public(command: list[str]) -> str:
-    """The command as another machine would give it: local files by their name alone."""
-    return shlex.join(Path(word).name if Path(word).is_absolute() or word.startswith(".") else word for word in command)
+    """The command as another machine would give it: local files by their name alone, in lists too."""
+    return shlex.join(re.sub(r"(?<![\w.])\.{0,2}/[^\s,\]]*", lambda path: Path(path[0]).name, word) for word in command)
 
 
 def _result(command: list[str], output: str) -> dict[str, Any]:
