@@ -61,7 +61,7 @@ def table(sweep: dict[str, Any], records: list[tuple[str, dict[str, Any]]]) -> s
         dense = kinds["dense"]["ppl"] if "dense" in kinds else dense
         for kind, result in kinds.items():
             if kind != "dense":
-                key = (*(str(record["row"][column]) for column in columns), kind)
+                key = (*(_shown(record["row"].get(column, "")) for column in columns), kind)
                 pooled.setdefault(key, []).append({**result, "commit": record["commit"]})
     texts = list(dense) or list(next(iter(pooled.values()))[0]["ppl"])
     kinds_shown = any(key[-1] for key in pooled)
@@ -86,6 +86,12 @@ def table(sweep: dict[str, Any], records: list[tuple[str, dict[str, Any]]]) -> s
     commands = "\n".join(f"{record['command']}" for _, record in records)
     details = f"<details><summary>commands</summary>\n\n```\n{commands}\n```\n\n</details>\n"
     return "\n".join([*lines, "", details])
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, dict):
+        return ", ".join(f"{key} {_shown(each)}" for key, each in value.items())
+    return ", ".join(map(_shown, value)) if isinstance(value, list) else str(value)
 
 
 def _pool(values: list[float], form: str) -> str:

@@ -1,8 +1,9 @@
 """`python -m experiments sweep`: run every row of a table, one command a row, and keep each row's result.
 
 A sweep file is YAML: a `title`, the `command` (prune or fit), its `arguments` (for fit also `config`, a list
-of files), and a `grid` of arguments whose combinations are the rows. `reference` names a model to evaluate
-densely on the same texts, from which gaps are counted.
+of files), and a `grid` of arguments whose combinations are the rows, or the `rows` one by one, each with the
+arguments that it changes. `reference` names a model to evaluate densely on the same texts, from which gaps are
+counted.
 
 ```yaml
 title: One-shot pruners
@@ -51,7 +52,8 @@ def main(arguments: list[str]) -> None:
     sweep = read_sweep(options.file)
     sweep["arguments"].update(_settings(options.set))
     directory = options.results / options.file.stem
-    write_json({"title": sweep["title"], "columns": list(sweep["grid"])}, directory / "sweep.json")
+    columns = list(dict.fromkeys(key for row in sweep["rows"] for key in row))
+    write_json({"title": sweep["title"], "columns": columns}, directory / "sweep.json")
     failed = []
     for name, row, command in rows(sweep, options.runs / options.file.stem):
         target = directory / f"{name}.json"
@@ -81,23 +83,29 @@ def read_sweep(path: Path) -> dict[str, Any]:
         sweep = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, yaml.YAMLError) as error:
         raise InputError(f"sweep file '{path}' cannot be read: {error}") from None
-    missing = {"title", "command", "grid"} - set(sweep if isinstance(sweep, dict) else ())
+    missing = {"title", "command"} - set(sweep if isinstance(sweep, dict) else ())
     if missing:
         raise InputError(f"sweep file '{path}' lacks {', '.join(sorted(missing))}; see experiments/sweeps")
+    if ("grid" in sweep) == ("rows" in sweep):
+        raise InputError(f"sweep file '{path}' must have either a grid or rows; see experiments/sweeps")
+    if "grid" in sweep:
+        sweep["rows"] = [
+            dict(zip(sweep["grid"], values, strict=True)) for values in product(*sweep.pop("grid").values())
+        ]
     if sweep["command"] not in _COMMANDS:
         raise InputError(f"sweep file '{path}': command '{sweep['command']}' is not one of {', '.join(_COMMANDS)}")
     return {"arguments": {}, "config": [], "reference": None, **sweep}
 
 
 def rows(sweep: dict[str, Any], runs: Path) -> Iterator[tuple[str, dict[str, Any], list[str]]]:
-    """(name, grid values, command line) of every row."""
+    """(name, the arguments that it changes, command line) of every row."""
     shared = sweep["arguments"]
     if sweep["reference"] is not None:
         texts = {key: shared[key] for key in ("text", "seq_len", "max_tokens") if key in shared}
         yield "dense", {}, ["evaluate", *_flags({"model": sweep["reference"], **texts}), "--json"]
-    for values in product(*sweep["grid"].values()):
-        row = dict(zip(sweep["grid"], values, strict=True))
-        name = "-".join(str(value).replace(":", "of").replace("/", "_") for value in values)
+    for row in sweep["rows"]:
+        name = "-".join(re.sub(r"[^\w.]+", "_", str(value).replace(":", "of")).strip("_") for value in row.values())
+        name = name or "base"
         arguments = {**shared, **row}
         if sweep["command"] == "fit":
             configs = [item for config in sweep["config"] for item in ("-c", str(config))]
@@ -124,7 +132,7 @@ def _flags(arguments: dict[str, Any], repeat: bool = True) -> list[str]:
         if isinstance(value, list) and repeat:
             flags += [item for each in value for item in (f"--{key}", str(each))]
         else:
-            flags += [f"--{key}", yaml.safe_dump(value, default_flow_style=True).split("\n...")[0].strip("\n'")]
+            flags += [f"--{key}", yaml.safe_dump(value, default_flow_style=True, width=10**6).split("\n...")[0].strip("\n'")]
     return flags
 
 
