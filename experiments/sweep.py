@@ -89,9 +89,8 @@ def read_sweep(path: Path) -> dict[str, Any]:
     if ("grid" in sweep) == ("rows" in sweep):
         raise InputError(f"sweep file '{path}' must have either a grid or rows; see experiments/sweeps")
     if "grid" in sweep:
-        sweep["rows"] = [
-            dict(zip(sweep["grid"], values, strict=True)) for values in product(*sweep.pop("grid").values())
-        ]
+        grid = sweep.pop("grid")
+        sweep["rows"] = [dict(zip(grid, values, strict=True)) for values in product(*grid.values())]
     if sweep["command"] not in _COMMANDS:
         raise InputError(f"sweep file '{path}': command '{sweep['command']}' is not one of {', '.join(_COMMANDS)}")
     return {"arguments": {}, "config": [], "reference": None, **sweep}
@@ -104,8 +103,7 @@ def rows(sweep: dict[str, Any], runs: Path) -> Iterator[tuple[str, dict[str, Any
         texts = {key: shared[key] for key in ("text", "seq_len", "max_tokens") if key in shared}
         yield "dense", {}, ["evaluate", *_flags({"model": sweep["reference"], **texts}), "--json"]
     for row in sweep["rows"]:
-        name = "-".join(re.sub(r"[^\w.]+", "_", str(value).replace(":", "of")).strip("_") for value in row.values())
-        name = name or "base"
+        name = "-".join(map(_name, row.values())) or "base"
         arguments = {**shared, **row}
         if sweep["command"] == "fit":
             configs = [item for config in sweep["config"] for item in ("-c", str(config))]
@@ -113,6 +111,10 @@ def rows(sweep: dict[str, Any], runs: Path) -> Iterator[tuple[str, dict[str, Any
             yield name, row, ["fit", *configs, *_flags(arguments, repeat=False)]
         else:
             yield name, row, [sweep["command"], *_flags(arguments), "--json"]
+
+
+def _name(value: Any) -> str:
+    return re.sub(r"[^\w.]+", "_", re.sub(r"(?<=\w):(?=\w)", "of", str(value))).strip("_")
 
 
 def _settings(pairs: list[str]) -> dict[str, Any]:
@@ -132,7 +134,8 @@ def _flags(arguments: dict[str, Any], repeat: bool = True) -> list[str]:
         if isinstance(value, list) and repeat:
             flags += [item for each in value for item in (f"--{key}", str(each))]
         else:
-            flags += [f"--{key}", yaml.safe_dump(value, default_flow_style=True, width=10**6).split("\n...")[0].strip("\n'")]
+            text = yaml.safe_dump(value, default_flow_style=True, width=10**6)
+            flags += [f"--{key}", text.split("\n...")[0].strip("\n'")]
     return flags
 
 

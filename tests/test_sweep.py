@@ -55,6 +55,21 @@ def test_gaps_are_counted_from_the_dense_row():
     assert f"| a | 20.00 | {math.log(2):.3f} | 1.0 M | 3 | 1 | abcdef0 |" in text
 
 
+def test_single_rows_change_arguments_of_any_form_one_at_a_time(tmp_path):
+    file = tmp_path / "rows.yaml"
+    surrogate = {"name": "sr_ste", "decay": 0.1}
+    file.write_text(yaml.safe_dump({"title": "T", "command": "fit", "rows": [{}, {"model.surrogate": surrogate}]}))
+    (base, _, _), (name, row, command) = rows(read_sweep(file), tmp_path)
+    assert base == "base"
+    assert name == "decay_0.1_name_sr_ste"
+    assert yaml.safe_load(command[command.index("--model.surrogate") + 1]) == surrogate
+    text = table(
+        {"title": "T", "columns": ["model.surrogate"]},
+        [(name, {"row": row, "command": "fit", "commit": "abcdef012", "result": {"rotpruner": _row(20.0)}})],
+    )
+    assert "| decay 0.1, name sr_ste | rotpruner | 20.00 |" in text
+
+
 def _row(ppl: float) -> dict:
     return {"ppl": {"text": ppl}, "seconds": 3.0, "parameters": 1_000_000}
 
@@ -69,7 +84,7 @@ def test_shipped_sweeps_expand_and_name_public_texts(file, tmp_path):
             assert command[command.index("--calibration") + 1] == "c4"
 
 
-@pytest.mark.parametrize("text", ["[", "title: x", "title: x\ncommand: dance\ngrid: {}"])
+@pytest.mark.parametrize("text", ["[", "title: x", "title: x\ncommand: dance\ngrid: {}", "title: x\ncommand: fit"])
 def test_bad_sweep_files_are_refused(text, tmp_path, capsys):
     (tmp_path / "bad.yaml").write_text(text)
     assert main(["sweep", str(tmp_path / "bad.yaml")]) == 2
