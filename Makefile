@@ -1,7 +1,7 @@
 # Each target uses the active virtual environment, or makes its own in .venv.
 SHELL := /bin/bash
 .DELETE_ON_ERROR:
-.PHONY: install quickstart test test-slow lint format clean
+.PHONY: install quickstart test test-slow lint format docs clean
 
 ifdef VIRTUAL_ENV
 VENV := $(VIRTUAL_ENV)
@@ -36,5 +36,8 @@ format: $(STAMP)
 	$(PY) -m ruff check --fix .
 	$(PY) -m ruff format .
 
+docs: $(STAMP)
+	$(PY) -m mkdocs build --strict --site-dir site
+
 clean:
-	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache dist
+	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache dist site

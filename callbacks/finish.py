@@ -19,13 +19,14 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from callbacks.terminal import console, results_table, track
 from datamodules.evaluation import perplexities, tokenize_texts
 from datamodules.texts import check_text
-from rotpruner.artifacts import save_model, save_rotations, write_json
+from rotpruner.artifacts import save_model, write_json
 from rotpruner.diagnostics import write_diagnostics
 from rotpruner.errors import InputError
 from rotpruner.loading import load_model, load_tokenizer
 from rotpruner.oneshot import parameter_count, prune_model, sparsity_of
 from rotpruner.patterns import Slice
 from rotpruner.provenance import commit
+from rotpruner.rotation_artifact import Rotations
 from rotpruner.rotations import RotationSet, random_rotations
 
 Row = dict[str, Any]
@@ -128,7 +129,7 @@ class Finish(Callback):
             )
             save_model(model, tokenizer, directory, replace=True)
 
-        save_rotations(learned, module.rotated.base, run / "rotations", replace=True)
+        Rotations.of(learned, module.rotated.base).save_pretrained(run / "rotations", replace=True)
         rows = [self._row(run, "dense", None, lambda directory: None, load_model(name, torch.float32))]
         for control, rotations in (("pruner", None), ("random_rotation", drawn)):
             if control in self.controls:

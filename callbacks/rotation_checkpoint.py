@@ -14,8 +14,8 @@ from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
 
 from callbacks.terminal import console
-from rotpruner.artifacts import save_rotations
 from rotpruner.errors import InputError
+from rotpruner.rotation_artifact import Rotations
 
 #: What a shell reports of a process that SIGTERM has ended.
 TERMINATED = 128 + signal.SIGTERM
@@ -107,4 +107,4 @@ class RotationCheckpoint(Checkpoint):
         rotations = module.rotated.rotations()
         if trainer.is_global_zero:
             _replace(scratch, checkpoints / "last.ckpt", checkpoints / "previous.ckpt")
-            save_rotations(rotations, module.rotated.base, run / "rotations", replace=True)
+            Rotations.of(rotations, module.rotated.base).save_pretrained(run / "rotations", replace=True)

@@ -14,7 +14,7 @@ from datamodules.calibration import calibration_tokens
 from datamodules.evaluation import perplexities, tokenize_texts
 from datamodules.texts import check_text
 from experiments.arguments import Parser, add_device, at_least, report
-from rotpruner.artifacts import check_new_directory, load_rotations, save_model
+from rotpruner.artifacts import check_new_directory, save_model
 from rotpruner.errors import InputError
 from rotpruner.families import available_spaces
 from rotpruner.loading import check_pattern, check_seq_len, load_config, load_model, load_tokenizer, meta_model
@@ -28,6 +28,7 @@ from rotpruner.oneshot import (
 )
 from rotpruner.patterns import Scope, Slice, parse_pattern
 from rotpruner.pruners import PRUNERS, resolve_pruner
+from rotpruner.rotation_artifact import Rotations
 from rotpruner.rotations import random_rotations
 from rotpruner.slicegpt import slice_per_block
 from rotpruner.slicing import sliced_width
@@ -68,7 +69,9 @@ def main(arguments: list[str]) -> None:
     if options.rotations == "random":
         rotations = random_rotations(config, available_spaces(config), options.seed)
     elif options.rotations is not None:
-        rotations = load_rotations(options.rotations, model)
+        given = Rotations.from_pretrained(options.rotations)
+        given.check_model(model)
+        rotations = dict(given)
 
     started = time.perf_counter()
     batches, moments = tokens.split(1), None
@@ -121,7 +124,7 @@ def _parser() -> Parser:
     parser.add_argument("--num_sequences", type=at_least(1), default=64)
     parser.add_argument("--seq_len", type=at_least(2), default=1024, help="tokens a sequence")
     parser.add_argument("--seed", type=at_least(0), default=0, help="of the calibration and of random rotations")
-    parser.add_argument("--rotations", help="directory of learned rotations, or 'random'")
+    parser.add_argument("--rotations", help="learned rotations, a directory or hub name, or 'random'")
     parser.add_argument("--update", help="pruner whose weight update follows under the mask of --pruner, as sparsegpt")
     parser.add_argument(
         "--placement",

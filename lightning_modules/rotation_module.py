@@ -12,7 +12,6 @@ from rich.console import Console
 from rich.progress import track
 from torch import Tensor
 
-from rotpruner.artifacts import load_rotations, read_rotations
 from rotpruner.distributed import Ranks
 from rotpruner.errors import InputError
 from rotpruner.families import SPACES, check_space
@@ -24,6 +23,7 @@ from rotpruner.orthogonal import MapName, orthogonality_error
 from rotpruner.patterns import Scope, Slice, parse_pattern
 from rotpruner.pruners import resolve_pruner
 from rotpruner.rotated_model import RotatedModel
+from rotpruner.rotation_artifact import Rotations
 from rotpruner.rotations import LearnedRotations, Start, space_constraint
 from rotpruner.sharding import shard
 from rotpruner.surrogates import Surrogate
@@ -113,7 +113,7 @@ class RotationModule(LightningModule):
         if start == "pca" and space_constraint(config, "residual") != "none":
             raise InputError(f"start pca would change what this {config.model_type} model computes; use identity")
         if init_rotations is not None:
-            read_rotations(init_rotations, config)
+            Rotations.from_pretrained(init_rotations).check_config(config)
         self._config = config
         self.orthogonal_map, self.start, self.seed = orthogonal_map, start, seed
         self.init_rotations = init_rotations
@@ -147,7 +147,9 @@ class RotationModule(LightningModule):
         if self.base_dtype == torch.float64:
             rotations = rotations.double()
         if self.init_rotations is not None:
-            rotations.restart(load_rotations(self.init_rotations, base))
+            given = Rotations.from_pretrained(self.init_rotations)
+            given.check_model(base)
+            rotations.restart(given)
         self.rotated = RotatedModel(
             base,
             rotations,

@@ -1,7 +1,6 @@
 """Learn orthogonal rotations of a language model so that it prunes well, merge them away, keep a plain checkpoint."""
 
 from rotpruner.api import learn, prune
-from rotpruner.artifacts import load_rotations, save_rotations
 from rotpruner.errors import InputError
 from rotpruner.loading import load_model, load_tokenizer
 from rotpruner.loading import load_model as load
@@ -9,6 +8,7 @@ from rotpruner.oneshot import prune_model
 from rotpruner.packed import pack, unpack
 from rotpruner.perplexity import perplexity
 from rotpruner.rotated_model import RotatedModel
+from rotpruner.rotation_artifact import Rotations
 from rotpruner.rotations import LearnedRotations, merge_rotations, random_rotations
 
 __version__ = "0.1.0"
@@ -17,10 +17,10 @@ __all__ = [
     "InputError",
     "LearnedRotations",
     "RotatedModel",
+    "Rotations",
     "learn",
     "load",
     "load_model",
-    "load_rotations",
     "load_tokenizer",
     "merge_rotations",
     "pack",
@@ -28,6 +28,5 @@ __all__ = [
     "prune",
     "prune_model",
     "random_rotations",
-    "save_rotations",
     "unpack",
 ]

@@ -4,20 +4,23 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any
+from pathlib import Path
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from rotpruner.artifacts import check_new_directory
 from rotpruner.errors import InputError
 from rotpruner.loading import check_pattern
 from rotpruner.objectives import Objective
 from rotpruner.oneshot import prune_model
-from rotpruner.patterns import Scope, Slice, parse_pattern
+from rotpruner.patterns import Pattern, Scope, Slice, parse_pattern
 from rotpruner.perplexity import windows
 from rotpruner.pruners import Pruner, resolve_pruner
 from rotpruner.rotated_model import RotatedModel
+from rotpruner.rotation_artifact import Rotations
 from rotpruner.rotations import LearnedRotations, Start
 from rotpruner.surrogates import Surrogate
 
@@ -62,6 +65,7 @@ def prune(
     pattern: str | float = "2:4",
     scope: Scope = "row",
     pruner: str | Pruner = "wanda",
+    rotate: Literal["shared", "none"] | Rotations = "shared",
     spaces: Sequence[str] = ("residual", "value_heads"),
     steps: int = 100,
     lr: float = 2e-3,
@@ -69,6 +73,7 @@ def prune(
     seq_len: int = 1024,
     seed: int = 0,
     dtype: torch.dtype = torch.bfloat16,
+    rotations_directory: str | Path | None = None,
     on_step: Callable[[int, dict[str, float]], None] = lambda step, losses: None,
 ) -> PreTrainedModel:
     """A pruned copy of a model, in a basis learned for it; `save_pretrained` makes it an ordinary checkpoint.
@@ -78,10 +83,13 @@ def prune(
         tokenizer: its own.
         texts: documents to calibrate and learn on.
         pattern, scope, pruner: what to prune and how.
-        spaces: which spaces rotate (of a slice, the residual stream alone); none prunes the model as it is.
+        rotate: `shared` learns one rotation for the whole residual stream, so that all of it merges away; `none`
+            prunes the model as it is. Rotations of this model are where learning goes on; with no steps, they stay.
+        spaces: which spaces rotate (of a slice, the residual stream alone), unless `rotate` says so; empty is `none`.
         steps, lr: of learning, one sequence a step.
         num_sequences, seq_len: size of the calibration set, taken from the texts by `seed`.
         dtype: of the frozen weights while learning; the result is pruned in the model's own dtype.
+        rotations_directory: where the learned rotations are written as well; must not exist yet.
         on_step: called with each step and its losses.
 
     Returns:
@@ -92,6 +100,11 @@ def prune(
     """
     resolved, parsed = resolve_pruner(pruner), parse_pattern(pattern, scope)
     check_pattern(model, parsed)
+    given = _check_rotate(rotate, model, parsed)
+    if rotations_directory is not None:
+        if not spaces or rotate == "none":
+            raise InputError(f"nothing rotates that could be written to '{rotations_directory}'; leave it out")
+        check_new_directory(rotations_directory)
     if num_sequences < 1 or steps < 0:
         raise InputError(f"num_sequences {num_sequences} and steps {steps} must be at least 1 and 0")
     ids = tokenizer("\n\n".join(texts), add_special_tokens=False, return_tensors="pt").input_ids[0]
@@ -104,14 +117,19 @@ def prune(
         )
     rows = rows[torch.randperm(len(rows), generator=generator)[:num_sequences]].to(model.device)
     pruned = copy.deepcopy(model).eval()
-    if not spaces:
+    if not spaces or rotate == "none":
         prune_model(pruned, resolved, parsed, rows.split(1))
         return pruned
 
     start: Start = "identity"
-    if isinstance(parsed, Slice):
+    if given is not None:
+        spaces = list(given)
+    elif isinstance(parsed, Slice):
         spaces, start = ["residual"], "pca"
-    rotations = LearnedRotations(model.config, spaces, start=start).to(model.device)
+    rotations = LearnedRotations(model.config, spaces, start=start)
+    if given is not None:
+        rotations.restart(given)
+    rotations = rotations.to(model.device)
     base: Any = copy.deepcopy(model)
     rotated = RotatedModel(base.to(dtype), rotations, resolved, parsed, Surrogate(), Objective(kl=1.0))
     rotated.calibrate(rows.split(1))
@@ -119,8 +137,22 @@ def prune(
         rotated.start_from_pca()
     learn(rotated, _passes(rows, generator), steps=steps, lr=lr, on_step=on_step)
     learned = {space: Q.detach() for space, Q in rotations().items()}
+    if rotations_directory is not None:
+        Rotations.of(learned, model).save_pretrained(rotations_directory)
     prune_model(pruned, resolved, parsed, rotations=learned, moments=rotated.moments)
     return pruned
+
+
+def _check_rotate(rotate: str | Rotations, model: PreTrainedModel, pattern: Pattern | Slice) -> Rotations | None:
+    """The rotations that were given, if any."""
+    if isinstance(rotate, Rotations):
+        rotate.check_model(model)
+        if isinstance(pattern, Slice) and set(rotate) != {"residual"}:
+            raise InputError(f"pattern {pattern} removes residual directions only, but rotate has {sorted(rotate)}")
+        return rotate
+    if rotate not in ("shared", "none"):
+        raise InputError(f"unknown rotate '{rotate}'; choose shared or none, or give Rotations of this model")
+    return None
 
 
 def _passes(rows: Tensor, generator: torch.Generator) -> Iterator[tuple[Tensor, Tensor]]:

@@ -30,7 +30,8 @@ class LinearSpec:
 
     Attributes:
         path: module path inside the block.
-        reads, writes: names of the spaces of its input and output.
+        reads: name of the space of its input.
+        writes: name of the space of its output.
         norm: module path inside the block of the norm whose output it reads, if any. Linears with the
             same `reads` and `norm` read the same tensor and share its statistics.
     """
@@ -48,7 +49,10 @@ class Family:
     Attributes:
         model_types: values of `config.model_type`.
         linears: rows in the order in which data flows through a block.
-        embeddings, blocks, final_norm, head: module paths inside the causal language model.
+        embeddings: module paths inside the causal language model, as all that follow.
+        blocks: list of the decoder blocks.
+        final_norm: between the last block and the head.
+        head: linear that makes logits.
         gain_offset: what a norm adds to its weight to make its gain.
         constraints: for a space, which rotations leave the function alone; any where it is not named.
         refusals: for a space, why a model does not have it.

@@ -54,6 +54,26 @@ def test_prune_without_spaces_is_the_pruner_alone(tokenizer, texts):
     pruned = rotpruner.prune(model, tokenizer, texts, spaces=(), num_sequences=4, seq_len=32, pattern=0.75)
     assert sparsity_of(pruned) == 0.75
     assert pruned.config.tie_word_embeddings
+    same = rotpruner.prune(model, tokenizer, texts, rotate="none", num_sequences=4, seq_len=32, pattern=0.75)
+    assert all(torch.equal(same.state_dict()[name], weight) for name, weight in pruned.state_dict().items())
+
+
+@pytest.mark.parametrize("pattern", ["2:4", "slice:0.25"])
+def test_kept_rotations_prune_to_the_same_model(pattern, tokenizer, texts, tmp_path):
+    settings = dict(pattern=pattern, num_sequences=4, seq_len=32, dtype=torch.float32, lr=1e-2)
+    directory = tmp_path / "rotations"
+    learned = rotpruner.prune(tiny_llama(), tokenizer, texts, steps=3, rotations_directory=directory, **settings)
+    rotations = rotpruner.Rotations.from_pretrained(directory)
+    again = rotpruner.prune(tiny_llama(), tokenizer, texts, rotate=rotations, steps=0, **settings)
+    for name, weight in learned.state_dict().items():
+        torch.testing.assert_close(again.state_dict()[name], weight, atol=1e-5, rtol=1e-5)
+    with pytest.raises(rotpruner.InputError, match="exists already"):
+        rotpruner.prune(tiny_llama(), tokenizer, texts, rotations_directory=directory, **settings)
+    with pytest.raises(rotpruner.InputError, match="another model"):
+        rotpruner.prune(tiny_llama(num_hidden_layers=1), tokenizer, texts, rotate=rotations, **settings)
+    if "value_heads" in rotations:
+        with pytest.raises(rotpruner.InputError, match="residual directions only"):
+            rotpruner.prune(tiny_llama(), tokenizer, texts, rotate=rotations, **{**settings, "pattern": "slice:0.25"})
 
 
 def test_a_pruner_of_ones_own_is_named_by_its_import_path(tokenizer, texts):
@@ -74,6 +94,8 @@ def test_a_pruner_of_ones_own_is_named_by_its_import_path(tokenizer, texts):
         (dict(seq_len=1), "seq_len 1"),
         (dict(spaces=("attic",)), "attic"),
         (dict(pruner="banana"), "banana"),
+        (dict(rotate="banana"), "banana"),
+        (dict(rotate="none", rotations_directory="kept"), "kept"),
     ],
 )
 def test_prune_refuses(changes, mention, tokenizer, texts):

@@ -16,9 +16,9 @@ from callbacks.repruning import Repruning
 from callbacks.rotation_checkpoint import RotationCheckpoint
 from datamodules.calibration import CalibrationDataModule
 from lightning_modules.rotation_module import RotationModule
-from rotpruner.artifacts import load_rotations
 from rotpruner.errors import InputError
 from rotpruner.loading import load_model
+from rotpruner.rotation_artifact import Rotations
 
 
 @pytest.fixture
@@ -78,7 +78,8 @@ def test_callbacks_log_and_masks_follow_the_schedule(fit, test_text_file, tmp_pa
 
 def test_rotation_checkpoint_writes_loadable_rotations(fit, model_directory, tmp_path):
     _, module = fit([Repruning(2), RotationCheckpoint(4)])
-    found = load_rotations(tmp_path / "run" / "rotations", load_model(str(model_directory)))
+    found = Rotations.from_pretrained(tmp_path / "run" / "rotations")
+    found.check_model(load_model(str(model_directory)))
     for space, Q in module.rotated.rotations().items():
         assert torch.equal(found[space], Q)
     assert (tmp_path / "run" / "checkpoints" / "last.ckpt").is_file()

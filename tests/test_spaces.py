@@ -9,10 +9,10 @@ import torch
 import transformers
 from tiny_models import OPT, config_of, tiny
 
-from rotpruner.artifacts import load_rotations, save_rotations
 from rotpruner.errors import InputError
 from rotpruner.families import available_spaces, check_space, family_of
 from rotpruner.orthogonal import OrthogonalMatrices, constraint_error, orthogonality_error, random_orthogonal
+from rotpruner.rotation_artifact import Rotations
 from rotpruner.rotations import LearnedRotations, merge_rotations, random_rotations
 
 # -- constraints -----------------------------------------------------------------------------------
@@ -46,7 +46,7 @@ def test_draws_in_planes_are_turns_by_any_angle():
 
 
 @pytest.mark.parametrize(("name", "space"), [("opt", "residual"), ("llama-2", "query_key")])
-def test_rotations_that_would_change_the_function_are_refused(name, space, tmp_path):
+def test_rotations_that_would_change_the_function_are_refused(name, space):
     model = tiny(name)
     good = random_rotations(model.config, [space], seed=0)
     bad = {space: random_orthogonal(*good[space].shape[:3], torch.Generator().manual_seed(0))}
@@ -54,17 +54,13 @@ def test_rotations_that_would_change_the_function_are_refused(name, space, tmp_p
     for use in (
         lambda rotations: LearnedRotations(model.config, [space]).restart(rotations),
         lambda rotations: merge_rotations(model, rotations),
-        lambda rotations: load_rotations(saved(rotations, model, tmp_path), model),
+        lambda rotations: Rotations.of(rotations, model).check_model(model),
+        lambda rotations: Rotations.of(rotations, model).merge(model),
     ):
         with pytest.raises(InputError, match=rf"'{space}' would change what this {model.config.model_type} model"):
             use(bad)
     assert all(torch.equal(tensor, before[path]) for path, tensor in model.state_dict().items())
-    assert torch.equal(load_rotations(saved(good, model, tmp_path), model)[space], good[space])
-
-
-def saved(rotations, model, directory):
-    save_rotations(rotations, model, directory, replace=True)
-    return directory
+    Rotations.of(good, model).check_model(model)
 
 
 def test_rotations_that_are_none_are_refused():
