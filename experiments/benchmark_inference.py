@@ -180,14 +180,12 @@ def _bytes(model: nn.Module) -> int:
     """Of the parameters as they lie in memory, shared ones counted once; a semi-structured one is several tensors."""
     total = 0
     for parameter in model.parameters():
-        inner = parameter.data
-        parts = [getattr(inner, name) for name in inner.__tensor_flatten__()[0]] if _is_subclass(inner) else [inner]
+        inner: Any = parameter.data
+        parts = [inner]
+        if hasattr(inner, "__tensor_flatten__"):
+            parts = [getattr(inner, name) for name in inner.__tensor_flatten__()[0]]
         total += sum(part.nbytes for part in parts)
     return total
-
-
-def _is_subclass(tensor: Tensor) -> bool:
-    return hasattr(tensor, "__tensor_flatten__")
 
 
 def _summary(rates: Tensor, ratios: Tensor) -> dict[str, Any]:

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from rotpruner.artifacts import save_model
 from rotpruner.errors import InputError
 from rotpruner.loading import check_pattern
+from rotpruner.model_card import Origin, pruner_name, write_card
 from rotpruner.objectives import Objective
 from rotpruner.oneshot import prune_model
 from rotpruner.patterns import Scope, Slice, parse_pattern
@@ -71,7 +75,7 @@ def prune(
     dtype: torch.dtype = torch.bfloat16,
     on_step: Callable[[int, dict[str, float]], None] = lambda step, losses: None,
 ) -> PreTrainedModel:
-    """A pruned copy of a model, in a basis learned for it; `save_pretrained` makes it an ordinary checkpoint.
+    """A pruned copy of a model, in a basis learned for it; `rotpruner.save` makes it an ordinary checkpoint.
 
     Args:
         model: causal language model of a known family; not changed.
@@ -103,7 +107,18 @@ def prune(
             "give more text or ask for fewer"
         )
     rows = rows[torch.randperm(len(rows), generator=generator)[:num_sequences]].to(model.device)
-    pruned = copy.deepcopy(model).eval()
+    pruned: Any = copy.deepcopy(model).eval()
+    sliced = isinstance(parsed, Slice)
+    pruned.origin = Origin(
+        base_model=model.config._name_or_path or "an unnamed model",
+        pattern=str(parsed),
+        pruner=None if sliced else pruner_name(resolved),
+        calibration=f"{len(texts)} texts given in Python",
+        num_sequences=num_sequences,
+        seq_len=seq_len,
+        seed=seed,
+        basis="pca" if sliced else "none",
+    )
     if not spaces:
         prune_model(pruned, resolved, parsed, rows.split(1))
         return pruned
@@ -120,7 +135,27 @@ def prune(
     learn(rotated, _passes(rows, generator), steps=steps, lr=lr, on_step=on_step)
     learned = {space: Q.detach() for space, Q in rotations().items()}
     prune_model(pruned, resolved, parsed, rotations=learned, moments=rotated.moments)
+    pruned.origin = replace(
+        pruned.origin, basis="learned", spaces=tuple(learned), steps=steps, training_tokens=steps * seq_len
+    )
     return pruned
+
+
+def save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, directory: str | Path) -> None:
+    """Write an ordinary checkpoint that plain `transformers` loads, with a model card if `prune` made the model.
+
+    Args:
+        model: pruned or not.
+        tokenizer: its own.
+        directory: must not exist yet, or be empty.
+
+    Raises:
+        InputError: `directory` holds something already.
+    """
+    save_model(model, tokenizer, directory)
+    origin = getattr(model, "origin", None)
+    if isinstance(origin, Origin):
+        write_card(directory, origin, model.config)
 
 
 def _passes(rows: Tensor, generator: torch.Generator) -> Iterator[tuple[Tensor, Tensor]]:

