@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import shlex
 import time
 from pathlib import Path
 from typing import Any, get_args
@@ -14,10 +15,11 @@ from datamodules.calibration import calibration_tokens
 from datamodules.evaluation import perplexities, tokenize_texts
 from datamodules.texts import check_text
 from experiments.arguments import Parser, add_device, at_least, report
-from rotpruner.artifacts import check_new_directory, load_rotations, save_model
+from rotpruner.artifacts import check_new_directory, load_rotations, read_rotations, save_model
 from rotpruner.errors import InputError
 from rotpruner.families import available_spaces
 from rotpruner.loading import check_pattern, check_seq_len, load_config, load_model, load_tokenizer, meta_model
+from rotpruner.model_card import Origin, public, write_card
 from rotpruner.oneshot import (
     LayerSparsity,
     check_layer_sparsity,
@@ -100,13 +102,58 @@ def main(arguments: list[str]) -> None:
     result["parameters"] = parameters or parameter_count(model)
     if options.output is not None:
         save_model(model, tokenizer, options.output)
+        write_card(options.output, _origin(options, [{"name": "pruned", **result}]), config)
         console.print(f"saved {options.output}")
         result["output"] = str(options.output)
     if texts:
         result["ppl"] = perplexities(
             model.float().to(options.device), texts, options.seq_len, options.max_tokens, track
         )
+        if options.output is not None:
+            write_card(options.output, _origin(options, [{"name": "pruned", **result}]), config)
     report(result, options.json)
+
+
+def _origin(options: argparse.Namespace, rows: list[dict[str, Any]]) -> Origin:
+    """What the model card says."""
+    sliced = options.pruner is None
+    basis = "none" if options.rotations is None else "random" if options.rotations == "random" else "learned"
+    if sliced and options.rotations is None:
+        basis = "pca"
+    first = f"the first {options.max_tokens:,} tokens" if options.max_tokens is not None else "all tokens"
+    return Origin(
+        base_model=options.model,
+        pattern=rows[0]["pattern"],
+        pruner=options.pruner,
+        basis=basis,
+        spaces=_rotated_spaces(options, basis),
+        update=options.update,
+        layer_sparsity=options.layer_sparsity,
+        calibration=options.calibration,
+        num_sequences=options.num_sequences,
+        seq_len=options.seq_len,
+        seed=options.seed,
+        rows=rows,
+        evaluation=f"in float32 over windows of {options.seq_len:,} tokens that do not overlap, {first} of each text",
+        command=_command(options),
+    )
+
+
+def _rotated_spaces(options: argparse.Namespace, basis: str) -> list[str]:
+    config = load_config(options.model)
+    if basis == "learned":
+        return list(read_rotations(options.rotations, config)[0])
+    return {"none": [], "pca": ["residual"], "random": list(available_spaces(config))}[basis]
+
+
+def _command(options: argparse.Namespace) -> str:
+    """The command with everything that is not left at its default, of local paths the last part only."""
+    words = ["python", "-m", "experiments", "prune"]
+    for name, value in vars(options).items():
+        if name not in ("json", "device") and value not in (None, [], _parser().get_default(name)):
+            for each in value if isinstance(value, list) else [value]:
+                words += [f"--{name}", str(public(each))]
+    return shlex.join(words)
 
 
 def _parser() -> Parser:

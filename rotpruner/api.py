@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rotpruner.artifacts import save_model
+from rotpruner.embedded import embedded_name
 from rotpruner.errors import InputError
 from rotpruner.loading import check_pattern
 from rotpruner.model_card import Origin, pruner_name, write_card
@@ -110,7 +111,7 @@ def prune(
     pruned: Any = copy.deepcopy(model).eval()
     sliced = isinstance(parsed, Slice)
     pruned.origin = Origin(
-        base_model=model.config._name_or_path or "an unnamed model",
+        base_model=embedded_name(model.config._name_or_path) or "unnamed",
         pattern=str(parsed),
         pruner=None if sliced else pruner_name(resolved),
         calibration=f"{len(texts)} texts given in Python",

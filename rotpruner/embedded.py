@@ -89,6 +89,11 @@ def model_directory(name: str) -> Path:
     return _build_once(cache_directory() / "models" / name, _build_smollm2)
 
 
+def embedded_name(path: str) -> str:
+    """The name of the embedded model that was loaded from a path; the path itself if it is another's."""
+    return next((name for name in MODELS if Path(path) == cache_directory() / "models" / name), path)
+
+
 def text_path(name: str) -> Path:
     """The `.txt` file of an embedded text, built once: articles without titles, joined with blank lines."""
     _check_name(name, TEXTS, "text")

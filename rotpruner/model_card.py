@@ -12,16 +12,18 @@ from huggingface_hub import ModelCardData, metadata_load, try_to_load_from_cache
 
 from rotpruner import embedded
 from rotpruner.artifacts import write_text
-from rotpruner.pruners import PRUNERS, Pruner
 from rotpruner.provenance import commit, versions
+from rotpruner.pruners import PRUNERS, Pruner
 
 CARD = "README.md"
+#: Of every basis, what was done in it.
 _METHODS = {
     "none": "One-shot, in the model's own basis: nothing is rotated.",
     "pca": "One-shot, in the basis of the residual stream's principal directions.",
     "random": "One-shot, in a random basis that nobody learned: a control, not a good model.",
     "learned": "In a basis learned by the loss of the pruned model; its rotations are merged into the weights.",
 }
+#: Of every row of results, what it is.
 _ROWS = {
     "dense": "the model as it came",
     "pruner": "control: the same pruner in the model's own basis",
@@ -47,7 +49,7 @@ class Origin:
         calibration: name of the text, with `num_sequences` of `seq_len` tokens of it.
         steps: of learning; `training_tokens` were read by all of them together.
         seed: of calibration, order and random starts.
-        rows: measured models, as in `results.json`; `texts` are not needed, each row's `ppl` names them.
+        rows: measured models, as in `results.json`.
         evaluation: how perplexities were measured, in words.
         command: that made it, if one did.
         config: of that command, if it has one.
@@ -99,10 +101,12 @@ def public(value: Any) -> Any:
         return value.name
     if not isinstance(value, str) or "\n" in value or "://" in value or "/" not in value:
         return value
-    if any(character.isspace() for character in value) and not value.startswith(("/", ".", "~")):
-        return " ".join(public(word) for word in value.split())  # prose and commands
-    local = value.startswith(("/", "./", "../", "~")) or value.count("/") > 1 or Path(value).exists()
-    return Path(value).name if local else value
+    begins = value.startswith(("/", "./", "../", "~"))
+    if begins or Path(value).exists():
+        return Path(value).name
+    if " " in value:  # a command or a sentence
+        return " ".join(public(word) for word in value.split(" "))
+    return Path(value).name if value.count("/") > 1 else value
 
 
 def license_of(base_model: str, config: Any = None) -> dict[str, str]:
@@ -121,10 +125,10 @@ def license_of(base_model: str, config: Any = None) -> dict[str, str]:
     except (ValueError, OSError, yaml.YAMLError):
         matter = None
     named = matter if isinstance(matter, dict) and isinstance(matter.get("license"), str) else vars(config or object)
+    if not isinstance(named.get("license"), str):
+        return {}
     keys = ("license", "license_name", "license_link")
-    return {
-        key: named[key] for key in keys if isinstance(named.get("license"), str) and isinstance(named.get(key), str)
-    }
+    return {key: named[key] for key in keys if isinstance(named.get(key), str)}
 
 
 def pruner_name(pruner: Pruner) -> str:
@@ -137,9 +141,9 @@ def model_card(
     origin: Origin,
     *,
     name: str,
-    license: Mapping[str, str] = {},  # noqa: B006 - never changed
+    license: Mapping[str, str] = {},
     commit: str | None = None,
-    versions: Mapping[str, str] = {},  # noqa: B006
+    versions: Mapping[str, str] = {},
 ) -> str:
     """The card as Markdown with the hub's YAML front matter. Pure: it reads nothing and writes nothing.
 
@@ -157,7 +161,9 @@ def model_card(
         library_name="transformers",
         pipeline_tag="text-generation",
         tags=tags,
-        **license,
+        license=license.get("license"),
+        license_name=license.get("license_name"),
+        license_link=license.get("license_link"),
     )
     parts = [
         f"---\n{matter.to_yaml()}\n---",
