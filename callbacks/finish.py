@@ -33,7 +33,7 @@ Row = dict[str, Any]
 
 
 class Finish(Callback):
-    """After the last step, write `rotations/`, `export/` with its model card, `layers.json` and `results.json` into the run directory.
+    """After the last step, write `rotations/`, `export/`, `layers.json` and `results.json` into the run directory.
 
     ```yaml
     trainer:
@@ -44,7 +44,7 @@ class Finish(Callback):
 
     The four rows of `results.json`: `dense`, the model as it came; `pruner`, the same pruner on the
     untouched model (neither fused nor untied), or `pca` for a slice; `random_rotation`, the same pruner in a
-    random basis of the same spaces; `rotpruner`, in the learned one. Every row but the first is saved, loaded again by
+    random basis of the same spaces; `rotpruner`, in the learned one. `export/README.md` is a model card with these rows. Every row but the first is saved, loaded again by
     plain `transformers` and evaluated in float32. Finished rows survive an interruption.
 
     Args:

@@ -143,14 +143,16 @@ def _rotated_spaces(options: argparse.Namespace, basis: str) -> list[str]:
     config = load_config(options.model)
     if basis == "learned":
         return list(read_rotations(options.rotations, config)[0])
-    return {"none": [], "pca": ["residual"], "random": list(available_spaces(config))}[basis]
+    if basis == "random":
+        return list(available_spaces(config))
+    return ["residual"] if basis == "pca" else []
 
 
 def _command(options: argparse.Namespace) -> str:
     """The command with everything that is not left at its default, of local paths the last part only."""
-    words = ["python", "-m", "experiments", "prune"]
+    words, parser = ["python", "-m", "experiments", "prune"], _parser()
     for name, value in vars(options).items():
-        if name not in ("json", "device") and value not in (None, [], _parser().get_default(name)):
+        if name not in ("json", "device") and value not in (None, [], parser.get_default(name)):
             for each in value if isinstance(value, list) else [value]:
                 words += [f"--{name}", str(public(each))]
     return shlex.join(words)

@@ -136,8 +136,9 @@ def prune(
     learn(rotated, _passes(rows, generator), steps=steps, lr=lr, on_step=on_step)
     learned = {space: Q.detach() for space, Q in rotations().items()}
     prune_model(pruned, resolved, parsed, rotations=learned, moments=rotated.moments)
+    basis = "learned" if steps else pruned.origin.basis
     pruned.origin = replace(
-        pruned.origin, basis="learned", spaces=tuple(learned), steps=steps, training_tokens=steps * seq_len
+        pruned.origin, basis=basis, spaces=tuple(learned), steps=steps, training_tokens=steps * seq_len
     )
     return pruned
 

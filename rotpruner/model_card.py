@@ -198,6 +198,8 @@ def _facts(origin: Origin, hub_name: str, license: Mapping[str, str]) -> list[tu
     tokens = f"{origin.num_sequences} × {origin.seq_len:,} = {origin.num_sequences * origin.seq_len:,} tokens"
     facts.append(("calibration", f"{origin.calibration}: {tokens}" if origin.num_sequences else "none"))
     learning = f"{origin.steps} steps, {origin.training_tokens:,} tokens" if origin.steps else "none"
+    if origin.basis == "learned" and not origin.steps:
+        learning = "in another run, whose rotations were given"
     return [*facts, ("learning", learning), ("seed", str(origin.seed))]
 
 
