@@ -44,8 +44,9 @@ class Finish(Callback):
 
     The four rows of `results.json`: `dense`, the model as it came; `pruner`, the same pruner on the
     untouched model (neither fused nor untied), or `pca` for a slice; `random_rotation`, the same pruner in a
-    random basis of the same spaces; `rotpruner`, in the learned one. `export/README.md` is a model card with these rows. Every row but the first is saved, loaded again by
-    plain `transformers` and evaluated in float32. Finished rows survive an interruption.
+    random basis of the same spaces; `rotpruner`, in the learned one. Every row but the first is saved, loaded again by
+    plain `transformers` and evaluated in float32; `export/README.md` is a model card with all rows. Finished rows
+    survive an interruption.
 
     Args:
         texts: names or paths of test texts, none of which calibrated anything.
