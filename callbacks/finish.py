@@ -23,6 +23,7 @@ from rotpruner.artifacts import save_model, write_json
 from rotpruner.diagnostics import write_diagnostics
 from rotpruner.errors import InputError
 from rotpruner.loading import load_model, load_tokenizer
+from rotpruner.model_card import Origin, pruner_name, write_card
 from rotpruner.oneshot import parameter_count, prune_model, sparsity_of
 from rotpruner.patterns import Slice
 from rotpruner.provenance import commit
@@ -45,7 +46,8 @@ class Finish(Callback):
     The four rows of `results.json`: `dense`, the model as it came; `pruner`, the same pruner on the
     untouched model (neither fused nor untied), or `pca` for a slice; `random_rotation`, the same pruner in a
     random basis of the same spaces; `rotpruner`, in the learned one. Every row but the first is saved, loaded again by
-    plain `transformers` and evaluated in float32. Finished rows survive an interruption.
+    plain `transformers` and evaluated in float32; `export/README.md` is a model card with all rows. Finished rows
+    survive an interruption.
 
     Args:
         texts: names or paths of test texts, none of which calibrated anything.
@@ -138,11 +140,36 @@ class Finish(Callback):
         rows.append(self._row(run, "rotpruner", pattern, partial(pruned, learned), seconds=training_seconds))
         exported = AutoModelForCausalLM.from_pretrained(run / "export")
         write_diagnostics(run, load_model(name), exported, learned, moments, pruner, pattern, track)
+        write_card(run / "export", self._origin(trainer, module, rows), module.rotated.base.config)
         results = {"rows": rows, "config": self.config, "commit": commit()}
         write_json(results, run / "results.json")
         shutil.rmtree(run / "rows")
         console.print(results_table(results))
         console.print(f"export: {run / 'export'}")
+
+    def _origin(self, trainer: Trainer, module: Any, rows: list[Row]) -> Origin:
+        data: Any = trainer.datamodule  # type: ignore[attr-defined]
+        sequences = trainer.global_step * trainer.accumulate_grad_batches * trainer.world_size * data.batch_size
+        first = f"the first {self.max_tokens:,} tokens" if self.max_tokens is not None else "all tokens"
+        return Origin(
+            base_model=module.model_name,
+            pattern=str(module.pattern),
+            pruner=None if isinstance(module.pattern, Slice) else pruner_name(module.pruner),
+            basis="learned",
+            spaces=module.spaces,
+            update=None if module.update is None else pruner_name(module.update),
+            layer_sparsity=module.layer_sparsity,
+            calibration=data.calibration,
+            num_sequences=data.num_sequences,
+            seq_len=data.seq_len,
+            steps=trainer.global_step,
+            training_tokens=sequences * data.seq_len,
+            seed=module.seed,
+            rows=rows,
+            evaluation=f"in float32 over windows of {self.seq_len:,} tokens that do not overlap, {first} of each text",
+            command="python -m experiments fit -c config.yaml" if self.config else None,
+            config=self.config,
+        )
 
     def _row(
         self,

@@ -17,7 +17,10 @@ COMMANDS = {
     "prune": ("experiments.prune", "prune a model once, in its own basis or a rotated one"),
     "sweep": ("experiments.sweep", "run every row of a table of experiments: sweep experiments/sweeps/pruners.yaml"),
     "results": ("experiments.results", "write experiments/RESULTS.md from what sweeps have kept"),
-    "benchmark": ("experiments.benchmark", "benchmark step: the time and memory of a step of learning"),
+    "benchmark": (
+        "experiments.benchmark",
+        "benchmark step: time of a step of learning; benchmark inference: of models",
+    ),
     "pack": ("experiments.pack", "store a pruned model as the values that stay and one bit a place"),
     "unpack": ("experiments.unpack", "the ordinary checkpoint that was packed"),
     "evaluate": ("experiments.evaluate", "perplexity of a model on texts, accuracy on tasks"),

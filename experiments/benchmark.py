@@ -7,7 +7,7 @@ from importlib import import_module
 from rotpruner.errors import InputError
 
 #: What to time → module with a `main(arguments)`.
-BENCHMARKS = {"step": "experiments.benchmark_step"}
+BENCHMARKS = {"step": "experiments.benchmark_step", "inference": "experiments.benchmark_inference"}
 
 
 def main(arguments: list[str]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import shlex
 import time
 from pathlib import Path
 from typing import Any, get_args
@@ -18,6 +19,7 @@ from rotpruner.artifacts import check_new_directory, save_model
 from rotpruner.errors import InputError
 from rotpruner.families import available_spaces
 from rotpruner.loading import check_pattern, check_seq_len, load_config, load_model, load_tokenizer, meta_model
+from rotpruner.model_card import Origin, public, write_card
 from rotpruner.oneshot import (
     LayerSparsity,
     check_layer_sparsity,
@@ -29,7 +31,7 @@ from rotpruner.oneshot import (
 from rotpruner.patterns import Scope, Slice, parse_pattern
 from rotpruner.pruners import PRUNERS, resolve_pruner
 from rotpruner.rotation_artifact import Rotations
-from rotpruner.rotations import random_rotations
+from rotpruner.rotations import RotationSet, random_rotations
 from rotpruner.slicegpt import slice_per_block
 from rotpruner.slicing import sliced_width
 
@@ -65,7 +67,7 @@ def main(arguments: list[str]) -> None:
         tokenizer_name=options.model,
     )
     model = load_model(options.model)
-    rotations = None
+    rotations: RotationSet | None = None
     if options.rotations == "random":
         rotations = random_rotations(config, available_spaces(config), options.seed)
     elif options.rotations is not None:
@@ -103,13 +105,51 @@ def main(arguments: list[str]) -> None:
     result["parameters"] = parameters or parameter_count(model)
     if options.output is not None:
         save_model(model, tokenizer, options.output)
+        write_card(options.output, _origin(options, rotations, [{"name": "pruned", **result}]), config)
         console.print(f"saved {options.output}")
         result["output"] = str(options.output)
     if texts:
         result["ppl"] = perplexities(
             model.float().to(options.device), texts, options.seq_len, options.max_tokens, track
         )
+        if options.output is not None:
+            write_card(options.output, _origin(options, rotations, [{"name": "pruned", **result}]), config)
     report(result, options.json)
+
+
+def _origin(options: argparse.Namespace, rotations: RotationSet | None, rows: list[dict[str, Any]]) -> Origin:
+    """What the model card says."""
+    sliced = options.pruner is None
+    basis = "none" if options.rotations is None else "random" if options.rotations == "random" else "learned"
+    if sliced and options.rotations is None:
+        basis = "pca"
+    first = f"the first {options.max_tokens:,} tokens" if options.max_tokens is not None else "all tokens"
+    return Origin(
+        base_model=options.model,
+        pattern=rows[0]["pattern"],
+        pruner=options.pruner,
+        basis=basis,
+        spaces=["residual"] if basis == "pca" else list(rotations or ()),
+        update=options.update,
+        layer_sparsity=options.layer_sparsity,
+        calibration=options.calibration,
+        num_sequences=options.num_sequences,
+        seq_len=options.seq_len,
+        seed=options.seed,
+        rows=rows,
+        evaluation=f"in float32 over windows of {options.seq_len:,} tokens that do not overlap, {first} of each text",
+        command=_command(options),
+    )
+
+
+def _command(options: argparse.Namespace) -> str:
+    """The command with everything that is not left at its default, of local paths the last part only."""
+    words, parser = ["python", "-m", "experiments", "prune"], _parser()
+    for name, value in vars(options).items():
+        if name not in ("json", "device") and value not in (None, [], parser.get_default(name)):
+            for each in value if isinstance(value, list) else [value]:
+                words += [f"--{name}", str(public(each))]
+    return shlex.join(words)
 
 
 def _parser() -> Parser:

@@ -1,6 +1,6 @@
 """Learn orthogonal rotations of a language model so that it prunes well, merge them away, keep a plain checkpoint."""
 
-from rotpruner.api import learn, prune
+from rotpruner.api import learn, prune, save
 from rotpruner.errors import InputError
 from rotpruner.loading import load_model, load_tokenizer
 from rotpruner.loading import load_model as load
@@ -28,5 +28,6 @@ __all__ = [
     "prune",
     "prune_model",
     "random_rotations",
+    "save",
     "unpack",
 ]

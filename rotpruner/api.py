@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -11,9 +12,11 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from rotpruner.artifacts import check_new_directory
+from rotpruner.artifacts import check_new_directory, save_model
+from rotpruner.embedded import embedded_name
 from rotpruner.errors import InputError
 from rotpruner.loading import check_pattern
+from rotpruner.model_card import Origin, pruner_name, write_card
 from rotpruner.objectives import Objective
 from rotpruner.oneshot import prune_model
 from rotpruner.patterns import Pattern, Scope, Slice, parse_pattern
@@ -76,7 +79,7 @@ def prune(
     rotations_directory: str | Path | None = None,
     on_step: Callable[[int, dict[str, float]], None] = lambda step, losses: None,
 ) -> PreTrainedModel:
-    """A pruned copy of a model, in a basis learned for it; `save_pretrained` makes it an ordinary checkpoint.
+    """A pruned copy of a model, in a basis learned for it; `rotpruner.save` makes it an ordinary checkpoint.
 
     Args:
         model: causal language model of a known family; not changed.
@@ -116,7 +119,18 @@ def prune(
             "give more text or ask for fewer"
         )
     rows = rows[torch.randperm(len(rows), generator=generator)[:num_sequences]].to(model.device)
-    pruned = copy.deepcopy(model).eval()
+    pruned: Any = copy.deepcopy(model).eval()
+    sliced = isinstance(parsed, Slice)
+    pruned.origin = Origin(
+        base_model=embedded_name(model.config._name_or_path) or "unnamed",
+        pattern=str(parsed),
+        pruner=None if sliced else pruner_name(resolved),
+        calibration=f"{len(texts)} texts given in Python",
+        num_sequences=num_sequences,
+        seq_len=seq_len,
+        seed=seed,
+        basis="pca" if sliced else "none",
+    )
     if not spaces or rotate == "none":
         prune_model(pruned, resolved, parsed, rows.split(1))
         return pruned
@@ -140,6 +154,10 @@ def prune(
     if rotations_directory is not None:
         Rotations.of(learned, model).save_pretrained(rotations_directory)
     prune_model(pruned, resolved, parsed, rotations=learned, moments=rotated.moments)
+    basis = "learned" if steps or given is not None else pruned.origin.basis
+    pruned.origin = replace(
+        pruned.origin, basis=basis, spaces=tuple(learned), steps=steps, training_tokens=steps * seq_len
+    )
     return pruned
 
 
@@ -153,6 +171,23 @@ def _check_rotate(rotate: str | Rotations, model: PreTrainedModel, pattern: Patt
     if rotate not in ("shared", "none"):
         raise InputError(f"unknown rotate '{rotate}'; choose shared or none, or give Rotations of this model")
     return None
+
+
+def save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, directory: str | Path) -> None:
+    """Write an ordinary checkpoint that plain `transformers` loads, with a model card if `prune` made the model.
+
+    Args:
+        model: pruned or not.
+        tokenizer: its own.
+        directory: must not exist yet, or be empty.
+
+    Raises:
+        InputError: `directory` holds something already.
+    """
+    save_model(model, tokenizer, directory)
+    origin = getattr(model, "origin", None)
+    if isinstance(origin, Origin):
+        write_card(directory, origin, model.config)
 
 
 def _passes(rows: Tensor, generator: torch.Generator) -> Iterator[tuple[Tensor, Tensor]]:

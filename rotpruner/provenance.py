@@ -3,19 +3,27 @@
 from __future__ import annotations
 
 import subprocess
+from importlib.metadata import version
 from pathlib import Path
 
 
 def commit() -> str | None:
     """Commit of the checkout that this package runs from, with `-dirty` if it was changed; None outside of one."""
+    here = Path(__file__)
     try:
-        described = subprocess.run(
-            ["git", "describe", "--always", "--abbrev=40", "--dirty", "--exclude=*"],
-            cwd=Path(__file__).parent,
-            capture_output=True,
-            text=True,
-            check=True,
-        )
+        # A package installed into somebody else's checkout is not of that checkout.
+        _git("ls-files", "--error-unmatch", here.name, cwd=here.parent)
+        return _git("describe", "--always", "--abbrev=40", "--dirty", "--exclude=*", cwd=here.parent)
     except (OSError, subprocess.CalledProcessError):
         return None
-    return described.stdout.strip()
+
+
+def _git(*arguments: str, cwd: Path) -> str:
+    return subprocess.run(["git", *arguments], cwd=cwd, capture_output=True, text=True, check=True).stdout.strip()
+
+
+def versions() -> dict[str, str]:
+    """Versions of this package and of those that its numbers depend on."""
+    from rotpruner import __version__
+
+    return {"rotpruner": __version__, **{name: version(name) for name in ("torch", "transformers")}}

@@ -1,10 +1,21 @@
-"""The step benchmark on a tiny model: what it prints."""
+"""The benchmarks on tiny models: what they time, print and refuse."""
 
 from __future__ import annotations
 
 import json
 
+import pytest
+import torch
+from conftest import tiny_llama
+from tiny_models import tiny
+
 from experiments.__main__ import main
+from experiments.benchmark_inference import is_two_four, measure, timed_generation
+from rotpruner.loading import load_model
+from rotpruner.oneshot import parameter_count, prune_model
+from rotpruner.packed import pack
+from rotpruner.patterns import parse_pattern
+from rotpruner.pruners import resolve_pruner
 
 
 def test_step_benchmark_prints_its_parts(model_directory, text_file, capsys):
@@ -17,3 +28,103 @@ def test_step_benchmark_prints_its_parts(model_directory, text_file, capsys):
     assert main(["benchmark", "step", *arguments, "--learning_only", "--gradient_checkpointing"]) == 0
     assert "ratio" not in json.loads(capsys.readouterr().out)
     assert main(["benchmark", "flight"]) == 2
+
+
+@pytest.mark.parametrize("name", ["smollm2", "opt", "gemma-3"])
+def test_decoding_is_greedy_generation(name):
+    model, prompts = tiny(name), torch.arange(12).view(2, 6)
+    tokens, prefill, decode = timed_generation(model, prompts, 7)
+    model.generation_config.update(eos_token_id=None, pad_token_id=0)
+    expected = model.generate(prompts, attention_mask=torch.ones_like(prompts), do_sample=False, max_new_tokens=8)
+    assert torch.equal(tokens, expected[:, 6:])
+    assert prefill > 0
+    assert decode > 0
+
+
+def test_models_take_turns_and_the_first_turn_is_not_counted():
+    seen = []
+
+    class Spy(torch.nn.Module):
+        def __init__(self, number):
+            super().__init__()
+            self.model, self.number = tiny("llama-2"), number
+
+        def forward(self, **arguments):
+            seen.append((self.number, arguments["input_ids"].shape[1]))
+            return self.model(**arguments)
+
+    prefill, decode = measure([Spy(0), Spy(1), Spy(2)], torch.ones(1, 5, dtype=torch.long), 2, 3)
+    assert prefill.shape == decode.shape == (3, 3)
+    assert seen == [(number, length) for number in (0, 1, 2) for length in (5, 1, 1)] * 4
+
+
+@pytest.fixture
+def pruned_directory(tmp_path):
+    model = tiny_llama()
+    prune_model(model, resolve_pruner("magnitude"), parse_pattern("2:4"))
+    model.save_pretrained(tmp_path / "pruned")
+    return tmp_path / "pruned"
+
+
+def test_inference_benchmark_prints_rows(model_directory, pruned_directory, tmp_path, capsys):
+    pack(pruned_directory, tmp_path / "packed")
+    models = [str(model_directory), str(pruned_directory), str(tmp_path / "packed")]
+    options = ["--seq_len=8", "--new_tokens=3", "--repeats=5", "--batch_size=2", "--threads=1", "--device=cpu"]
+    assert main(["benchmark", "inference", *models, *options, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert set(found) == {"device", "threads", "dtype", "rows", "note"}
+    assert (found["device"], found["threads"], found["dtype"]) == ("cpu", 1, "float32")
+    assert "zeros buy no time" in found["note"].lower()
+    assert [row["model"] for row in found["rows"]] == [model_directory.name, "pruned", "packed"]
+    dense, pruned, packed = found["rows"]
+    assert dense["parameters"] == parameter_count(load_model(model_directory))
+    assert all(row["bytes"] == 4 * row["parameters"] for row in found["rows"])
+    assert dense["parameters"] < pruned["parameters"] == packed["parameters"]
+    for part in ("prefill", "decode"):
+        assert dense[part]["ratio"] == 1
+        for row in found["rows"]:
+            low, high = row[part]["spread"]
+            assert 0 < low <= row[part]["tokens_per_second"] <= high
+            assert row[part]["ratio_spread"][0] <= row[part]["ratio"] <= row[part]["ratio_spread"][1]
+    assert main(["benchmark", "inference", *models[:2], "--name", "one", "--name", "two", *options]) == 0
+    table = capsys.readouterr().out
+    assert all(word in table for word in ("one", "two", "prefill", "decode", "Zeros"))
+
+
+def test_a_larger_model_is_slower(tmp_path, capsys):
+    for name, width in (("large", 512), ("small", 64)):
+        tiny_llama(hidden_size=width, intermediate_size=2 * width).save_pretrained(tmp_path / name)
+    models = [str(tmp_path / "large"), str(tmp_path / "small")]
+    options = ["--seq_len", "96", "--new_tokens", "4", "--repeats", "5", "--device", "cpu", "--json"]
+    assert main(["benchmark", "inference", *models, *options]) == 0
+    assert json.loads(capsys.readouterr().out)["rows"][1]["prefill"]["ratio"] > 1.5
+
+
+def test_two_four_is_recognised(model_directory, pruned_directory):
+    pruned = load_model(pruned_directory)
+    assert is_two_four(pruned)
+    assert not is_two_four(load_model(model_directory))
+    pruned.model.layers[1].mlp.down_proj.weight.data[3, 4:8] = 1.0
+    assert not is_two_four(pruned)
+
+
+@pytest.mark.parametrize(
+    ("changes", "mentions"),
+    [
+        (["/no/such/model"], ["/no/such/model"]),
+        (["--seq_len", "0"], ["seq_len", "0"]),
+        (["--repeats", "0"], ["repeats", "0"]),
+        (["--new_tokens", "0"], ["new_tokens", "0"]),
+        (["--seq_len", "120", "--new_tokens", "9"], ["129", "128"]),
+        (["--name", "a", "--name", "b"], ["2", "1"]),
+        (["--dtype", "int8"], ["int8"]),
+        (["--device", "attic"], ["attic"]),
+    ],
+    ids=lambda value: "".join(value[:2]),
+)
+def test_inference_benchmark_refuses(changes, mentions, model_directory, capsys):
+    assert main(["benchmark", "inference", str(model_directory), *changes]) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.count("\n") == 1
+    assert all(mention in captured.err for mention in mentions)

@@ -1,0 +1,252 @@
+"""The README.md beside an exported model: what it is, where it comes from, its numbers and how to make it again."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+from huggingface_hub import ModelCardData, metadata_load, try_to_load_from_cache
+
+from rotpruner import embedded
+from rotpruner.artifacts import write_text
+from rotpruner.provenance import commit, versions
+from rotpruner.pruners import PRUNERS, Pruner
+
+CARD = "README.md"
+#: Of every basis, what was done in it.
+_METHODS = {
+    "none": "One-shot, in the model's own basis: nothing is rotated.",
+    "pca": "One-shot, in the basis of the residual stream's principal directions.",
+    "random": "One-shot, in a random basis that nobody learned: a control, not a good model.",
+    "learned": "In a basis learned by the loss of the pruned model; its rotations are merged into the weights.",
+}
+#: Of every row of results, what it is.
+_ROWS = {
+    "dense": "the model as it came",
+    "pruner": "control: the same pruner in the model's own basis",
+    "pca": "control: the same slice in the basis of principal directions, nothing learned",
+    "random_rotation": "control: the same pruner in a random basis",
+    "rotpruner": "this model",
+    "pruned": "this model",
+}
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where a pruned model comes from.
+
+    Attributes:
+        base_model: name or path of the dense model.
+        pattern: what was removed, as `2:4`, `0.5` or `slice:0.3`.
+        pruner: short name or import path; None for a slice.
+        basis: `none`, `pca`, `random` or `learned`.
+        spaces: which spaces rotate.
+        update: pruner whose weight update followed, if any.
+        layer_sparsity: how the blocks share the pattern.
+        calibration: name of the text, with `num_sequences` of `seq_len` tokens of it.
+        steps: of learning; `training_tokens` were read by all of them together.
+        seed: of calibration, order and random starts.
+        rows: measured models, as in `results.json`.
+        evaluation: how perplexities were measured, in words.
+        command: that made it, if one did.
+        config: of that command, if it has one.
+    """
+
+    base_model: str
+    pattern: str
+    pruner: str | None = None
+    basis: str = "none"
+    spaces: Sequence[str] = ()
+    update: str | None = None
+    layer_sparsity: str = "uniform"
+    calibration: str = ""
+    num_sequences: int = 0
+    seq_len: int = 0
+    steps: int = 0
+    training_tokens: int = 0
+    seed: int = 0
+    rows: Sequence[Mapping[str, Any]] = ()
+    evaluation: str = ""
+    command: str | None = None
+    config: Mapping[str, Any] = field(default_factory=dict)
+
+
+def write_card(directory: str | Path, origin: Origin, base_config: Any = None) -> None:
+    """Write the card of an exported model, with the licence of its base and the code's versions and commit.
+
+    Args:
+        directory: of the export.
+        origin: where it comes from; local paths in it may be whole, the card has their last parts only.
+        base_config: `transformers` config of the base model, in case that names a licence.
+    """
+    facts = Origin(**public(asdict(origin)))
+    known = license_of(origin.base_model, base_config)
+    text = model_card(facts, name=Path(directory).resolve().name, license=known, commit=commit(), versions=versions())
+    write_text(text, Path(directory) / CARD)
+
+
+def public(value: Any) -> Any:
+    """The same strings, lists and mappings, in which local paths have shrunk to their last part.
+
+    A path is what exists here, begins like one (`/`, `./`, `../`, `~`) or has more than one slash; a URL is none.
+    """
+    if isinstance(value, Mapping):
+        return {key: public(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [public(item) for item in value]
+    if isinstance(value, Path):
+        return value.name
+    if not isinstance(value, str) or "\n" in value or "://" in value or "/" not in value:
+        return value
+    begins = value.startswith(("/", "./", "../", "~"))
+    if begins or Path(value).exists():
+        return Path(value).name
+    if " " in value:  # a command or a sentence
+        return " ".join(public(word) for word in value.split(" "))
+    return Path(value).name if value.count("/") > 1 else value
+
+
+def license_of(base_model: str, config: Any = None) -> dict[str, str]:
+    """What the base checkpoint itself says about its licence, as front matter; nothing is guessed or downloaded.
+
+    Read from the README.md in its directory (of a hub model: in the hub's cache), else from its config.
+    """
+    if base_model in embedded.ORIGINS:
+        return {"license": embedded.ORIGINS[base_model][1]}
+    readme = Path(base_model).expanduser() / CARD
+    if not Path(base_model).expanduser().is_dir() and base_model.count("/") == 1:
+        cached = try_to_load_from_cache(base_model, CARD)
+        readme = Path(cached) if isinstance(cached, str) else readme
+    try:
+        matter = metadata_load(readme) if readme.is_file() else None
+    except (ValueError, OSError, yaml.YAMLError):
+        matter = None
+    named = matter if isinstance(matter, dict) and isinstance(matter.get("license"), str) else vars(config or object)
+    if not isinstance(named.get("license"), str):
+        return {}
+    keys = ("license", "license_name", "license_link")
+    return {key: named[key] for key in keys if isinstance(named.get(key), str)}
+
+
+def pruner_name(pruner: Pruner) -> str:
+    """Its short name, or the import path of its class."""
+    path = f"{type(pruner).__module__}.{type(pruner).__qualname__}"
+    return next((name for name, known in PRUNERS.items() if known == path), path)
+
+
+def model_card(
+    origin: Origin,
+    *,
+    name: str,
+    license: Mapping[str, str] = {},
+    commit: str | None = None,
+    versions: Mapping[str, str] = {},
+) -> str:
+    """The card as Markdown with the hub's YAML front matter. Pure: it reads nothing and writes nothing.
+
+    Args:
+        origin: what is known, free of private paths.
+        name: of the directory that holds the model.
+        license: front matter about the licence; none if the base says none.
+        commit, versions: of the code.
+    """
+    hub_name = embedded.ORIGINS.get(origin.base_model, (origin.base_model,))[0]
+    kind = "sliced" if origin.pattern.startswith("slice") else "sparse"
+    tags = ["rotpruner", "pruning", kind, origin.pattern, *([origin.pruner] if origin.pruner else [])]
+    matter = ModelCardData(
+        base_model=hub_name,
+        library_name="transformers",
+        pipeline_tag="text-generation",
+        tags=tags,
+        license=license.get("license"),
+        license_name=license.get("license_name"),
+        license_link=license.get("license_link"),
+    )
+    parts = [
+        f"---\n{matter.to_yaml()}\n---",
+        f"# {_title(origin)}",
+        _METHODS[origin.basis],
+        _table(("", ""), _facts(origin, hub_name, license)),
+        "## Numbers",
+        *_numbers(origin),
+        "## Use",
+        _use(name, kind),
+        "## How it was made",
+        *_made(origin, commit, versions),
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def _title(origin: Origin) -> str:
+    by = f" by {origin.pruner}" if origin.pruner else ""
+    return f"{origin.base_model.split('/')[-1]}, {origin.pattern}{by}"
+
+
+def _facts(origin: Origin, hub_name: str, license: Mapping[str, str]) -> list[tuple[str, str]]:
+    base = f"`{origin.base_model}`"
+    if hub_name != origin.base_model:
+        base += f", the weights of {hub_name} dequantised from 4 bits"
+    facts = [("base model", base), ("licence", license.get("license", "the base checkpoint names none"))]
+    facts.append(("pattern", f"`{origin.pattern}`"))
+    if origin.pruner:
+        facts.append(("pruner", origin.pruner + (f", weights updated by {origin.update}" if origin.update else "")))
+        facts.append(("sparsity of the blocks", origin.layer_sparsity))
+    facts.append(("rotated spaces", ", ".join(origin.spaces) or "none"))
+    tokens = f"{origin.num_sequences} × {origin.seq_len:,} = {origin.num_sequences * origin.seq_len:,} tokens"
+    facts.append(("calibration", f"{origin.calibration}: {tokens}" if origin.num_sequences else "none"))
+    learning = f"{origin.steps} steps, {origin.training_tokens:,} tokens" if origin.steps else "none"
+    if origin.basis == "learned" and not origin.steps:
+        learning = "in another run, whose rotations were given"
+    return [*facts, ("learning", learning), ("seed", str(origin.seed))]
+
+
+def _numbers(origin: Origin) -> list[str]:
+    if not origin.rows:
+        return ["Not measured."]
+    texts = list(dict.fromkeys(text for row in origin.rows for text in row.get("ppl", {})))
+    cells = []
+    for row in origin.rows:
+        ppl = [f"{row['ppl'][text]:,.2f}" if text in row.get("ppl", {}) else "" for text in texts]
+        sizes = [f"{row['parameters'] / 1e6:,.1f} M", f"{row['seconds']:,.0f}"]
+        cells.append((row["name"], _ROWS.get(row["name"], ""), f"{row['sparsity']:.4f}", *ppl, *sizes))
+    head = ("", "", "sparsity", *(f"perplexity, {text}" for text in texts), "parameters", "seconds")
+    parts = [_table(head, cells)]
+    if origin.evaluation and texts:
+        parts.append(f"Perplexity {origin.evaluation}.")
+    elif not texts:
+        parts.append("Perplexity was not measured.")
+    found = {row["name"] for row in origin.rows}
+    missing = [row for row in ("dense", "pruner or pca", "random_rotation") if not found & set(row.split(" or "))]
+    if missing and origin.basis == "learned":
+        parts.append(f"Not measured in this run: {', '.join(missing)}.")
+    elif missing:
+        parts.append("No dense model or control was measured in this run.")
+    return parts
+
+
+def _use(name: str, kind: str) -> str:
+    zeros = "" if kind == "sliced" else "The weights are stored dense, zeros included: as they are, they save no time. "
+    return (
+        "An ordinary checkpoint; nothing of RotPruner is needed to run it.\n\n"
+        "```python\nfrom transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
+        f'model = AutoModelForCausalLM.from_pretrained("{name}")\n'
+        f'tokenizer = AutoTokenizer.from_pretrained("{name}")\n```\n\n'
+        f"{zeros}If this directory holds `packed_config.json`, it is packed: load it with `rotpruner.load`."
+    )
+
+
+def _made(origin: Origin, commit: str | None, versions: Mapping[str, str]) -> list[str]:
+    parts = [f"```\n{origin.command}\n```" if origin.command else "With RotPruner's Python interface."]
+    if origin.config:
+        config = yaml.safe_dump(dict(origin.config), sort_keys=False)
+        parts.append(f"`config.yaml` (of local paths the last part only):\n\n```yaml\n{config}```")
+    code = ", ".join(f"{package} {version}" for package, version in versions.items())
+    return [*parts, f"{code or 'Versions unknown'}; commit {commit or 'unknown'}."]
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join("| " + " | ".join(str(cell).replace("|", "\\|") for cell in line) + " |" for line in lines)
