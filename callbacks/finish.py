@@ -29,6 +29,7 @@ from rotpruner.patterns import Slice
 from rotpruner.provenance import commit
 from rotpruner.rotation_artifact import Rotations
 from rotpruner.rotations import RotationSet, random_rotations
+from rotpruner.shortcuts import online_cost
 
 Row = dict[str, Any]
 
@@ -109,7 +110,7 @@ class Finish(Callback):
         training_seconds = self._elapsed()
         name, pruner, pattern = module.model_name, module.pruner, module.pattern
         tokenizer, batches = load_tokenizer(name), trainer.datamodule.tokens.split(1)  # type: ignore[attr-defined]
-        drawn = random_rotations(module.rotated.base.config, module.spaces, module.seed)
+        drawn = random_rotations(module.rotated.base.config, module.spaces, module.seed, placement=module.placement)
         moments = {group: moment.to("cpu") for group, moment in module.rotated.moments.items()}
 
         def pruned(rotations: dict[str, Tensor] | None, directory: Path) -> None:
@@ -199,6 +200,7 @@ class Finish(Callback):
                 "seconds": round(seconds, 1),
                 "ppl": perplexities(model, self._ids, self.seq_len, self.max_tokens, track),
                 "parameters": parameter_count(model),
+                "online_flops": online_cost(model).flops,
             }
         write_json(row, kept)
         return row

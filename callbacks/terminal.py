@@ -24,7 +24,7 @@ def results_table(results: Mapping[str, Any]) -> Table:
     """The rows of a `results.json` as a table."""
     texts = list(results["rows"][0]["ppl"])
     table = Table(title="perplexity" if len(texts) == 1 else None)
-    for column in ("", "pattern", "sparsity", *texts, "parameters", "seconds"):
+    for column in ("", "pattern", "sparsity", *texts, "parameters", "online FLOPs", "seconds"):
         table.add_column(column, justify="left" if column in ("", "pattern") else "right")
     for row in results["rows"]:
         table.add_row(
@@ -33,6 +33,7 @@ def results_table(results: Mapping[str, Any]) -> Table:
             f"{row['sparsity']:.4f}",
             *(f"{row['ppl'][text]:.2f}" for text in texts),
             f"{row['parameters'] / 1e6:.1f} M",
+            f"{row.get('online_flops', 0) / 1e6:.1f} M",
             f"{row['seconds']:.0f}",
         )
     return table

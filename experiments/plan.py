@@ -115,6 +115,7 @@ def read_setup(arguments: list[str], gpu: str, count: int) -> tuple[Setup, str]:
         config=config,
         pruner=resolve_pruner(model.pruner),
         spaces=tuple(model.spaces),
+        placement=model.placement,
         objective=Objective(**_plain(model.objective)),
         dtype=getattr(torch, model.base_dtype),
         seq_len=data.seq_len,

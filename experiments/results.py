@@ -67,11 +67,11 @@ def table(sweep: dict[str, Any], records: list[tuple[str, dict[str, Any]]]) -> s
     kinds_shown = any(key[-1] for key in pooled)
     head = [*(column.rpartition(".")[2] for column in columns), *(["row"] if kinds_shown else [])]
     head += [*(f"{text} ppl" for text in texts), *(f"G {text}" for text in texts if dense)]
-    head += ["parameters", "seconds", "seeds", "commit"]
+    head += ["parameters", "online FLOPs", "seconds", "seeds", "commit"]
     lines = [f"## {sweep['title']}\n", "| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
     if dense:
         blank = [""] * (len(columns) + kinds_shown - 1)
-        cells = ["dense", *blank, *(f"{dense[text]:.2f}" for text in texts), *("0" for _ in texts), "", "", "", ""]
+        cells = ["dense", *blank, *(f"{dense[text]:.2f}" for text in texts), *("0" for _ in texts), "", "", "", "", ""]
         lines.append("| " + " | ".join(cells) + " |")
     for key, results in sorted(pooled.items()):
         cells = [*(key if kinds_shown else key[:-1])]
@@ -80,6 +80,7 @@ def table(sweep: dict[str, Any], records: list[tuple[str, dict[str, Any]]]) -> s
             _pool([math.log(result["ppl"][text] / dense[text]) for result in results], "{:.3f}") for text in dense
         ]
         cells += [f"{results[0]['parameters'] / 1e6:.1f} M" if "parameters" in results[0] else ""]
+        cells += [f"{results[0].get('online_flops', 0) / 1e6:.0f} M"]
         cells += [_pool([result["seconds"] for result in results], "{:.0f}"), str(len(results))]
         cells += [str(results[0]["commit"])[:7]]
         lines.append("| " + " | ".join(cells) + " |")

@@ -24,8 +24,9 @@ from rotpruner.patterns import Scope, Slice, parse_pattern
 from rotpruner.pruners import resolve_pruner
 from rotpruner.rotated_model import RotatedModel
 from rotpruner.rotation_artifact import Rotations
-from rotpruner.rotations import LearnedRotations, Start, space_constraint
+from rotpruner.rotations import LearnedRotations, Placement, Start, basis_changes, residual_sites, space_constraint
 from rotpruner.sharding import shard
+from rotpruner.shortcuts import check_exportable
 from rotpruner.surrogates import Surrogate
 
 BaseDtype = Literal["bfloat16", "float16", "float32", "float64"]
@@ -53,6 +54,8 @@ class RotationModule(LightningModule):
         scope: where an unstructured sparsity is counted.
         layer_sparsity: `uniform`, or `owl` to let blocks with many outliers keep more of an unstructured pattern.
         spaces: which spaces rotate.
+        placement: of the residual rotations: `shared` merges away; `per_layer`, `per_block` (the paper's) or a number
+            of matrices leave products of theirs in the model that is exported.
         orthogonal_map: how orthogonal matrices are parametrised; `manifold` goes with `CayleySGD` only.
         start: rotations at the first step; `pca` turns the residual stream to its principal directions.
         init_rotations: directory of saved rotations to start from instead.
@@ -80,6 +83,7 @@ class RotationModule(LightningModule):
         scope: Scope = "row",
         layer_sparsity: LayerSparsity = "uniform",
         spaces: list[str] = ["residual", "value_heads"],  # noqa: B006 - read by the command line, never changed
+        placement: Placement = "shared",
         orthogonal_map: MapName = "cayley",
         start: Start = "identity",
         init_rotations: str | None = None,
@@ -105,6 +109,11 @@ class RotationModule(LightningModule):
         config = load_config(model)
         for space in spaces:
             check_space(config, space)
+        if "residual" in spaces and basis_changes(config, residual_sites(config, placement)):
+            check_exportable(config)
+        if placement not in ("shared", 1) and "residual" not in spaces:
+            raise InputError(f"placement {placement} is of the residual stream, but spaces are {spaces}; add residual")
+        self.placement: Placement = placement
         check_pattern(meta_model(config), self.pattern)
         if isinstance(self.pattern, Slice) and spaces != ["residual"]:
             raise InputError(
@@ -143,7 +152,9 @@ class RotationModule(LightningModule):
         if hasattr(self, "rotated"):
             return
         base = load_model(self.model_name, self.base_dtype)
-        rotations = LearnedRotations(base.config, self.spaces, self.orthogonal_map, self.start, self.seed)
+        rotations = LearnedRotations(
+            base.config, self.spaces, self.orthogonal_map, self.start, self.seed, self.placement
+        )
         if self.base_dtype == torch.float64:
             rotations = rotations.double()
         if self.init_rotations is not None:

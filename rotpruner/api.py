@@ -24,7 +24,8 @@ from rotpruner.perplexity import windows
 from rotpruner.pruners import Pruner, resolve_pruner
 from rotpruner.rotated_model import RotatedModel
 from rotpruner.rotation_artifact import Rotations
-from rotpruner.rotations import LearnedRotations, Start
+from rotpruner.rotations import LearnedRotations, Placement, Start, basis_changes, residual_sites
+from rotpruner.shortcuts import check_exportable
 from rotpruner.surrogates import Surrogate
 
 
@@ -68,7 +69,7 @@ def prune(
     pattern: str | float = "2:4",
     scope: Scope = "row",
     pruner: str | Pruner = "wanda",
-    rotate: Literal["shared", "none"] | Rotations = "shared",
+    rotate: Placement | Literal["none"] | Rotations = "shared",
     spaces: Sequence[str] = ("residual", "value_heads"),
     steps: int = 100,
     lr: float = 2e-3,
@@ -86,8 +87,9 @@ def prune(
         tokenizer: its own.
         texts: documents to calibrate and learn on.
         pattern, scope, pruner: what to prune and how.
-        rotate: `shared` learns one rotation for the whole residual stream, so that all of it merges away; `none`
-            prunes the model as it is. Rotations of this model are where learning goes on; with no steps, they stay.
+        rotate: `shared` learns one rotation for the whole residual stream, so that all of it merges away; `per_layer`,
+            `per_block` or a number of matrices leave products of theirs to be run with the model; `none` prunes the
+            model as it is. Rotations of this model are where learning goes on; with no steps, they stay.
         spaces: which spaces rotate (of a slice, the residual stream alone), unless `rotate` says so; empty is `none`.
         steps, lr: of learning, one sequence a step.
         num_sequences, seq_len: size of the calibration set, taken from the texts by `seed`.
@@ -136,11 +138,14 @@ def prune(
         return pruned
 
     start: Start = "identity"
+    placement: Placement = "shared"
     if given is not None:
-        spaces = list(given)
-    elif isinstance(parsed, Slice):
+        spaces, placement = list(given), len(given["residual"]) if "residual" in given else "shared"
+    elif not isinstance(rotate, Rotations) and rotate != "none":
+        placement = rotate
+    if given is None and isinstance(parsed, Slice):
         spaces, start = ["residual"], "pca"
-    rotations = LearnedRotations(model.config, spaces, start=start)
+    rotations = LearnedRotations(model.config, spaces, start=start, placement=placement)
     if given is not None:
         rotations.restart(given)
     rotations = rotations.to(model.device)
@@ -161,15 +166,17 @@ def prune(
     return pruned
 
 
-def _check_rotate(rotate: str | Rotations, model: PreTrainedModel, pattern: Pattern | Slice) -> Rotations | None:
+def _check_rotate(
+    rotate: Placement | Literal["none"] | Rotations, model: PreTrainedModel, pattern: Pattern | Slice
+) -> Rotations | None:
     """The rotations that were given, if any."""
     if isinstance(rotate, Rotations):
         rotate.check_model(model)
         if isinstance(pattern, Slice) and set(rotate) != {"residual"}:
             raise InputError(f"pattern {pattern} removes residual directions only, but rotate has {sorted(rotate)}")
         return rotate
-    if rotate not in ("shared", "none"):
-        raise InputError(f"unknown rotate '{rotate}'; choose shared or none, or give Rotations of this model")
+    if rotate != "none" and basis_changes(model.config, residual_sites(model.config, rotate)):
+        check_exportable(model.config)
     return None
 
 

@@ -18,6 +18,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rotpruner.errors import InputError
 from rotpruner.families import family_of, module_at
+from rotpruner.shortcuts import exportable
 
 
 @contextmanager
@@ -80,7 +81,8 @@ def save_model(
     directory: str | Path,
     replace: bool = False,
 ) -> None:
-    """Write an ordinary checkpoint that plain `transformers` loads."""
+    """Write a checkpoint that plain `transformers` loads; with `trust_remote_code` if it has online rotations."""
+    exported = exportable(model)
     with new_directory(directory, replace) as scratch:
-        model.save_pretrained(scratch)
+        exported.save_pretrained(scratch)
         tokenizer.save_pretrained(scratch)

@@ -37,6 +37,11 @@ def step_flops(setup: Setup) -> list[Term]:
     if "residual" in setup.spaces:
         terms.append(Term("ends of the stream", 10 * d * d * tau,
                           f"5 · 2 d² B T = 10 · {d}² · {tau}: into the basis and out of it, gradients"))  # fmt: skip
+    if setup.basis_changes:
+        changes, times = setup.basis_changes, 3 + again
+        terms.append(Term("basis changes", changes * times * 2 * d * d * (d + tau),
+                          f"{changes} · {times} · 2 d² (d + B T) = {changes} · {times} · 2 · {d}² · ({d} + {tau}): "
+                          "T = QᵢᵀQᵢ₊₁ and x T for a residual connection, gradients"))  # fmt: skip
     passes = 3 * bool(setup.objective.kl) + 3 * bool(setup.objective.cross_entropy) + 2 * bool(setup.objective.kl)
     formula = f"{passes} · 2 V d B T = {passes} · 2 · {V:,} · {d} · {tau}: pruned forward, again, gradient; dense twice"
     terms.append(Term("logits", passes * 2 * V * d * tau, formula))
@@ -67,7 +72,7 @@ def _solves(setup: Setup) -> int:
     """LU and its solution 8/3 n³, Q₀ times it 2 n³; backward 2 n³ each for Q₀, the solve and the outer product."""
     total = 0
     for space in setup.spaces:
-        sites, blocks, n = space_shape(setup.config, space)
+        sites, blocks, n = space_shape(setup.config, space, setup.placement)
         total += sites * blocks * 32 * n**3 // 3
     return total
 

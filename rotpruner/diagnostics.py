@@ -98,7 +98,7 @@ def layer_table(
     for group, members in progress([(group, list(members)) for group, members in groups], "layer diagnostics"):
         moment = moments.get(group)
         # Rotated once for the group, whose linears share what a pruner derives from it.
-        turned = None if moment is None else moment.rotate(sides(rotations, members[0])[0])
+        turned = None if moment is None else moment.rotate(sides(model.config, rotations, members[0])[0])
         for place in members:
             weight, found = module_at(model, place.name).weight.float(), module_at(pruned, place.name).weight
             row: dict[str, Any] = {
@@ -110,7 +110,7 @@ def layer_table(
                 "kept_mass": None,
             }
             if isinstance(pattern, Pattern):
-                rotated = rotate_weight(weight, *sides(rotations, place))
+                rotated = rotate_weight(weight, *sides(model.config, rotations, place))
                 row["error"] = relative_error(rotated, found, turned)
                 saliencies = {"own": pruner.saliency(weight, moment), "learned": pruner.saliency(rotated, turned)}
                 row["kept_mass"] = {basis: kept_mass(S, pattern.mask(S)) for basis, S in saliencies.items()}
@@ -129,16 +129,17 @@ def masked_share(rotated: RotatedModel) -> list[dict[str, Any]]:
         nothing for linears without masks.
     """
     rotations = {space: Q.detach() for space, Q in rotated.rotations().items()}
-    rows = []
+    config, rows = rotated.base.config, []
     for group, members in groupby(rotated.linears, key=lambda linear: linear.place.group):
         linears = list(members)
         moment = rotated.moments.get(group)
-        turned = None if moment is None else moment.rotate(sides(rotations, linears[0].place)[0])
+        turned = None if moment is None else moment.rotate(sides(config, rotations, linears[0].place)[0])
         for linear in linears:
             mask = linear.mask
             if mask is None:
                 continue
-            saliency = rotated.pruner.saliency(rotate_weight(linear.weight, *sides(rotations, linear.place)), turned)
+            weight = rotate_weight(linear.weight, *sides(config, rotations, linear.place))
+            saliency = rotated.pruner.saliency(weight, turned)
             row = {"name": linear.place.name, "layer": linear.place.layer, "weights": mask.numel()}
             rows.append({**row, "sparsity": 1 - mask.double().mean().item(), "kept_mass": kept_mass(saliency, mask)})
     return rows
@@ -163,13 +164,14 @@ def heat_maps(model: nn.Module, rotations: Mapping[str, Tensor]) -> tuple[str, d
     linears = block_linears(model.config)
 
     def rotates(place: BlockLinear) -> bool:
-        return place.layer == linears[-1].layer // 2 and any(Q is not None for Q in sides(rotations, place))
+        middle = place.layer == linears[-1].layer // 2
+        return middle and any(Q is not None for Q in sides(model.config, rotations, place))
 
     place = next(filter(rotates, linears))
     weight = module_at(model, place.name).weight.float()
     return place.name, {
         "own": pooled_rms(weight),
-        "learned": pooled_rms(rotate_weight(weight, *sides(rotations, place))),
+        "learned": pooled_rms(rotate_weight(weight, *sides(model.config, rotations, place))),
     }
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -174,8 +174,10 @@ def family_of(config: Any) -> Family:
     Raises:
         InputError: `config.model_type` has no table.
     """
-    if config.model_type in _FAMILIES:
-        return _FAMILIES[config.model_type]
+    # A checkpoint with online rotations is of the same family, see `rotpruner.shortcuts`.
+    model_type = config.model_type.removeprefix("rotated_")
+    if model_type in _FAMILIES:
+        return _FAMILIES[model_type]
     known = ", ".join(sorted(_FAMILIES))
     if reason := _unsuitable(config):
         raise InputError(f"model family '{config.model_type}' is refused: {reason}; choose one of {known}")
@@ -196,6 +198,8 @@ def _unsuitable(config: Any) -> str | None:
 
 
 def _refusal(config: Any, space: str) -> str | None:
+    if space == "residual" and getattr(config, "shortcuts", None):
+        return "its stream changes basis on the way already"
     reason = family_of(config).refusals.get(space)
     return reason(config) if callable(reason) else reason
 
@@ -225,25 +229,58 @@ class BlockLinear:
         layer: index of the block.
         spec: its row in the family's table.
         group: name of the first linear that reads the same tensor.
+        boundary: how many linears before it write the residual stream: where on its way it reads the stream, if it
+            does; it writes at the next one.
     """
 
     name: str
     layer: int
     spec: LinearSpec
     group: str
+    boundary: int
 
 
 def block_linears(config: Any) -> list[BlockLinear]:
     """Every decoder linear of a model, in data-flow order."""
     family = family_of(config)
-    found = []
+    found: list[BlockLinear] = []
+    boundary = 0
     for layer in range(config.num_hidden_layers):
         prefix = f"{family.blocks}.{layer}."
         first: dict[tuple[str, str | None], str] = {}
         for spec in family.linears:
             name = prefix + spec.path
-            found.append(BlockLinear(name, layer, spec, first.setdefault((spec.reads, spec.norm), name)))
+            group = first.setdefault((spec.reads, spec.norm), name)
+            found.append(BlockLinear(name, layer, spec, group, boundary))
+            boundary += spec.writes == "residual"
     return found
+
+
+class Sublayer(NamedTuple):
+    """What lies between two boundaries of the residual stream: module paths inside the block.
+
+    Attributes:
+        norm: that reads the stream.
+        writer: the linear that writes it.
+    """
+
+    norm: str
+    writer: str
+
+
+def residual_sublayers(config: Any) -> list[Sublayer]:
+    """The sublayers of each block, in data-flow order."""
+    found, norm = [], ""
+    for spec in family_of(config).linears:
+        norm = spec.norm or norm
+        if spec.writes == "residual":
+            found.append(Sublayer(norm, spec.path))
+    return found
+
+
+def residual_boundaries(config: Any) -> int:
+    """Places where the residual stream may be in a basis of its own: before, between and behind all sublayers."""
+    return 1 + config.num_hidden_layers * len(residual_sublayers(config))
 
 
 def module_at(model: nn.Module, path: str) -> Any:

@@ -120,7 +120,7 @@ def prune_model(
         return
     linears = block_linears(model.config)
     known = {
-        linear.group: moments[linear.group].rotate(sides(rotations, linear)[0])
+        linear.group: moments[linear.group].rotate(sides(model.config, rotations, linear)[0])
         for linear in linears
         if moments is not None and linear.name == linear.group and linear.group in moments
     }

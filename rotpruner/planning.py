@@ -202,6 +202,11 @@ def _kept(setup: Setup) -> list[Term]:
     tokens, d, s = setup.tokens, setup.config.hidden_size, setup.s
     ends = tokens * d * (4 + 4 * s)
     terms = [Term("ends of the stream", ends, f"B T d (4 + 4s) = {tokens} · {d} · {4 + 4 * s}: embedding, final norm")]
+    if setup.basis_changes:
+        # Under gradient checkpointing those of one block at a time, of at most two sublayers.
+        changes = min(2, setup.basis_changes) if setup.gradient_checkpointing else setup.basis_changes
+        each = tokens * d * s + d * d * s
+        terms.append(Term("basis changes", changes * each, f"{changes} · (B T d s + d² s) = {changes} · {each:,}"))
     if setup.gradient_checkpointing:
         size = setup.layers * tokens * d * s
         return [*terms, Term("blocks' inputs", size, f"L B T d s = {setup.layers} · {tokens} · {d} · {s}")]

@@ -3,7 +3,8 @@
 The base model keeps one copy of its weights, in the original basis. Each decoder linear makes its
 rotated, masked weight when it is called (and again in the backward pass under gradient checkpointing);
 the embedding's output is rotated and the final norm's input rotated back, so that everything outside
-the decoder blocks stays as it is. Without rotations the same modules are the dense model, the teacher.
+the decoder blocks stays as it is. Where the stream changes its basis on the way, residual connections carry
+that. Without rotations the same modules are the dense model, the teacher.
 """
 
 from __future__ import annotations
@@ -19,14 +20,15 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from rotpruner.distributed import Ranks, whole
-from rotpruner.families import BlockLinear, block_linears, family_of
+from rotpruner.families import BlockLinear, block_linears, family_of, residual_sublayers
 from rotpruner.fusion import fuse_block_norms
+from rotpruner.modeling_rotated import Shortcut
 from rotpruner.objectives import Objective
 from rotpruner.oneshot import LayerSparsity, check_layer_sparsity, layer_patterns, linears_to_watch
 from rotpruner.orthogonal import rotate_bias, rotate_features, rotate_weight
 from rotpruner.patterns import Pattern, Slice
 from rotpruner.pruners import Pruner
-from rotpruner.rotations import LearnedRotations, RotationSet, at_site, sides
+from rotpruner.rotations import LearnedRotations, RotationSet, basis_change, basis_changes, residual_at, sides
 from rotpruner.slicing import project, residual_moments, residual_pca, sliced_width
 from rotpruner.statistics import Moment, gather_moments
 from rotpruner.surrogates import Surrogate
@@ -35,7 +37,8 @@ from rotpruner.surrogates import Surrogate
 class Basis:
     """The rotations in which the linears of one model run at the moment; empty means dense."""
 
-    def __init__(self) -> None:
+    def __init__(self, config: Any) -> None:
+        self.config = config
         self.rotations: RotationSet = {}
         self.pruned = False
 
@@ -52,11 +55,22 @@ class RotatedLinear(nn.Linear):
         self.register_buffer("mask", None, persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        reads, writes = sides(self.basis.rotations, self.place)
+        reads, writes = sides(self.basis.config, self.basis.rotations, self.place)
         weight = rotate_weight(self.weight, reads, writes)
         if self.basis.pruned and self.mask is not None:
             weight = self.surrogate(weight, self.mask)
         return F.linear(x, weight, rotate_bias(self.bias, writes))
+
+
+class _BasisChange(Shortcut):
+    """The shortcut of one sublayer, of the rotations of the moment."""
+
+    def __init__(self, basis: Basis, number: int) -> None:
+        nn.Module.__init__(self)
+        self.basis, self.number, self._stream = basis, number, None
+
+    def basis_change(self) -> Tensor | None:
+        return basis_change(self.basis.config, self.basis.rotations, self.number)
 
 
 class RotatedModel(nn.Module):
@@ -97,7 +111,7 @@ class RotatedModel(nn.Module):
         self.pruner, self.pattern = pruner, pattern
         self.objective = objective or Objective()
         self.ranks = ranks or Ranks()
-        self.basis = Basis()
+        self.basis = Basis(base.config)
         self.moments: dict[str, Moment] = {}
         #: One for each block; `calibrate` shares the sparsity out.
         self.patterns = [] if isinstance(pattern, Slice) else [pattern] * base.config.num_hidden_layers
@@ -112,6 +126,7 @@ class RotatedModel(nn.Module):
             self._hook_residual_ends(base)
         base.requires_grad_(False)
         self.linears = self._replace_linears(base, surrogate or Surrogate())
+        self._hook_shortcuts(base, rotations.sites)
         for module in base.modules():
             if isinstance(module, nn.Dropout):
                 module.p = 0.0
@@ -135,17 +150,24 @@ class RotatedModel(nn.Module):
 
     def _hook_residual_ends(self, base: PreTrainedModel) -> None:
         def enter(module: nn.Module, args: Any, output: Tensor) -> Tensor:
-            Q = at_site(self.basis.rotations, "residual", 0)
+            Q = residual_at(base.config, self.basis.rotations, 0)
             return output if Q is None else rotate_features(output, Q.to(output.dtype))
 
         def leave(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-            Q = at_site(self.basis.rotations, "residual", 0)
+            Q = residual_at(base.config, self.basis.rotations, -1)
             return args if Q is None else (rotate_features(args[0], Q.mT.to(args[0].dtype)), *args[1:])
 
         family = family_of(base.config)
         for path in family.embeddings:
             base.get_submodule(path).register_forward_hook(enter)
         base.get_submodule(family.final_norm).register_forward_pre_hook(leave)
+
+    def _hook_shortcuts(self, base: PreTrainedModel, sites: int) -> None:
+        blocks, sublayers = base.get_submodule(family_of(base.config).blocks), residual_sublayers(base.config)
+        for number in basis_changes(base.config, sites):
+            layer, place = divmod(number, len(sublayers))
+            norm, writer = (blocks[layer].get_submodule(path) for path in sublayers[place])  # type: ignore[index]
+            _BasisChange(self.basis, number).attach(norm, writer)
 
     # -- bases ---------------------------------------------------------------------------------
 
@@ -198,7 +220,8 @@ class RotatedModel(nn.Module):
             InputError: not every rotation of the residual stream is one of this model.
         """
         start = {space: Q.detach() for space, Q in self.rotations().items()}
-        start["residual"] = residual_pca(self.base.config, self.moments).to(start["residual"])
+        sites = len(start["residual"])
+        start["residual"] = residual_pca(self.base.config, self.moments, sites).to(start["residual"])
         self.rotations.restart(start)
 
     @torch.no_grad()
@@ -240,7 +263,7 @@ class RotatedModel(nn.Module):
                     own[linear] = weight
         moment = None
         for linear, weight in own.items():
-            reads, writes = sides(rotations, linear.place)
+            reads, writes = sides(self.base.config, rotations, linear.place)
             # Rotated once for the group, whose linears share what a pruner derives from it.
             if moment is None and linear.place.group in self.moments:
                 moment = self.moments[linear.place.group].rotate(reads)

@@ -1,8 +1,12 @@
 """One rotation per space of a model: which orthogonal matrix each linear reads and writes.
 
 A set of rotations is a plain `dict[str, Tensor]` from the name of a space to its blocks (S, B, n, n):
-`residual` (1, 1, d, d), shared by the whole stream; `value_heads` and `query_key`, each (layers, KV heads,
-head_dim, head_dim). Spaces that are not in it stay as they are.
+`residual` (S, 1, d, d); `value_heads` and `query_key`, each (layers, KV heads, head_dim, head_dim). Spaces that are
+not in it stay as they are.
+
+The residual stream has boundaries: in front of the first sublayer (attention or MLP), between two, behind the last.
+Its S matrices are shared out evenly among neighbouring ones. One matrix for all merges away completely; where
+neighbours differ, the residual connection between them carries QᵢᵀQᵢ₊₁ at run time (the paper's shortcuts).
 """
 
 from __future__ import annotations
@@ -14,7 +18,14 @@ import torch
 from torch import Tensor, nn
 
 from rotpruner.errors import InputError
-from rotpruner.families import BlockLinear, block_linears, check_space, family_of, module_at
+from rotpruner.families import (
+    BlockLinear,
+    block_linears,
+    check_space,
+    family_of,
+    module_at,
+    residual_boundaries,
+)
 from rotpruner.fusion import fuse_norms, norm_bias
 from rotpruner.orthogonal import (
     Constraint,
@@ -27,9 +38,14 @@ from rotpruner.orthogonal import (
     rotate_features,
     rotate_weight,
 )
+from rotpruner.shortcuts import insert_shortcuts
 
 RotationSet = dict[str, Tensor]
 Start = Literal["identity", "random", "pca"]
+
+#: How many matrices the residual stream has: one; one a decoder block and one for the end; one a boundary (2L + 1, the
+#: paper's placement); or that many.
+Placement = Literal["shared", "per_layer", "per_block"] | int
 
 _TOLERANCE = 1e-3  # of QᵀQ = I and of constraints; learned float32 rotations are within 1e-5
 
@@ -39,15 +55,31 @@ def head_dim(config: Any) -> int:
     return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
 
 
-def space_shape(config: Any, space: str) -> tuple[int, int, int]:
-    """(sites, blocks, n) of a space's rotation.
+def residual_sites(config: Any, placement: Placement) -> int:
+    """How many matrices a placement gives the residual stream.
+
+    Raises:
+        InputError: no such placement in this model.
+    """
+    boundaries = residual_boundaries(config)
+    named = {"shared": 1, "per_layer": config.num_hidden_layers + 1, "per_block": boundaries}
+    sites = named.get(placement, placement) if isinstance(placement, str) else placement
+    if not isinstance(sites, int) or not 1 <= sites <= boundaries:
+        raise InputError(
+            f"placement '{placement}' is not one of {', '.join(named)} nor a number of matrices up to {boundaries}"
+        )
+    return sites
+
+
+def space_shape(config: Any, space: str, placement: Placement = "shared") -> tuple[int, int, int]:
+    """(sites, blocks, n) of a space's rotation; `placement` counts for the residual stream only.
 
     Raises:
         InputError: the model has no such space.
     """
     check_space(config, space)
     if space == "residual":
-        return 1, 1, config.hidden_size
+        return residual_sites(config, placement), 1, config.hidden_size
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     return config.num_hidden_layers, heads, head_dim(config)
 
@@ -60,6 +92,8 @@ def space_constraint(config: Any, space: str) -> Constraint:
 def check_rotation(config: Any, space: str, Q: Tensor) -> None:
     """Raise `InputError` unless Q (S, B, n, n) is a rotation of this space of this model."""
     sites, blocks, n = space_shape(config, space)
+    if space == "residual" and 1 < len(Q) <= residual_boundaries(config):
+        sites = len(Q)
     if Q.shape != (sites, blocks, n, n):
         raise InputError(
             f"the rotations of '{space}' have shape {tuple(Q.shape)}, but this model needs "
@@ -75,11 +109,19 @@ def check_rotation(config: Any, space: str, Q: Tensor) -> None:
         )
 
 
-def random_rotations(config: Any, spaces: Iterable[str], seed: int, dtype: torch.dtype = torch.float32) -> RotationSet:
+def random_rotations(
+    config: Any,
+    spaces: Iterable[str],
+    seed: int,
+    dtype: torch.dtype = torch.float32,
+    placement: Placement = "shared",
+) -> RotationSet:
     """Haar-distributed rotations of the named spaces; the same for the same seed."""
     generator = torch.Generator().manual_seed(seed)
     return {
-        space: random_orthogonal(*space_shape(config, space), generator, space_constraint(config, space), dtype)
+        space: random_orthogonal(
+            *space_shape(config, space, placement), generator, space_constraint(config, space), dtype
+        )
         for space in spaces
     }
 
@@ -92,6 +134,7 @@ class LearnedRotations(nn.Module):
         spaces: names of the spaces to rotate.
         map_name: how orthogonal matrices are parametrised.
         start: `identity`, `random` with `seed`, or `pca`: identity until `RotatedModel.start_from_pca`.
+        placement: of the residual stream's matrices.
     """
 
     def __init__(
@@ -101,6 +144,7 @@ class LearnedRotations(nn.Module):
         map_name: MapName = "cayley",
         start: Start = "identity",
         seed: int = 0,
+        placement: Placement = "shared",
     ) -> None:
         super().__init__()
         if start not in get_args(Start):
@@ -110,18 +154,25 @@ class LearnedRotations(nn.Module):
             raise InputError(f"start pca turns the residual stream, but spaces are {list(spaces)}; add 'residual'")
         self.spaces = nn.ModuleDict(
             {
-                space: OrthogonalMatrices(*space_shape(config, space), map_name, space_constraint(config, space))
+                space: OrthogonalMatrices(
+                    *space_shape(config, space, placement), map_name, space_constraint(config, space)
+                )
                 for space in spaces
             }
         )
         if start == "random":
-            self.restart(random_rotations(config, self.spaces, seed))
+            self.restart(random_rotations(config, self.spaces, seed, placement=placement))
+
+    @property
+    def sites(self) -> int:
+        """How many matrices the residual stream has, 0 if it does not rotate."""
+        return len(self.spaces["residual"].start) if "residual" in self.spaces else 0  # type: ignore[arg-type]
 
     def forward(self) -> RotationSet:
         return {space: matrices() for space, matrices in self.spaces.items()}
 
     def restart(self, rotations: Mapping[str, Tensor]) -> None:
-        """Start again from given rotations of the same spaces.
+        """Start again from given rotations of the same spaces; fewer matrices of the residual stream are shared out.
 
         Raises:
             InputError: the spaces differ, or what is given for one is not a rotation of it.
@@ -132,30 +183,56 @@ class LearnedRotations(nn.Module):
             )
         for space, matrices in self.spaces.items():
             check_rotation(self.config, space, rotations[space])
-            matrices.restart(rotations[space])  # type: ignore[operator]
+            given, own = rotations[space], len(matrices.start)  # type: ignore[arg-type]
+            shared = torch.arange(own, device=given.device) * len(given) // own
+            matrices.restart(given[shared] if len(given) < own else given)  # type: ignore[operator]
 
 
-def at_site(rotations: Mapping[str, Tensor], space: str, layer: int) -> Tensor | None:
-    """The blocks (B, n, n) that act in a space at a layer; None where nothing rotates."""
-    if space not in rotations:
+def sides(config: Any, rotations: Mapping[str, Tensor], linear: BlockLinear) -> tuple[Tensor | None, Tensor | None]:
+    """The blocks (B, n, n) of what a decoder linear reads and writes, (Q_A, Q_B); None where nothing rotates."""
+
+    def at(space: str, boundary: int) -> Tensor | None:
+        if space == "residual":
+            return residual_at(config, rotations, boundary)
+        return rotations[space][linear.layer] if space in rotations else None
+
+    return at(linear.spec.reads, linear.boundary), at(linear.spec.writes, linear.boundary + 1)
+
+
+def residual_at(config: Any, rotations: Mapping[str, Tensor], boundary: int) -> Tensor | None:
+    """The matrix (1, d, d) of the residual stream at a boundary, −1 being the last; None if it does not rotate."""
+    if "residual" not in rotations:
         return None
-    sites = rotations[space]
-    return sites[layer] if len(sites) > 1 else sites[0]
+    boundaries, sites = residual_boundaries(config), rotations["residual"]
+    return sites[_site(boundary % boundaries, len(sites), boundaries)]
 
 
-def sides(rotations: Mapping[str, Tensor], linear: BlockLinear) -> tuple[Tensor | None, Tensor | None]:
-    """What a decoder linear reads and writes: (Q_A, Q_B)."""
-    return (
-        at_site(rotations, linear.spec.reads, linear.layer),
-        at_site(rotations, linear.spec.writes, linear.layer),
-    )
+def _site(boundary: int, sites: int, boundaries: int) -> int:
+    return boundary * sites // boundaries
+
+
+def basis_changes(config: Any, sites: int) -> list[int]:
+    """The numbers of the sublayers behind which the residual stream is in another of its `sites` bases."""
+    boundaries = residual_boundaries(config)
+    return [
+        number
+        for number in range(boundaries - 1)
+        if _site(number, sites, boundaries) != _site(number + 1, sites, boundaries)
+    ]
+
+
+def basis_change(config: Any, rotations: Mapping[str, Tensor], number: int) -> Tensor | None:
+    """T = QᵢᵀQᵢ₊₁ (d, d), what the residual connection of a sublayer carries; None if the stream does not rotate."""
+    before, behind = residual_at(config, rotations, number), residual_at(config, rotations, number + 1)
+    return None if before is None or behind is None else before[0].mT @ behind[0]
 
 
 @torch.no_grad()
 def merge_rotations(model: nn.Module, rotations: Mapping[str, Tensor]) -> None:
     """Move a plain model into the rotated basis, in place; it computes the same function.
 
-    Fuses norms if the residual stream rotates. Products are taken in float64 and rounded once.
+    Fuses norms if the residual stream rotates, and inserts shortcuts where that changes its basis on the way. Products
+    are taken in float64 and rounded once.
 
     Raises:
         InputError: they are not rotations of this model; it is as it was.
@@ -168,13 +245,18 @@ def merge_rotations(model: nn.Module, rotations: Mapping[str, Tensor]) -> None:
         fuse_norms(model)
     for linear in block_linears(model.config):
         module = module_at(model, linear.name)
-        reads, writes = sides(rotations, linear)
+        reads, writes = sides(model.config, rotations, linear)
         module.weight.copy_(rotate_weight(module.weight.double(), reads, writes))
         if module.bias is not None:
             module.bias.copy_(rotate_bias(module.bias.double(), writes))
-    residual = at_site(rotations, "residual", 0)
-    if residual is not None:
-        ends = [module_at(model, path).weight for path in (*family.embeddings, family.head)]
+    first, last = residual_at(model.config, rotations, 0), residual_at(model.config, rotations, -1)
+    if first is not None and last is not None:
         bias = norm_bias(module_at(model, family.final_norm))
-        for features in ends if bias is None else [*ends, bias]:
-            features.copy_(rotate_features(features.double(), residual))
+        ends = [(module_at(model, path).weight, first) for path in family.embeddings]
+        ends += [(module_at(model, family.head).weight, last), *([] if bias is None else [(bias, last)])]
+        for features, Q in ends:
+            features.copy_(rotate_features(features.double(), Q))
+        changes = basis_changes(model.config, len(rotations["residual"]))
+        if changes:
+            found = {number: basis_change(model.config, rotations, number) for number in changes}
+            insert_shortcuts(model, {number: T for number, T in found.items() if T is not None})

@@ -21,7 +21,7 @@ from rotpruner.loading import meta_model
 from rotpruner.objectives import Objective
 from rotpruner.oneshot import parameter_count
 from rotpruner.pruners import Pruner
-from rotpruner.rotations import LearnedRotations, space_shape
+from rotpruner.rotations import LearnedRotations, Placement, basis_changes, space_shape
 
 
 @dataclass(frozen=True)
@@ -46,6 +46,7 @@ class Setup:
         config: of the model, as `transformers` reads it.
         pruner: that is re-applied.
         spaces: that rotate.
+        placement: of the residual stream's matrices.
         objective: what is minimised.
         dtype: of the frozen weights and activations.
         seq_len, batch_size, num_sequences, steps: of a rank.
@@ -60,6 +61,7 @@ class Setup:
     config: Any
     pruner: Pruner
     spaces: Sequence[str] = ("residual", "value_heads")
+    placement: Placement = "shared"
     objective: Objective = Objective()  # noqa: RUF009 - frozen
     dtype: torch.dtype = torch.bfloat16
     seq_len: int = 1024
@@ -96,13 +98,20 @@ class Setup:
     def trainable(self) -> int:
         """k."""
         with torch.device("meta"):
-            return parameter_count(LearnedRotations(self.config, self.spaces))
+            return parameter_count(LearnedRotations(self.config, self.spaces, placement=self.placement))
 
     @cached_property
     def rotation_entries(self) -> int:
         """K."""
-        shapes = [space_shape(self.config, space) for space in self.spaces]
+        shapes = [space_shape(self.config, space, self.placement) for space in self.spaces]
         return sum(sites * blocks * n * n for sites, blocks, n in shapes)
+
+    @cached_property
+    def basis_changes(self) -> int:
+        """Sublayers whose residual connection carries a product (d, d)."""
+        if "residual" not in self.spaces:
+            return 0
+        return len(basis_changes(self.config, space_shape(self.config, "residual", self.placement)[0]))
 
     @property
     def s(self) -> int:

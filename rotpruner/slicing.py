@@ -16,10 +16,11 @@ from torch import Tensor, nn
 
 from rotpruner.distributed import Ranks
 from rotpruner.errors import InputError
-from rotpruner.families import block_linears, check_space, family_of, module_at
+from rotpruner.families import block_linears, check_space, family_of, module_at, residual_boundaries
 from rotpruner.fusion import fuse_block_norms
 from rotpruner.patterns import Slice
 from rotpruner.rotations import RotationSet
+from rotpruner.shortcuts import shortcuts_of
 from rotpruner.statistics import Moment, gather_moments
 
 
@@ -62,17 +63,24 @@ def _residual_groups(config: Any) -> list[str]:
     return [place.name for place in places if place.spec.reads == "residual" and place.name == place.group]
 
 
-def residual_pca(config: Any, moments: Mapping[str, Moment]) -> Tensor:
-    """The principal directions of the residual stream, over all its norms alike: (1, 1, d, d) float32.
+def residual_pca(config: Any, moments: Mapping[str, Moment], sites: int = 1) -> Tensor:
+    """The principal directions of the residual stream: (sites, 1, d, d) float32.
 
-    Columns by falling variance; of each, the largest entry is positive.
+    Columns by falling variance; of each, the largest entry is positive. A site's are those of all the norms alike
+    that read it; the end of the stream alone, which no block reads, takes those before it.
 
     Args:
         config: of the model.
         moments: of the linears that read the residual stream, in the original basis (fused).
+        sites: bases that the stream goes through.
     """
-    seen = [moments[name].full().double() for name in _residual_groups(config)]
-    return principal_directions(torch.stack(seen).mean(0))[None, None]
+    boundaries = residual_boundaries(config)
+    seen: dict[int, list[Tensor]] = {}
+    for place in block_linears(config):
+        if place.name in _residual_groups(config):
+            seen.setdefault(place.boundary * sites // boundaries, []).append(moments[place.name].full().double())
+    found = [principal_directions(torch.stack(seen[site]).mean(0)) for site in sorted(seen)]
+    return torch.stack([found[min(site, len(found) - 1)] for site in range(sites)])[:, None]
 
 
 def principal_directions(H: Tensor) -> Tensor:
@@ -115,6 +123,8 @@ def slice_residual(model: nn.Module, width: int) -> None:
             _resize(linear, linear.weight[:width], None if linear.bias is None else linear.bias[:width])
     head = module_at(model, family.head)
     _resize(head, head.weight[:, :width] * gain, head.bias)
+    for shortcut in shortcuts_of(model):
+        shortcut.weight = _parameter(shortcut.weight[:width, :width])
     for path in family.embeddings:
         embedding = module_at(model, path)
         embedding.weight, embedding.embedding_dim = _parameter(embedding.weight[:, :width]), width

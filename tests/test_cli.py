@@ -126,6 +126,19 @@ def test_evaluate_prints_one_json_object(model_directory, text_file, test_text_f
     assert all(200 < value < 1000 for value in result["ppl"].values())
 
 
+def test_fit_of_the_papers_placement_counts_what_stays_online(fit, capsys):
+    status, run = fit("--model.placement", "per_block")
+    assert status == 0
+    learned = json.loads((run / "results.json").read_text())["rows"][-1]
+    model = AutoModelForCausalLM.from_pretrained(run / "export")
+    assert type(model).__name__ == "RotatedLlamaForCausalLM"
+    changes = 2 * model.config.num_hidden_layers
+    assert learned["online_flops"] == 2 * changes * model.config.hidden_size**2
+    assert "online" in capsys.readouterr().err
+    assert fit("--model.placement", "5000")[0] == 2
+    assert "up to" in capsys.readouterr().err
+
+
 def test_fit_writes_results_and_export_and_is_shown_again(fit, capsys, prune):
     status, run = fit()
     assert status == 0
@@ -133,7 +146,7 @@ def test_fit_writes_results_and_export_and_is_shown_again(fit, capsys, prune):
     assert set(results) == {"rows", "config", "commit"}
     assert [row["name"] for row in results["rows"]] == ["dense", "pruner", "random_rotation", "rotpruner"]
     for row in results["rows"]:
-        assert set(row) == {"name", "pattern", "sparsity", "seconds", "ppl", "parameters"}
+        assert set(row) == {"name", "pattern", "sparsity", "seconds", "ppl", "parameters", "online_flops"}
         assert row["sparsity"] == (0 if row["name"] == "dense" else 0.5)
     assert results["config"]["trainer"]["max_steps"] == 2
     dense, pruned, _, learned = (row["parameters"] for row in results["rows"])

@@ -239,7 +239,7 @@ def test_sr_ste_is_straight_through_plus_the_penalty(ids):
         if explicit:
             rotations = online.rotations()
             for linear in online.linears:
-                weight = rotate_weight(linear.weight, *sides(rotations, linear.place))
+                weight = rotate_weight(linear.weight, *sides(online.base.config, rotations, linear.place))
                 loss = loss + 0.05 * weight.masked_fill(linear.mask, 0).square().sum()
         loss.backward()
         gradients.append([parameter.grad for parameter in online.rotations.parameters()])

@@ -39,10 +39,12 @@ def model_of(family: str):
     return tiny_llama(**shape) if family == "llama" else tiny("opt", **shape)
 
 
-def rotated_model(base, dtype, spaces, surrogate="constant", pruner="wanda", **settings) -> RotatedModel:
+def rotated_model(
+    base, dtype, spaces, surrogate="constant", pruner="wanda", placement="shared", **settings
+) -> RotatedModel:
     rotated = RotatedModel(
         base.to(dtype),
-        LearnedRotations(base.config, spaces),
+        LearnedRotations(base.config, spaces, placement=placement),
         resolve_pruner(pruner),
         parse_pattern("2:4"),
         Surrogate(surrogate),
@@ -128,20 +130,39 @@ def test_resident_terms_are_what_the_model_holds():
         assert terms["optimiser states"] == sum(state.nbytes for state in states)
 
 
+@pytest.mark.parametrize("placement", ["per_layer", "per_block"])
+def test_basis_changes_keep_a_stream_and_two_matrices_each(placement):
+    spaces = ("residual",)
+    found, setups = [], []
+    for each in (placement, "shared"):
+        rotated = rotated_model(model_of("llama"), torch.bfloat16, spaces, placement=each)
+        short, long = kept_bytes(rotated, 64), kept_bytes(rotated, 128)
+        setup = setup_of(rotated, spaces, 128, placement=each)
+        cayley = next(term for term in memory_plan(setup).phases["logits"] if term.name == "Cayley solve")
+        found.append(((long - short) / 64, 2 * short - long - cayley.amount))
+        setups.append(setup)
+    changes, d = setups[0].basis_changes, setups[0].config.hidden_size
+    assert changes == {"per_layer": 1, "per_block": 2}[placement] * setups[0].layers
+    term = next(term for term in memory_plan(setups[0]).phases["logits"] if term.name == "basis changes")
+    measured = 128 * (found[0][0] - found[1][0]) + found[0][1] - found[1][1]
+    assert term.amount <= measured <= term.amount + 1.1 * d * d * 4  # and a copy of one matrix, however many there are
+
+
+@pytest.mark.parametrize("placement", ["shared", "per_block"])
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("objective", [Objective(), Objective(kl=0, cross_entropy=1)], ids=["kl", "cross_entropy"])
-def test_operations_are_those_that_torch_counts(objective, checkpointing):
+def test_operations_are_those_that_torch_counts(objective, checkpointing, placement):
     spaces = ("residual", "value_heads")
-    rotated = rotated_model(
-        model_of("llama"), torch.float32, spaces, objective=objective, gradient_checkpointing=checkpointing
-    )
+    settings = {"placement": placement, "objective": objective, "gradient_checkpointing": checkpointing}
+    rotated = rotated_model(model_of("llama"), torch.float32, spaces, **settings)
     with FlopCounterMode(display=False) as counter:
         rotated.loss(torch.arange(128)[None], torch.tensor([0]))["loss"].backward()
-    setup = setup_of(rotated, spaces, 128, steps=1, objective=objective, gradient_checkpointing=checkpointing)
+    setup = setup_of(rotated, spaces, 128, steps=1, **settings)
     counted = {str(operator).split(".")[1]: count for operator, count in counter.get_flop_counts()["Global"].items()}
     products = sum(counted.get(name, 0) for name in ("mm", "bmm", "addmm", "baddbmm"))
     terms = {term.name: term.amount for term in step_flops(setup)}
     expected = terms["linears"] + terms["rotated weights"] + terms["logits"] + terms["ends of the stream"]
+    expected += terms.get("basis changes", 0)
     expected += terms["Cayley solve"] * 6 // (32 / 3)  # the products; torch does not count solves
     if objective.needs_teacher:
         expected += 2 * 128 * sum(outputs * inputs for _, outputs, inputs in setup.linears)

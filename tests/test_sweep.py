@@ -52,7 +52,7 @@ def test_gaps_are_counted_from_the_dense_row():
         ("a", {"row": {"pruner": "a"}, "command": "prune", "commit": "abcdef012", "result": _row(20.0)}),
     ]
     text = table({"title": "T", "columns": ["pruner"]}, records)
-    assert f"| a | 20.00 | {math.log(2):.3f} | 1.0 M | 3 | 1 | abcdef0 |" in text
+    assert f"| a | 20.00 | {math.log(2):.3f} | 1.0 M | 0 M | 3 | 1 | abcdef0 |" in text
 
 
 def test_single_rows_change_arguments_of_any_form_one_at_a_time(tmp_path):
