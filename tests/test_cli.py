@@ -127,6 +127,8 @@ def test_evaluate_prints_one_json_object(model_directory, text_file, test_text_f
 
 
 def test_fit_of_the_papers_placement_counts_what_stays_online(fit, capsys):
+    assert fit("--model.placement", "5000")[0] == 2
+    assert "up to 5" in capsys.readouterr().err
     status, run = fit("--model.placement", "per_block")
     assert status == 0
     learned = json.loads((run / "results.json").read_text())["rows"][-1]
@@ -135,8 +137,6 @@ def test_fit_of_the_papers_placement_counts_what_stays_online(fit, capsys):
     changes = 2 * model.config.num_hidden_layers
     assert learned["online_flops"] == 2 * changes * model.config.hidden_size**2
     assert "online" in capsys.readouterr().err
-    assert fit("--model.placement", "5000")[0] == 2
-    assert "up to" in capsys.readouterr().err
 
 
 def test_fit_writes_results_and_export_and_is_shown_again(fit, capsys, prune):
