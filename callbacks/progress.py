@@ -44,7 +44,7 @@ class StepProgress(ProgressBar):
         if self._enabled:
             learned = sum(p.numel() for p in pl_module.parameters() if p.requires_grad)
             frozen = sum(p.numel() for p in pl_module.parameters() if not p.requires_grad)
-            console.print(f"{learned:,} rotation parameters learn, {frozen:,} weights stay frozen")
+            console.print(f"{learned:,} parameters learn, {frozen:,} stay frozen")
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Draw the bar where it can be redrawn."""

@@ -46,7 +46,7 @@ def _remove(path: Path) -> None:
 
 
 class RotationCheckpoint(Checkpoint):
-    """Every `every_n_steps` steps, at the last and on SIGTERM, write `checkpoints/last.ckpt` and `rotations/`.
+    """Every `every_n_steps` steps, at the last and on SIGTERM, write `checkpoints/last.ckpt` and `rotations/` if any.
 
     ```yaml
     trainer:
@@ -87,7 +87,7 @@ class RotationCheckpoint(Checkpoint):
         if step == self._last:
             return
         self._last = step
-        ranks: Any = pl_module.rotated.ranks  # type: ignore[union-attr]
+        ranks: Any = pl_module.ranks
         ending = bool(ranks.any(torch.tensor(self._terminated, device=pl_module.device)))
         if ending or step % self.every_n_steps == 0 or step == trainer.max_steps:
             self._save(trainer, pl_module)
@@ -104,7 +104,8 @@ class RotationCheckpoint(Checkpoint):
         if trainer.is_global_zero:
             _remove(scratch)
         trainer.save_checkpoint(scratch, weights_only=False)
-        rotations = module.rotated.rotations()
+        rotations = module.rotated.rotations() if hasattr(module, "rotated") else None
         if trainer.is_global_zero:
             _replace(scratch, checkpoints / "last.ckpt", checkpoints / "previous.ckpt")
-            Rotations.of(rotations, module.rotated.base).save_pretrained(run / "rotations", replace=True)
+            if rotations is not None:
+                Rotations.of(rotations, module.rotated.base).save_pretrained(run / "rotations", replace=True)

@@ -25,6 +25,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 from callbacks.dashboard import Dashboard
 from callbacks.finish import Finish
+from callbacks.recovery_finish import RecoveryFinish
 from callbacks.rotation_checkpoint import last_checkpoint
 from callbacks.terminal import console, results_table
 from datamodules.calibration import CalibrationDataModule
@@ -54,16 +55,24 @@ class FitCLI(LightningCLI):
 
     resume_from: Path | None = None
 
-    def __init__(self, arguments: list[str]) -> None:
+    def __init__(
+        self, arguments: list[str], module: type[LightningModule] = RotationModule, command: str = "fit"
+    ) -> None:
+        # Lightning's notes on seeds and accelerators would stand between a mistake and its one line of explanation.
+        for name in ("lightning.pytorch", "lightning.fabric"):
+            logging.getLogger(name).setLevel(logging.WARNING)
+        # Lightning 2.6 asks torch 2.13 about pytrees in a way that torch has deprecated.
+        warnings.filterwarnings("ignore", message=".*LeafSpec.* is deprecated")
+        self.command = command
         super().__init__(
-            RotationModule,
+            module,
             CalibrationDataModule,
             args=arguments,
             run=False,
             save_config_callback=None,  # it writes before the model has been checked: see RunRecord
             seed_everything_default=0,
             auto_configure_optimizers=False,  # the rotations exist only after configure_model
-            parser_kwargs={"exit_on_error": False, "prog": "python -m experiments fit"},
+            parser_kwargs={"exit_on_error": False, "prog": f"python -m experiments {command}"},
         )
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
@@ -71,14 +80,14 @@ class FitCLI(LightningCLI):
         parser.link_arguments("model.model", "data.model")
         parser.link_arguments("seed_everything", "data.seed")
         parser.link_arguments("seed_everything", "model.seed")
-        parser.set_defaults({"trainer.default_root_dir": "runs/fit", "trainer.barebones": False})
+        parser.set_defaults({"trainer.default_root_dir": f"runs/{self.command}", "trainer.barebones": False})
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Parse, with one-line errors."""
         try:
             self.config = parser.parse_args(args)
         except ArgumentError as error:
-            raise InputError(f"{error}; see python -m experiments fit --help") from error
+            raise InputError(f"{error}; see python -m experiments {self.command} --help") from error
 
     def before_instantiate_classes(self) -> None:
         """Look at the run directory before anything is built."""
@@ -167,14 +176,13 @@ def show(run: Path) -> None:
 
 def main(arguments: list[str]) -> None:
     """Parse, check, fit; everything lands in the run directory."""
-    # Lightning's notes on seeds and accelerators would stand between a mistake and its one line of explanation.
-    for name in ("lightning.pytorch", "lightning.fabric"):
-        logging.getLogger(name).setLevel(logging.WARNING)
-    # Lightning 2.6 asks torch 2.13 about pytrees in a way that torch has deprecated.
-    warnings.filterwarnings("ignore", message=".*LeafSpec.* is deprecated")
-    cli = FitCLI(arguments)
+    run_to_the_end(FitCLI(arguments))
+
+
+def run_to_the_end(cli: FitCLI) -> None:
+    """Train, with the configuration recorded; what refuses its input leaves no run directory behind."""
     for callback in cli.trainer.callbacks:  # type: ignore[attr-defined]
-        if isinstance(callback, (Finish, Dashboard)):
+        if isinstance(callback, (Finish, RecoveryFinish, Dashboard)):
             callback.config = cli.config_record
     existed = cli.run_directory.exists()
     try:

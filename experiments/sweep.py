@@ -1,9 +1,9 @@
 """`python -m experiments sweep`: run every row of a table, one command a row, and keep each row's result.
 
-A sweep file is YAML: a `title`, the `command` (prune or fit), its `arguments` (for fit also `config`, a list
-of files), and a `grid` of arguments whose combinations are the rows, or the `rows` one by one, each with the
-arguments that it changes. `reference` names a model to evaluate densely on the same texts, from which gaps are
-counted.
+A sweep file is YAML: a `title`, the `command` (prune, fit or recover), its `arguments` (for the last two also
+`config`, a list of files), and a `grid` of arguments whose combinations are the rows, or the `rows` one by one, each
+with the arguments that it changes. `reference` names a model to evaluate densely on the same texts, from which gaps
+are counted.
 
 ```yaml
 title: One-shot pruners
@@ -35,7 +35,7 @@ from rotpruner.errors import InputError
 from rotpruner.provenance import commit
 
 #: What a sweep may run.
-_COMMANDS = ("prune", "fit")
+_COMMANDS = ("prune", "fit", "recover")
 
 
 def main(arguments: list[str]) -> None:
@@ -105,10 +105,10 @@ def rows(sweep: dict[str, Any], runs: Path) -> Iterator[tuple[str, dict[str, Any
     for row in sweep["rows"]:
         name = "-".join(map(_name, row.values())) or "base"
         arguments = {**shared, **row}
-        if sweep["command"] == "fit":
+        if sweep["command"] in ("fit", "recover"):
             configs = [item for config in sweep["config"] for item in ("-c", str(config))]
             arguments["trainer.default_root_dir"] = str(runs / name)
-            yield name, row, ["fit", *configs, *_flags(arguments, repeat=False)]
+            yield name, row, [sweep["command"], *configs, *_flags(arguments, repeat=False)]
         else:
             yield name, row, [sweep["command"], *_flags(arguments), "--json"]
 
@@ -145,7 +145,7 @@ def _public(command: list[str]) -> str:
 
 
 def _result(command: list[str], output: str) -> dict[str, Any]:
-    if command[0] != "fit":
+    if command[0] not in ("fit", "recover"):
         return json.loads(output)
     run = Path(command[command.index("--trainer.default_root_dir") + 1])
     found = json.loads((run / "results.json").read_text(encoding="utf-8"))

@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.progress import track
 from torch import Tensor
 
+from lightning_modules.schedules import with_schedule
 from rotpruner.distributed import Ranks
 from rotpruner.errors import InputError
 from rotpruner.families import SPACES, check_space
@@ -177,15 +178,7 @@ class RotationModule(LightningModule):
 
     def configure_optimizers(self) -> Any:
         """Only the rotations learn."""
-        optimizer = self._optimizer(self.rotated.rotations.parameters())
-        if self._lr_scheduler == "constant":
-            return optimizer
-        if self._lr_scheduler == "cosine":
-            steps = int(self.trainer.estimated_stepping_batches)
-            scheduler: Any = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
-        else:
-            scheduler = self._lr_scheduler(optimizer)
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+        return with_schedule(self._optimizer(self.rotated.rotations.parameters()), self._lr_scheduler, self.trainer)
 
     def on_fit_start(self) -> None:
         """Gather the calibration statistics, on all ranks together."""
@@ -216,6 +209,11 @@ class RotationModule(LightningModule):
     def on_train_end(self) -> None:
         """Nothing of the last step's graph is needed any more."""
         self.rotated.basis.rotations = {}
+
+    @property
+    def ranks(self) -> Ranks:
+        """Of the processes that learn together."""
+        return self.rotated.ranks
 
     def orthogonality_error(self) -> float:
         """‖QᵀQ − I‖∞ over all rotations."""

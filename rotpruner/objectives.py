@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -49,7 +50,14 @@ class Objective:
     def needs_teacher(self) -> bool:
         return self.kl > 0 or self.cosine > 0
 
-    def __call__(self, student: Tensor, teacher: Tensor | None, input_ids: Tensor, head: Head) -> dict[str, Tensor]:
+    def __call__(
+        self,
+        student: Tensor,
+        teacher: Tensor | None,
+        input_ids: Tensor,
+        head: Head,
+        dense_head: Head | None = None,
+    ) -> dict[str, Tensor]:
         """The terms and their weighted sum.
 
         Args:
@@ -57,6 +65,7 @@ class Objective:
                 basis, (batch, seq_len, D); the teacher may be None if `needs_teacher` is false.
             input_ids: (batch, seq_len); the last position has no target.
             head: hidden states (…, D) → logits (…, V).
+            dense_head: the same for the teacher's states, where that is another one.
 
         Returns:
             `{"loss": sum, term: value, …}`, float32 scalars, means over tokens.
@@ -69,7 +78,7 @@ class Objective:
             terms["cross_entropy"] = _mean(_cross_entropy, states, targets, head)
         if self.kl:
             assert dense is not None
-            terms["kl"] = _mean(_kl, states, dense, head)
+            terms["kl"] = _mean(partial(_kl, dense_head=dense_head or head), states, dense, head)
         if self.cosine:
             assert dense is not None
             terms["cosine"] = 1 - F.cosine_similarity(_exact(states), _exact(dense), dim=-1).mean()
@@ -93,7 +102,7 @@ def _cross_entropy(states: Tensor, targets: Tensor, head: Head) -> Tensor:
     return F.cross_entropy(_exact(head(states)), targets, reduction="sum")
 
 
-def _kl(states: Tensor, dense: Tensor, head: Head) -> Tensor:
+def _kl(states: Tensor, dense: Tensor, head: Head, dense_head: Head) -> Tensor:
     with torch.no_grad():
-        expected = _exact(head(dense)).log_softmax(-1)
+        expected = _exact(dense_head(dense)).log_softmax(-1)
     return F.kl_div(_exact(head(states)).log_softmax(-1), expected, reduction="sum", log_target=True)

@@ -32,6 +32,7 @@ from rotpruner.rotations import LearnedRotations, RotationSet, basis_change, bas
 from rotpruner.slicing import project, residual_moments, residual_pca, sliced_width
 from rotpruner.statistics import Moment, gather_moments
 from rotpruner.surrogates import Surrogate
+from rotpruner.teacher import DenseStates, head_of, ready_to_learn
 
 
 class Basis:
@@ -119,7 +120,7 @@ class RotatedModel(nn.Module):
         self.mask_rotations: RotationSet | None = None
         #: The share of each block's mask entries that flipped at the last refresh.
         self.block_flips: list[float] = []
-        self._dense_states: dict[int, Tensor] = {}
+        self._dense_states = DenseStates(self._run_dense, self.ranks)
 
         if "residual" in rotations.spaces:
             fuse_block_norms(base)
@@ -127,18 +128,7 @@ class RotatedModel(nn.Module):
         base.requires_grad_(False)
         self.linears = self._replace_linears(base, surrogate or Surrogate())
         self._hook_shortcuts(base, rotations.sites)
-        for module in base.modules():
-            if isinstance(module, nn.Dropout):
-                module.p = 0.0
-            for name in ("dropout", "attention_dropout", "activation_dropout", "layerdrop"):
-                if isinstance(getattr(module, name, None), float):
-                    setattr(module, name, 0.0)
-        # In evaluation mode transformers skips gradient checkpointing in silence; dropout is off anyway.
-        self.base = base.train()
-        if gradient_checkpointing:
-            # transformers 5.0 knows this by its old name only.
-            enable = getattr(base, "activation_checkpointing_enable", None) or base.gradient_checkpointing_enable
-            enable({"use_reentrant": False})
+        self.base = ready_to_learn(base, gradient_checkpointing)
 
     def _replace_linears(self, base: PreTrainedModel, surrogate: Surrogate) -> list[RotatedLinear]:
         replaced = []
@@ -294,37 +284,20 @@ class RotatedModel(nn.Module):
         Returns:
             `{"loss": weighted sum, term: value, …}`, float32 scalars in nats per token.
         """
-        teacher = self._teacher_states(input_ids, index) if self.objective.needs_teacher else None
+        teacher = self._dense_states(input_ids, index) if self.objective.needs_teacher else None
         self._enter_rotated(pruned=True)
         student = self._states(input_ids)
-        return self.objective(student, teacher, input_ids, self._head)
+        return self.objective(student, teacher, input_ids, head_of(self.base))
 
     def dense_loss(self, input_ids: Tensor, index: Tensor | None = None) -> dict[str, Tensor]:
         """What `loss` would be without rotations and masks: the floor that a step's time is measured against."""
-        teacher = self._teacher_states(input_ids, index) if self.objective.needs_teacher else None
+        teacher = self._dense_states(input_ids, index) if self.objective.needs_teacher else None
         self.basis.rotations, self.basis.pruned = {}, False
-        return self.objective(self._states(input_ids), teacher, input_ids, self._head)
-
-    def _head(self, states: Tensor) -> Tensor:
-        family = family_of(self.base.config)
-        return family.after_head(self.base.config, self.base.get_submodule(family.head)(states))
+        return self.objective(self._states(input_ids), teacher, input_ids, head_of(self.base))
 
     def _states(self, input_ids: Tensor) -> Tensor:
         return self.base.base_model(input_ids=input_ids, use_cache=False).last_hidden_state
 
-    def _teacher_states(self, input_ids: Tensor, index: Tensor | None) -> Tensor:
-        rows = [None] * len(input_ids) if index is None else index.tolist()
-        unknown = torch.tensor([row not in self._dense_states for row in rows], device=input_ids.device)
-        states = []
-        # Row by row, so that a row's states do not depend on the batch that it first came in; and on all ranks
-        # where one needs it, because a sharded model runs on all of them or on none.
-        for row, ids, run in zip(rows, input_ids, self.ranks.any(unknown).tolist(), strict=True):
-            if run:
-                with self.dense():
-                    state = self._states(ids[None])[0]
-                if row is not None:
-                    self._dense_states[row] = state.cpu()
-            else:
-                state = self._dense_states[row].to(input_ids.device)
-            states.append(state)
-        return torch.stack(states)
+    def _run_dense(self, input_ids: Tensor) -> Tensor:
+        with self.dense():
+            return self._states(input_ids)

@@ -291,9 +291,9 @@ def test_dense_states_are_computed_once_a_row(ids):
     first = online.loss(ids, index)["loss"]
     with torch.no_grad():
         online.base.model.norm.weight.mul_(0)  # a dense model computed anew would now say something else
-    kept = online._teacher_states(ids.flip(0), index.flip(0))
+    kept = online._dense_states(ids.flip(0), index.flip(0))
     with torch.no_grad():
-        anew = online._teacher_states(ids, None)
+        anew = online._dense_states(ids, None)
     assert kept.abs().sum() > 0
     assert anew.abs().sum() == 0
     assert torch.isfinite(first)

@@ -116,7 +116,7 @@ def test_resident_terms_are_what_the_model_holds():
             "frozen weights": list(rotated.base.parameters()),
             "masks": [linear.mask for linear in rotated.linears],
             "statistics H": [moment.blocks for moment in rotated.moments.values()],
-            "teacher states": list(rotated._dense_states.values()),
+            "teacher states": list(rotated._dense_states.kept.values()),
             "rotations": [
                 *rotated.rotations.parameters(),
                 *rotated.rotations.buffers(),

@@ -1,0 +1,100 @@
+"""The LightningModule of sparse recovery: a pruned model's surviving weights learn from the dense model."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import torch
+from lightning import LightningModule
+from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from torch import Tensor
+
+from lightning_modules.schedules import with_schedule
+from rotpruner.distributed import Ranks
+from rotpruner.errors import InputError
+from rotpruner.loading import check_seq_len, load_config, load_model
+from rotpruner.objectives import Objective
+from rotpruner.recovery import SparseRecovery
+
+
+class RecoveryModule(LightningModule):
+    """Trains the weights that pruning has left, under its mask.
+
+    ```yaml
+    model:
+      model: runs/smollm2-135m/export
+      teacher: smollm2-135m
+      objective: {kl: 1.0}
+      optimizer: {class_path: torch.optim.Adam, init_args: {lr: 0.0001}}
+    ```
+
+    Args:
+        model: the pruned model, a directory or hub name.
+        teacher: the dense model that it came from.
+        objective: what is minimised; its cosine must be 0.
+        compute_dtype: of the pruned model's products, and of the teacher.
+        gradient_checkpointing: recompute each block in the backward pass; slower, much smaller.
+        optimizer: of the weights; weight decay would not respect the zeros' neighbours, leave it out.
+        lr_scheduler: `cosine` falls to zero at the run's last step; any other scheduler steps once an optimiser step.
+        seed: of the run.
+
+    Raises:
+        InputError: an argument that cannot work, before the weights are loaded.
+    """
+
+    recovery: SparseRecovery
+
+    def __init__(
+        self,
+        model: str,
+        teacher: str = "smollm2-135m",
+        objective: Objective = Objective(),  # noqa: B008 - frozen
+        compute_dtype: Literal["bfloat16", "float32"] = "bfloat16",
+        gradient_checkpointing: bool = False,
+        optimizer: OptimizerCallable = lambda parameters: torch.optim.Adam(parameters, lr=1e-4),
+        lr_scheduler: LRSchedulerCallable | Literal["constant", "cosine"] = "cosine",
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        self.model_name, self.teacher, self.objective, self.seed = model, teacher, objective, seed
+        self._config = load_config(model)
+        load_config(teacher)
+        self.compute_dtype = getattr(torch, compute_dtype)
+        self.gradient_checkpointing = gradient_checkpointing
+        self._optimizer, self._lr_scheduler = optimizer, lr_scheduler
+        decay = optimizer([torch.nn.Parameter(torch.zeros(1))]).param_groups[0].get("weight_decay", 0)
+        if decay:
+            raise InputError(f"weight_decay {decay:g} pulls every weight, and recovery means to keep them: set it to 0")
+
+    def setup(self, stage: str) -> None:
+        """Check the data against the model before its weights are loaded."""
+        check_seq_len(self._config, self.trainer.datamodule.seq_len)  # type: ignore[attr-defined]
+
+    def configure_model(self) -> None:
+        """Load both models, once."""
+        if not hasattr(self, "recovery"):
+            self.recovery = SparseRecovery(
+                load_model(self.model_name, torch.float32),
+                load_model(self.teacher, self.compute_dtype),
+                self.objective,
+                self.compute_dtype,
+                self.gradient_checkpointing,
+                Ranks.world(),
+            )
+
+    @property
+    def ranks(self) -> Ranks:
+        """Of the processes that learn together."""
+        return self.recovery.ranks
+
+    def configure_optimizers(self) -> Any:
+        """Only surviving weights learn."""
+        parameters = [parameter for parameter in self.recovery.parameters() if parameter.requires_grad]
+        return with_schedule(self._optimizer(parameters), self._lr_scheduler, self.trainer)
+
+    def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
+        """The core's loss of `{"input_ids": (B, T), "index": (B,)}`."""
+        losses = self.recovery.loss(batch["input_ids"], batch["index"])
+        values = {f"train/{name}": value.detach() for name, value in losses.items()}
+        self.log_dict(values, prog_bar=True, sync_dist=True)
+        return losses["loss"]

@@ -1,0 +1,82 @@
+"""Sparse recovery: the weights that pruning has left are trained, those that it removed stay zero.
+
+The pruned model learns the next-token distributions of the dense one (Hinton et al., 2015, arXiv:1503.02531). It needs
+no rotations: with those of a learned space merged away it starts from there, without any it is the control.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from rotpruner.distributed import Ranks
+from rotpruner.errors import InputError
+from rotpruner.families import linear_modules
+from rotpruner.objectives import Objective
+from rotpruner.teacher import DenseStates, head_of, ready_to_learn
+
+
+class SparseRecovery(nn.Module):
+    """A pruned model whose surviving decoder weights learn, and the dense one that teaches them.
+
+    Args:
+        pruned: with the zeros that pruning left in its decoder linears; taken over, only those weights learn.
+        teacher: dense, of the same vocabulary; frozen, and kept out of the module's parameters.
+        objective: its KL and cross-entropy; the two models' states may be in different bases.
+        compute_dtype: of the pruned model's products; its weights keep their own dtype.
+        gradient_checkpointing: recompute each block in the backward pass.
+        ranks: that train copies together.
+
+    Raises:
+        InputError: nothing was pruned, the vocabularies differ, or the objective compares states.
+    """
+
+    def __init__(
+        self,
+        pruned: PreTrainedModel,
+        teacher: PreTrainedModel,
+        objective: Objective | None = None,
+        compute_dtype: torch.dtype = torch.bfloat16,
+        gradient_checkpointing: bool = False,
+        ranks: Ranks | None = None,
+    ) -> None:
+        super().__init__()
+        if pruned.config.vocab_size != teacher.config.vocab_size:
+            raise InputError(
+                f"the pruned model has {pruned.config.vocab_size} tokens, its teacher {teacher.config.vocab_size}; "
+                "give the model that was pruned as the teacher"
+            )
+        self.objective = objective or Objective()
+        if self.objective.cosine:
+            raise InputError("recovery compares distributions, not states: set the objective's cosine to 0")
+        self.compute_dtype = compute_dtype
+        self.ranks = ranks or Ranks()
+        self._teacher = [teacher.requires_grad_(False).eval()]
+        self._dense_states = DenseStates(self._run_teacher, self.ranks)
+        self.pruned = ready_to_learn(pruned.requires_grad_(False), gradient_checkpointing)
+        linears = linear_modules(pruned)
+        if not any((linear.weight == 0).any() for linear in linears.values()):
+            raise InputError("no decoder weight of the pruned model is zero, so no mask could be kept; prune it first")
+        for linear in linears.values():
+            _learn_survivors(linear.weight)
+
+    def loss(self, input_ids: Tensor, index: Tensor | None = None) -> dict[str, Tensor]:
+        """The objective of a batch of ids (batch, seq_len), rows `index` (batch,) of the calibration tensor."""
+        dense = self._dense_states(input_ids, index) if self.objective.needs_teacher else None
+        with torch.autocast(input_ids.device.type, dtype=self.compute_dtype, enabled=self.compute_dtype.itemsize < 4):
+            states = self.pruned.base_model(input_ids=input_ids, use_cache=False).last_hidden_state
+            return self.objective(states, dense, input_ids, head_of(self.pruned), head_of(self._teacher[0]))
+
+    @torch.no_grad()
+    def _run_teacher(self, input_ids: Tensor) -> Tensor:
+        teacher = self._teacher[0]
+        if teacher.device != input_ids.device:
+            teacher.to(input_ids.device)
+        return teacher.base_model(input_ids=input_ids, use_cache=False).last_hidden_state
+
+
+def _learn_survivors(weight: Tensor) -> None:
+    """Let a weight learn where it is not zero. Optimisers without weight decay leave zeros alone then."""
+    mask = weight != 0
+    weight.requires_grad_(True).register_hook(lambda gradient: gradient * mask)

@@ -1,0 +1,71 @@
+"""What a frozen base and its student share: a base that runs without dropout, and its final states, computed once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from rotpruner.distributed import Ranks
+from rotpruner.families import family_of
+from rotpruner.objectives import Head
+
+
+def ready_to_learn(base: PreTrainedModel, gradient_checkpointing: bool) -> PreTrainedModel:
+    """The same model in training mode with its dropout off.
+
+    In evaluation mode transformers skips gradient checkpointing in silence.
+    """
+    for module in base.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        for name in ("dropout", "attention_dropout", "activation_dropout", "layerdrop"):
+            if isinstance(getattr(module, name, None), float):
+                setattr(module, name, 0.0)
+    if gradient_checkpointing:
+        # transformers 5.0 knows this by its old name only.
+        enable = getattr(base, "activation_checkpointing_enable", None) or base.gradient_checkpointing_enable
+        enable({"use_reentrant": False})
+    return base.train()
+
+
+class DenseStates:
+    """Final hidden states of a dense model, kept by the rows of a calibration tensor.
+
+    Args:
+        run: token ids (1, seq_len) → states (1, seq_len, d), without gradients.
+        ranks: that run the model together.
+    """
+
+    def __init__(self, run: Callable[[Tensor], Tensor], ranks: Ranks) -> None:
+        self._run, self._ranks = run, ranks
+        self.kept: dict[int, Tensor] = {}
+
+    def __call__(self, input_ids: Tensor, index: Tensor | None = None) -> Tensor:
+        """States (batch, seq_len, d) for ids (batch, seq_len) of the rows `index` (batch,); None keeps nothing."""
+        rows = [None] * len(input_ids) if index is None else index.tolist()
+        unknown = torch.tensor([row not in self.kept for row in rows], device=input_ids.device)
+        states = []
+        # Row by row, so that a row's states do not depend on the batch that it first came in; and on all ranks
+        # where one needs it, because a sharded model runs on all of them or on none.
+        for row, ids, run in zip(rows, input_ids, self._ranks.any(unknown).tolist(), strict=True):
+            if run:
+                state = self._run(ids[None])[0]
+                if row is not None:
+                    self.kept[row] = state.cpu()
+            else:
+                state = self.kept[row].to(input_ids.device)
+            states.append(state)
+        return torch.stack(states)
+
+
+def head_of(model: PreTrainedModel) -> Head:
+    """Final hidden states (…, d) → logits (…, V)."""
+    family = family_of(model.config)
+
+    def head(states: Tensor) -> Tensor:
+        return family.after_head(model.config, model.get_submodule(family.head)(states))
+
+    return head

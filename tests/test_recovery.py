@@ -1,0 +1,162 @@
+"""Sparse recovery: survivors learn, zeros stay, and a run goes on where it was killed."""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+import yaml
+from safetensors.torch import load_file
+from tiny_models import exact, tiny
+
+from experiments.__main__ import main
+from lightning_modules.recovery_module import RecoveryModule
+from rotpruner.errors import InputError
+from rotpruner.families import linear_modules
+from rotpruner.loading import load_model
+from rotpruner.objectives import Objective
+from rotpruner.oneshot import prune_model, sparsity_of
+from rotpruner.patterns import parse_pattern
+from rotpruner.pruners import resolve_pruner
+from rotpruner.recovery import SparseRecovery
+from rotpruner.rotations import random_rotations
+
+
+@pytest.fixture
+def ids():
+    return torch.randint(3, 64, (4, 12), generator=torch.Generator().manual_seed(1))
+
+
+def recovery_of(name, placement="shared", **settings) -> SparseRecovery:
+    teacher = exact(tiny(name))
+    pruned = copy.deepcopy(teacher)
+    spaces = ("residual",)
+    rotations = random_rotations(pruned.config, spaces, 3, torch.float64, placement)
+    prune_model(pruned, resolve_pruner("magnitude"), parse_pattern("2:4"), rotations=rotations)
+    return SparseRecovery(pruned, teacher, compute_dtype=torch.float64, **settings)
+
+
+@pytest.mark.parametrize("placement", ["shared", "per_block"])
+@pytest.mark.parametrize("name", ["smollm2", "opt", "gemma"])
+def test_survivors_learn_and_nothing_else_moves(name, placement, ids):
+    recovery = recovery_of(name, placement)
+    linears = linear_modules(recovery.pruned)
+    before = copy.deepcopy(recovery.pruned.state_dict())
+    masks = {name: linear.weight != 0 for name, linear in linears.items()}
+    optimizer = torch.optim.Adam([p for p in recovery.parameters() if p.requires_grad], lr=3e-3)
+    losses = []
+    for _ in range(30):
+        loss = recovery.loss(ids, torch.arange(len(ids)))["loss"]
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    assert losses[-1] < 0.7 * losses[0]
+    for name, linear in linears.items():
+        assert torch.equal(linear.weight != 0, masks[name])
+    learned = {f"{name}.weight" for name in linears}
+    for key, value in recovery.pruned.state_dict().items():
+        assert torch.equal(value, before[key]) == (key not in learned), key
+
+
+def test_the_loss_is_the_divergence_from_the_dense_model(ids):
+    recovery = recovery_of("qwen2", objective=Objective(kl=1.0, cross_entropy=0.5))
+    found = recovery.loss(ids, None)
+    with torch.no_grad():
+        dense = recovery._teacher[0](input_ids=ids).logits[:, :-1].log_softmax(-1)
+        logits = recovery.pruned(input_ids=ids).logits[:, :-1]
+    kl = (dense.exp() * (dense - logits.log_softmax(-1))).sum(-1).mean()
+    cross_entropy = F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten())
+    assert math.isclose(found["kl"].item(), kl.item(), rel_tol=1e-9)
+    assert math.isclose(found["loss"].item(), (kl + 0.5 * cross_entropy).item(), rel_tol=1e-9)
+
+
+def test_gradient_checkpointing_changes_no_gradient(ids):
+    gradients = []
+    for checkpointing in (False, True):
+        recovery = recovery_of("llama-3", "per_block", gradient_checkpointing=checkpointing)
+        recovery.loss(ids)["loss"].backward()
+        gradients.append(torch.cat([p.grad.flatten() for p in recovery.parameters() if p.requires_grad]))
+    torch.testing.assert_close(*gradients)
+
+
+def test_what_cannot_recover_is_refused(model_directory):
+    model = tiny("llama-2")
+    with pytest.raises(InputError, match="prune it first"):
+        SparseRecovery(model, tiny("llama-2"))
+    with pytest.raises(InputError, match="cosine to 0"):
+        SparseRecovery(model, tiny("llama-2"), Objective(cosine=1.0))
+    with pytest.raises(InputError, match="as the teacher"):
+        SparseRecovery(model, tiny("llama-2", vocab_size=32))
+    with pytest.raises(InputError, match="weight_decay"):
+        RecoveryModule(str(model_directory), optimizer=lambda p: torch.optim.AdamW(p, weight_decay=0.01))
+
+
+@pytest.fixture
+def recover(model_directory, text_file, test_text_file, tmp_path):
+    """`recover(run)` → (status, run directory), of a model that was pruned first."""
+    pruned = tmp_path / "pruned"
+    settings = ["--model", model_directory, "--pruner", "magnitude", "--pattern", "2:4", "--calibration", text_file]
+    assert main(["prune", *map(str, settings), "--seq_len", "32", "--num_sequences", "2", "--output", str(pruned)]) == 0
+    config = yaml.safe_load(Path("experiments/configs/recovery/smollm2-135m.yaml").read_text())
+    config["trainer"]["callbacks"][1]["init_args"]["every_n_steps"] = 2
+    (tmp_path / "recovery.yaml").write_text(yaml.safe_dump(config))
+
+    def run(name: str):
+        settings = {
+            "--model.model": pruned,
+            "--model.teacher": model_directory,
+            "--model.compute_dtype": "float32",
+            "--data.calibration": text_file,
+            "--data.num_sequences": 4,
+            "--data.seq_len": 32,
+            "--trainer.accelerator": "cpu",
+            "--trainer.max_steps": 6,
+            "--trainer.default_root_dir": tmp_path / name,
+            "--trainer.callbacks.init_args.texts": f"[{test_text_file}]",
+            "--trainer.callbacks.init_args.seq_len": 32,
+            "--trainer.callbacks.init_args.max_tokens": 256,
+        }
+        given = [str(item) for pair in settings.items() for item in pair]
+        return main(["recover", "-c", str(tmp_path / "recovery.yaml"), *given]), tmp_path / name
+
+    return run
+
+
+def test_recover_exports_what_it_learned_and_shows_it_again(recover, capsys):
+    status, run = recover("run")
+    assert status == 0
+    dense, pruned, recovered = json.loads((run / "results.json").read_text())["rows"]
+    assert [row["name"] for row in (dense, pruned, recovered)] == ["dense", "pruned", "recovered"]
+    assert (dense["sparsity"], pruned["sparsity"], recovered["sparsity"]) == (0, 0.5, 0.5)
+    assert recovered["ppl"] != pruned["ppl"]
+    assert sparsity_of(load_model(run / "export")) == 0.5
+    capsys.readouterr()
+    with pytest.raises(SystemExit, match="0"):
+        recover("run")
+    assert "is finished" in capsys.readouterr().err
+
+
+def test_an_interrupted_recovery_goes_on_to_the_same_weights(recover, monkeypatch):
+    assert recover("whole")[0] == 0
+    step = RecoveryModule.training_step
+
+    def failing(self, batch, batch_idx):
+        if self.global_step == 4:
+            raise KeyError("stopped here")
+        return step(self, batch, batch_idx)
+
+    monkeypatch.setattr(RecoveryModule, "training_step", failing)
+    with pytest.raises(KeyError):
+        recover("cut")
+    monkeypatch.setattr(RecoveryModule, "training_step", step)
+    status, run = recover("cut")
+    assert status == 0
+    whole = load_file(run.parent / "whole" / "export" / "model.safetensors")
+    for name, value in load_file(run / "export" / "model.safetensors").items():
+        assert torch.equal(value, whole[name]), name
