@@ -120,6 +120,10 @@ class RotationModule(LightningModule):
             raise InputError(
                 f"pattern {pattern} removes residual directions only, but spaces is {spaces}: set [residual]"
             )
+        if isinstance(self.pattern, Slice) and objective.needs_importance:
+            raise InputError(
+                f"pattern {pattern} removes directions, and entropy and lost_mass judge weights: set them to 0"
+            )
         if start == "pca" and space_constraint(config, "residual") != "none":
             raise InputError(f"start pca would change what this {config.model_type} model computes; use identity")
         if init_rotations is not None:

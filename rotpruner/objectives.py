@@ -7,7 +7,7 @@ states chunk by chunk and again in the backward pass, so that no (N, V) tensor i
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from functools import partial
 
@@ -32,11 +32,15 @@ class Objective:
         cross_entropy: of the next token.
         kl: KL(dense ‖ pruned) of the next-token distributions.
         cosine: 1 − cosine similarity of the final hidden states of the dense and the pruned model.
+        entropy: of importance, see `rotpruner.concentration`; this and the next one need no run of the model.
+        lost_mass: the share of importance that the masks remove.
     """
 
     cross_entropy: float = 0.0
     kl: float = 1.0
     cosine: float = 0.0
+    entropy: float = 0.0
+    lost_mass: float = 0.0
 
     def __post_init__(self) -> None:
         weights = asdict(self)
@@ -44,7 +48,17 @@ class Objective:
             if not 0 <= value < math.inf:
                 raise InputError(f"objective weight {name}={value:g} is not a finite number >= 0")
         if not any(weights.values()):
-            raise InputError("every objective weight is 0; give at least one of cross_entropy, kl, cosine")
+            raise InputError(f"every objective weight is 0; give at least one of {', '.join(weights)}")
+
+    @property
+    def runs_model(self) -> bool:
+        """Whether a term looks at the pruned model's outputs."""
+        return self.cross_entropy > 0 or self.needs_teacher
+
+    @property
+    def needs_importance(self) -> bool:
+        """Whether a term looks at the importance of weights."""
+        return self.entropy > 0 or self.lost_mass > 0
 
     @property
     def needs_teacher(self) -> bool:
@@ -58,7 +72,7 @@ class Objective:
         head: Head,
         dense_head: Head | None = None,
     ) -> dict[str, Tensor]:
-        """The terms and their weighted sum.
+        """The terms that look at outputs.
 
         Args:
             student, teacher: final hidden states of the pruned and the dense model in the original
@@ -68,7 +82,7 @@ class Objective:
             dense_head: the same for the teacher's states, where that is another one.
 
         Returns:
-            `{"loss": sum, term: value, …}`, float32 scalars, means over tokens.
+            `{term: value, …}`, float32 scalars, means over tokens.
         """
         terms: dict[str, Tensor] = {}
         states = student[:, :-1].flatten(0, 1)
@@ -82,6 +96,10 @@ class Objective:
         if self.cosine:
             assert dense is not None
             terms["cosine"] = 1 - F.cosine_similarity(_exact(states), _exact(dense), dim=-1).mean()
+        return terms
+
+    def weighted(self, terms: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """`{"loss": their weighted sum, term: value, …}`."""
         loss = torch.stack([getattr(self, name) * term for name, term in terms.items()]).sum()
         return {"loss": loss, **terms}
 

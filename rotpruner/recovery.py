@@ -48,8 +48,8 @@ class SparseRecovery(nn.Module):
                 "give the model that was pruned as the teacher"
             )
         self.objective = objective or Objective()
-        if self.objective.cosine:
-            raise InputError("recovery compares distributions, not states: set the objective's cosine to 0")
+        if self.objective.cosine or self.objective.needs_importance:
+            raise InputError("recovery knows the objectives kl and cross_entropy only; set the others to 0")
         self.compute_dtype = compute_dtype
         self.ranks = ranks or Ranks()
         self._teacher = [teacher.requires_grad_(False).eval()]
@@ -66,7 +66,8 @@ class SparseRecovery(nn.Module):
         dense = self._dense_states(input_ids, index) if self.objective.needs_teacher else None
         with torch.autocast(input_ids.device.type, dtype=self.compute_dtype, enabled=self.compute_dtype.itemsize < 4):
             states = self.pruned.base_model(input_ids=input_ids, use_cache=False).last_hidden_state
-            return self.objective(states, dense, input_ids, head_of(self.pruned), head_of(self._teacher[0]))
+            terms = self.objective(states, dense, input_ids, head_of(self.pruned), head_of(self._teacher[0]))
+        return self.objective.weighted(terms)
 
     @torch.no_grad()
     def _run_teacher(self, input_ids: Tensor) -> Tensor:

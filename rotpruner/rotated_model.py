@@ -17,8 +17,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
+from rotpruner.concentration import concentration_entropy, lost_mass
 from rotpruner.distributed import Ranks, whole
 from rotpruner.families import BlockLinear, block_linears, family_of, residual_sublayers
 from rotpruner.fusion import fuse_block_norms
@@ -284,16 +286,46 @@ class RotatedModel(nn.Module):
         Returns:
             `{"loss": weighted sum, term: value, …}`, float32 scalars in nats per token.
         """
+        terms: dict[str, Tensor] = {}
         teacher = self._dense_states(input_ids, index) if self.objective.needs_teacher else None
         self._enter_rotated(pruned=True)
-        student = self._states(input_ids)
-        return self.objective(student, teacher, input_ids, head_of(self.base))
+        if self.objective.runs_model:
+            terms |= self.objective(self._states(input_ids), teacher, input_ids, head_of(self.base))
+        if self.objective.needs_importance:
+            terms |= self._concentration()
+        return self.objective.weighted(terms)
+
+    def _concentration(self) -> dict[str, Tensor]:
+        """Means over linears of what `rotpruner.concentration` says of their importance in the rotations of the moment.
+
+        One group at a time is scored, and once more in the backward pass: it takes no more memory than that.
+        """
+        groups = [list(members) for _, members in groupby(self.linears, key=lambda linear: linear.place.group)]
+        scored = [checkpoint(self._group_concentration, group, use_reentrant=False) for group in groups]
+        entropies, masses = (torch.cat(found) for found in zip(*scored, strict=True))
+        terms = {"entropy": entropies.mean(), "lost_mass": masses.mean()}
+        return {name: value for name, value in terms.items() if getattr(self.objective, name)}
+
+    def _group_concentration(self, group: Sequence[RotatedLinear]) -> tuple[Tensor, Tensor]:
+        rotations, moment, config = self.basis.rotations, self.moments.get(group[0].place.group), self.base.config
+        moment = None if moment is None else moment.rotate(sides(config, rotations, group[0].place)[0])
+        entropies: list[Tensor] = []
+        masses: list[Tensor] = []
+        for linear in group:
+            reads, writes = sides(config, rotations, linear.place)
+            saliency = self.pruner.saliency(rotate_weight(whole(linear.weight), reads, writes), moment)
+            importance = saliency.square()
+            entropies += concentration_entropy(importance, reads is not None, writes is not None)
+            masses.append(lost_mass(importance, self.patterns[linear.place.layer]))
+        empty = masses[0].new_zeros(0)
+        return torch.stack(entropies) if entropies else empty, torch.stack(masses)
 
     def dense_loss(self, input_ids: Tensor, index: Tensor | None = None) -> dict[str, Tensor]:
         """What `loss` would be without rotations and masks: the floor that a step's time is measured against."""
         teacher = self._dense_states(input_ids, index) if self.objective.needs_teacher else None
         self.basis.rotations, self.basis.pruned = {}, False
-        return self.objective(self._states(input_ids), teacher, input_ids, head_of(self.base))
+        terms = self.objective(self._states(input_ids), teacher, input_ids, head_of(self.base))
+        return self.objective.weighted(terms)
 
     def _states(self, input_ids: Tensor) -> Tensor:
         return self.base.base_model(input_ids=input_ids, use_cache=False).last_hidden_state

@@ -270,7 +270,8 @@ def test_objective_terms_equal_their_definitions(ids):
     generator = torch.Generator().manual_seed(0)
     student, teacher = torch.randn(2, 3, 24, 16, dtype=torch.float64, generator=generator)
     head = torch.nn.Linear(16, 320, bias=False, dtype=torch.float64)
-    found = Objective(cross_entropy=0.5, kl=2.0, cosine=3.0)(student, teacher, ids, head)
+    objective = Objective(cross_entropy=0.5, kl=2.0, cosine=3.0)
+    found = objective.weighted(objective(student, teacher, ids, head))
     log_p, log_q = (head(states[:, :-1]).log_softmax(-1) for states in (teacher, student))
     expected = {
         "cross_entropy": -log_q.gather(-1, ids[:, 1:, None]).mean(),

@@ -29,10 +29,12 @@ Needs = Literal["nothing", "diagonal", "full"]
 class Pruner(ABC):
     """Scores weights, chooses masks, and may update what is left.
 
-    `needs` tells how much of the input's second moment `saliency` and `prune` read.
+    `needs` tells how much of the input's second moment `saliency` and `prune` read; `rebuilds`, whether `prune` updates
+    the weights that stay, so that it wants to know what pruned predecessors give, not what they gave before.
     """
 
     needs: ClassVar[Needs] = "diagonal"
+    rebuilds: ClassVar[bool] = False
 
     @abstractmethod
     def saliency(self, weight: Tensor, moment: Moment | None) -> Tensor:

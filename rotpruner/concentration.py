@@ -1,0 +1,36 @@
+"""How concentrated importance is: what a basis can be judged by without running the model.
+
+Importance is a pruner's saliency squared, such as W'² E[x'²]. The fewer weights hold it, the less pruning takes away.
+Shapes: O, I = outputs and inputs of a linear.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from rotpruner.patterns import Pattern
+
+
+def entropy(importance: Tensor, dim: int) -> Tensor:
+    """−Σ p log p along a dimension, in nats, of importance (O, I) ≥ 0 normalised there; the mean over the other one.
+
+    (DenoiseRotator, 2025, arXiv:2505.23049.) Rows or columns without importance count as zero.
+    """
+    total = importance.sum(dim, keepdim=True)
+    p = importance / total.clamp_min(torch.finfo(importance.dtype).tiny)
+    return -torch.special.xlogy(p, p).sum(dim).mean()
+
+
+def concentration_entropy(importance: Tensor, reads: bool, writes: bool) -> Sequence[Tensor]:
+    """The entropies that a rotation can lower: along the inputs if what is read rotates, along the outputs if what is
+    written does."""
+    return [entropy(importance, dim) for dim, rotates in ((1, reads), (0, writes)) if rotates]
+
+
+def lost_mass(importance: Tensor, pattern: Pattern) -> Tensor:
+    """The share of importance (O, I) that a pattern's best mask removes; the mask counts as a constant."""
+    kept = pattern.mask(importance.detach())
+    return 1 - (importance * kept).sum() / importance.sum().clamp_min(torch.finfo(importance.dtype).tiny)

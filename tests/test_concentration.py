@@ -1,0 +1,109 @@
+"""Objectives that judge a basis by the importance of weights alone."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from scipy.stats import entropy as scipy_entropy
+from tiny_models import exact, tiny
+
+from rotpruner.concentration import entropy, lost_mass
+from rotpruner.errors import InputError
+from rotpruner.objectives import Objective
+from rotpruner.oneshot import gather_model_moments
+from rotpruner.patterns import parse_pattern
+from rotpruner.pruners import resolve_pruner
+from rotpruner.rotated_model import RotatedModel
+from rotpruner.rotations import LearnedRotations, merge_rotations, random_rotations
+
+
+@pytest.fixture
+def ids():
+    return torch.randint(3, 64, (4, 12), generator=torch.Generator().manual_seed(1))
+
+
+def learner(objective, spaces=("residual", "value_heads"), placement="shared", pattern="2:4") -> RotatedModel:
+    model = exact(tiny("llama-3"))
+    rotations = LearnedRotations(model.config, spaces, placement=placement).double()
+    return RotatedModel(model, rotations, resolve_pruner("wanda"), parse_pattern(pattern), objective=objective)
+
+
+@given(st.integers(0, 2**31), st.integers(1, 7), st.integers(1, 9))
+def test_entropy_is_that_of_rows_and_columns(seed, rows, columns):
+    importance = torch.rand(rows, columns, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    expected = np.mean([scipy_entropy(row) for row in importance.numpy()])
+    assert entropy(importance, 1).item() == pytest.approx(expected, abs=1e-12)
+    assert entropy(importance.T, 0).item() == pytest.approx(expected, abs=1e-12)
+    assert entropy(torch.zeros(rows, columns), 1) == 0
+
+
+def test_gradients_are_those_of_finite_differences():
+    importance = torch.rand(4, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0), requires_grad=True)
+    assert torch.autograd.gradcheck(lambda x: entropy(x, 1), importance)
+    assert torch.autograd.gradcheck(lambda x: lost_mass(x, parse_pattern("2:4")), importance)
+
+
+def test_mass_is_lost_where_the_mask_says():
+    importance = torch.tensor([[4.0, 3, 2, 1], [1, 1, 8, 10]])
+    assert lost_mass(importance, parse_pattern("2:4")).item() == pytest.approx((3 + 2) / 30)
+
+
+@pytest.mark.parametrize("placement", ["shared", "per_layer"])
+def test_terms_are_those_of_the_merged_model(placement, ids):
+    """An oracle: merge the rotations, gather statistics anew, and read importance off the plain model."""
+    rotated = learner(Objective(kl=0, entropy=1.0, lost_mass=0.5), placement=placement)
+    config = rotated.base.config
+    rotations = random_rotations(config, ("residual", "value_heads"), 3, torch.float64, placement)
+    rotated.calibrate(ids.split(1))
+    rotated.rotations.restart(rotations)
+    found = rotated.loss(ids)
+    merged = exact(tiny("llama-3"))
+    merge_rotations(merged, rotations)
+    wanda = resolve_pruner("wanda")
+    moments = gather_model_moments(merged, wanda, (), ids.split(1))
+    entropies, masses = [], []
+    for linear in rotated.linears:
+        place = linear.place
+        importance = wanda.saliency(merged.get_submodule(place.name).weight, moments[place.group]).square()
+        kept = importance * parse_pattern("2:4").mask(importance)
+        masses.append(1 - (kept.sum() / importance.sum()).item())
+        if place.spec.reads in rotations:
+            entropies.append(scipy_entropy(importance.detach().numpy(), axis=1).mean())
+        if place.spec.writes in rotations:
+            entropies.append(scipy_entropy(importance.detach().numpy(), axis=0).mean())
+    # q, k, gate, up read; down writes; v and o do both.
+    assert len(entropies) == config.num_hidden_layers * 9
+    assert found["entropy"].item() == pytest.approx(np.mean(entropies), rel=1e-5)
+    assert found["lost_mass"].item() == pytest.approx(np.mean(masses), rel=1e-5)
+    assert found["loss"].item() == pytest.approx(np.mean(entropies) + 0.5 * np.mean(masses), rel=1e-5)
+
+
+@pytest.mark.parametrize("term", ["entropy", "lost_mass"])
+def test_learning_concentrates_importance_without_running_the_model(term, ids, monkeypatch):
+    rotated = learner(Objective(**{"kl": 0, term: 1.0}), placement="per_layer")
+    rotated.calibrate(ids.split(1))
+    rotated.refresh_masks()
+    monkeypatch.setattr(rotated.base, "forward", None)
+    monkeypatch.setattr(rotated.base.base_model, "forward", None)
+    optimizer = torch.optim.Adam(rotated.rotations.parameters(), lr=1e-2)
+    losses = []
+    for _ in range(25):
+        loss = rotated.loss(ids)["loss"]
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0] - 0.01
+
+
+def test_it_goes_with_objectives_of_outputs_and_not_with_slices(ids):
+    both = learner(Objective(kl=1.0, entropy=0.1))
+    both.calibrate(ids.split(1))
+    both.refresh_masks()
+    terms = both.loss(ids)
+    assert terms["loss"].item() == pytest.approx(terms["kl"].item() + 0.1 * terms["entropy"].item())
+    with pytest.raises(InputError, match="entropy, lost_mass"):
+        Objective(kl=0)
