@@ -115,8 +115,9 @@ class Finish(Callback):
 
         def pruned(rotations: dict[str, Tensor] | None, directory: Path) -> None:
             model = load_model(name)
-            # Learned rotations keep the statistics that they were learned with; controls get the better ones.
-            known = moments if rotations is learned else None
+            # Learned masks keep the statistics that they were learned with. Controls, and pruners that rebuild the
+            # outputs of what they have pruned, get those of pruned predecessors.
+            known = moments if rotations is learned and not pruner.rebuilds else None
             dtype = module.base_dtype if module.base_dtype.itemsize < 4 else None
             prune_model(
                 model,

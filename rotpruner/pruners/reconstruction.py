@@ -25,6 +25,7 @@ class ReconstructionPruner(Pruner):
     """
 
     needs = "full"
+    rebuilds = True
 
     def __init__(self, damping: float) -> None:
         if damping <= 0:
