@@ -6,6 +6,7 @@ Shapes: N sequences, T tokens each (`seq_len`), B sequences a batch and rank.
 import hashlib
 import json
 import os
+from array import array
 from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
@@ -18,7 +19,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from datamodules.texts import check_text, documents, hub_text, pieces, text_identity
+from datamodules.texts import check_text, hub_text, pieces, stream, text_identity
 from rotpruner.embedded import cache_directory, locked
 from rotpruner.errors import InputError
 from rotpruner.loading import load_tokenizer
@@ -59,7 +60,11 @@ def calibration_tokens(
         with locked(path):
             tokens = _load(path, shape, vocabulary)  # somebody else may have built it while we waited
             if tokens is None:
-                tokens = _windows(source, tokenizer, shape, seed)
+                spool = path.with_suffix(".spool")  # we hold the lock: no other writer has it open
+                try:
+                    tokens = _windows(source, tokenizer, shape, seed, spool)
+                finally:
+                    spool.unlink(missing_ok=True)
                 assert 0 <= tokens.min() <= tokens.max() < vocabulary
                 _save(tokens, path)
     return tokens
@@ -72,23 +77,24 @@ def _check_sizes(num_sequences: int, seq_len: int, seed: int) -> None:
             raise InputError(f"{name} {value} is too small: pass {bound} or more")
 
 
-def _windows(source: str, tokenizer: PreTrainedTokenizerBase, shape: tuple[int, int], seed: int) -> Tensor:
+def _windows(source: str, tokenizer: PreTrainedTokenizerBase, shape: tuple[int, int], seed: int, spool: Path) -> Tensor:
+    """The chosen windows. All tokens of the text wait in the file `spool`, for the memory of one piece of it."""
     num_sequences, seq_len = shape
     hub = hub_text(source)
     streamed = hub is not None and not hub.whole
-    found: list[Tensor] = []
     count = 0
-    for piece in pieces(documents(source, split="calibration", seed=seed)):
-        ids = tokenizer(piece, add_special_tokens=False, return_attention_mask=False, verbose=False).input_ids
-        found.append(torch.tensor(ids, dtype=torch.int32))  # half the memory of int64 while the text is read
-        count += len(ids)
-        if streamed and count >= num_sequences * seq_len:
-            break
+    with spool.open("wb") as file:
+        for piece in pieces(stream(source, split="calibration", seed=seed)):
+            ids = tokenizer(piece, add_special_tokens=False, return_attention_mask=False, verbose=False).input_ids
+            array("i", ids).tofile(file)  # int32
+            count += len(ids)
+            if streamed and count >= num_sequences * seq_len:
+                break
     total = count // seq_len
     if total < num_sequences:
         wanted = f"{num_sequences} are wanted: pass a longer text, a smaller seq_len or fewer num_sequences"
         raise InputError(f"text {source!r} holds {total} windows of {seq_len} tokens, {wanted}")
-    windows = torch.cat(found)[: total * seq_len].view(total, seq_len)
+    windows = torch.from_file(str(spool), size=total * seq_len, dtype=torch.int32).view(total, seq_len)  # mapped
     order = torch.arange(total) if streamed else torch.randperm(total, generator=_generator("windows", seed))
     return windows[order[:num_sequences]].long()
 

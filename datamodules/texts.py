@@ -18,6 +18,7 @@ import json
 import re
 import zlib
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -69,38 +70,46 @@ HUB = {
 }
 
 
-def documents(source: str, *, split: Split, seed: int = 0) -> Iterator[str]:
-    """The documents of `source`, one after another, never all in memory at once (a `.txt` is one document).
+def stream(source: str, *, split: Split, seed: int = 0) -> Iterator[str]:
+    """The text of `source` in consecutive parts, never all in memory: a `.txt` exactly as it is, documents joined
+    with blank lines.
 
     `seed` orders the calibration split of a streamed hub data set, and nothing else. A name or path that
     leads nowhere raises InputError here; what is wrong inside of a file, when it is read.
     """
     if hub := hub_text(source):
-        return _hub_documents(source, hub, split, seed)
+        return _joined([document] for document in _hub_documents(source, hub, split, seed))
     paths = [text_path(source)] if source in TEXTS else _files(Path(source))
-    return (document for path in paths for document in _file_documents(path))
+    return _joined(document for path in paths for document in _file_documents(path))
+
+
+def _joined(documents: Iterable[Iterable[str]]) -> Iterator[str]:
+    """The parts of all documents, with blank lines between one document and the next."""
+    for number, document in enumerate(documents):
+        if number:
+            yield "\n\n"
+        yield from document
 
 
 def text_of(source: str, split: Split) -> str:
-    """The whole text: a `.txt` exactly as it is, documents joined with blank lines. Empty text is refused."""
-    text = "\n\n".join(documents(source, split=split))
+    """The whole text as `stream` gives it. Empty text is refused."""
+    text = "".join(stream(source, split=split))
     if not text.strip():
         raise InputError(f"text {source!r} is empty: pass one with words in it")
     return text
 
 
-def pieces(texts: Iterable[str], limit: int = _PIECE) -> Iterator[str]:
-    """The documents joined with blank lines, cut into pieces of a little over `limit` characters to tokenise.
+def pieces(parts: Iterable[str], limit: int = _PIECE) -> Iterator[str]:
+    """A text that comes in any parts, cut into pieces of a little over `limit` characters to tokenise.
 
-    The pieces' tokens, one after another, are those of the joined text for byte-level tokenisers (GPT-2,
+    The pieces' tokens, one after another, are those of the whole text for byte-level tokenisers (GPT-2,
     SmolLM2, Llama 3, Qwen): they split a text in front of a space between two letters, which is where it is
     cut here. Sentencepiece ones may add a word mark at each cut. Text without such a place is cut before a
     blank line, or else not at all.
     """
-    held, separator = "", ""
-    for text in texts:
-        held += separator + text
-        separator = "\n\n"
+    held = ""
+    for part in parts:
+        held += part
         start = 0
         while (end := start + limit) < len(held):
             cut = _BETWEEN_WORDS.search(held, end, end + 10_000) or _BLANK_LINE.search(held, end)
@@ -167,27 +176,34 @@ def _files(path: Path) -> list[Path]:
     return files
 
 
-def _file_documents(path: Path) -> Iterator[str]:
-    suffix = _suffix(path)
+@contextmanager
+def _readable(path: Path) -> Iterator[None]:
     try:
-        if suffix in _JSON_LINES:
-            yield from _json_lines(path)
-        elif suffix == ".parquet":
-            yield from _parquet_rows(path)
-        else:
-            yield _plain_text(path)
+        yield
     except (OSError, EOFError, zlib.error) as error:
         raise InputError(f"cannot read {str(path)!r} ({error}): pass an intact, readable file") from error
 
 
-def _plain_text(path: Path) -> str:
-    data = path.read_bytes()
-    try:
-        if b"\0" not in data:
-            return data.decode("utf-8")
-    except UnicodeDecodeError:
-        pass
-    raise InputError(f"{str(path)!r} is binary or not UTF-8: pass a text file in UTF-8")
+def _file_documents(path: Path) -> Iterator[Iterable[str]]:
+    suffix = _suffix(path)
+    if suffix not in _JSON_LINES and suffix != ".parquet":
+        yield _plain_text(path)
+        return
+    with _readable(path):
+        for document in _json_lines(path) if suffix in _JSON_LINES else _parquet_rows(path):
+            yield [document]
+
+
+def _plain_text(path: Path) -> Iterator[str]:
+    refusal = InputError(f"{str(path)!r} is binary or not UTF-8: pass a text file in UTF-8")
+    with _readable(path), path.open(encoding="utf-8", newline="") as file:
+        try:
+            while part := file.read(_PIECE):
+                if "\0" in part:
+                    raise refusal
+                yield part
+        except UnicodeDecodeError:
+            raise refusal from None
 
 
 def _json_lines(path: Path) -> Iterator[str]:

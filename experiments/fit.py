@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 import shutil
 import sys
 import warnings
@@ -31,6 +32,7 @@ from callbacks.terminal import console, results_table
 from datamodules.calibration import CalibrationDataModule
 from lightning_modules.rotation_module import RotationModule
 from rotpruner.artifacts import write_text
+from rotpruner.distributed import lost_rank
 from rotpruner.errors import InputError
 
 
@@ -61,6 +63,8 @@ class FitCLI(LightningCLI):
         # Lightning's notes on seeds and accelerators would stand between a mistake and its one line of explanation.
         for name in ("lightning.pytorch", "lightning.fabric"):
             logging.getLogger(name).setLevel(logging.WARNING)
+        # But where a process ends, the one that has started it is killed within seconds: this says why.
+        logging.getLogger("lightning.fabric.strategies.launchers.subprocess_script").setLevel(logging.INFO)
         # Lightning 2.6 asks torch 2.13 about pytrees in a way that torch has deprecated.
         warnings.filterwarnings("ignore", message=".*LeafSpec.* is deprecated")
         self.command = command
@@ -191,3 +195,11 @@ def run_to_the_end(cli: FitCLI) -> None:
         if not existed:  # Lightning makes the loggers' directories before it looks at the model
             shutil.rmtree(cli.run_directory, ignore_errors=True)
         raise
+    except RuntimeError as error:
+        if not lost_rank(error):
+            raise
+        found = last_checkpoint(cli.run_directory)
+        mend = f"goes on from {found}" if found else "begins it again"
+        reason = re.sub(r"^\[\S+\] ", "", str(error).splitlines()[0]).split(". ")[0]  # without gloo's own place
+        print(f"error: another process of this run has ended ({reason}); the same command {mend}", file=sys.stderr)
+        sys.exit(1)

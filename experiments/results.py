@@ -30,6 +30,9 @@ def main(arguments: list[str]) -> None:
         records = [(path.stem, _read(path)) for path in sorted(sweep.parent.glob("*.json")) if path != sweep]
         text.append(table(_read(sweep), records))
         count += len(records)
+    speeds = options.results / "inference.json"
+    if speeds.is_file():
+        text.append(_inference(_read(speeds)))
     write_text("\n".join(text), options.output)
     report({"output": str(options.output), "tables": len(sweeps), "rows": count}, options.json)
 
@@ -87,6 +90,23 @@ def table(sweep: dict[str, Any], records: list[tuple[str, dict[str, Any]]]) -> s
     commands = "\n".join(f"{record['command']}" for _, record in records)
     details = f"<details><summary>commands</summary>\n\n```\n{commands}\n```\n\n</details>\n"
     return "\n".join([*lines, "", details])
+
+
+def _inference(result: Row) -> str:
+    """What `benchmark inference --json` printed, as a table."""
+    lines = [
+        f"## Inference on {result['device']}, {result['threads']} threads, {result['dtype']}\n",
+        "Median and quartiles of the ratio to the first model, in turns. " + result["note"] + "\n",
+        "| model | parameters | prefill tokens/s | ratio | decode tokens/s | ratio |",
+        "|" + "---|" * 6,
+    ]
+    for row in result["rows"]:
+        cells = [row["model"], f"{row['parameters'] / 1e6:.1f} M"]
+        for phase in (row["prefill"], row["decode"]):
+            low, high = phase["ratio_spread"]
+            cells += [f"{phase['tokens_per_second']:.0f}", f"{phase['ratio']:.3f} ({low:.3f}-{high:.3f})"]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join([*lines, ""])
 
 
 def _shown(value: Any) -> str:

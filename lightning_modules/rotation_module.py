@@ -11,6 +11,7 @@ from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from rich.console import Console
 from rich.progress import track
 from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
 
 from lightning_modules.schedules import with_schedule
 from rotpruner.distributed import Ranks
@@ -177,6 +178,9 @@ class RotationModule(LightningModule):
             self.layer_sparsity,
             Ranks.world(),
         )
+        # DDP would send all masks from the first rank to the others at every step; they are alike by construction.
+        masks = [f"rotated.base.{linear.place.name}.mask" for linear in self.rotated.linears]
+        DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(self, masks)
         if self.device_mesh is not None:
             shard(self.rotated, self.device_mesh["data_parallel"])
 

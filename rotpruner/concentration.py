@@ -19,9 +19,10 @@ def entropy(importance: Tensor, dim: int) -> Tensor:
 
     (DenoiseRotator, 2025, arXiv:2505.23049.) Rows or columns without importance count as zero.
     """
-    total = importance.sum(dim, keepdim=True)
-    p = importance / total.clamp_min(torch.finfo(importance.dtype).tiny)
-    return -torch.special.xlogy(p, p).sum(dim).mean()
+    tiny = torch.finfo(importance.dtype).tiny
+    p = importance / importance.sum(dim, keepdim=True).clamp_min(tiny)
+    # Where p is 0 its logarithm must have a finite gradient.
+    return -(p * p.clamp_min(tiny).log()).sum(dim).mean()
 
 
 def concentration_entropy(importance: Tensor, reads: bool, writes: bool) -> Sequence[Tensor]:

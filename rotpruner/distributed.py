@@ -86,3 +86,18 @@ class Ranks:
 def whole(tensor: Tensor) -> Tensor:
     """A tensor with all its shards, gathered from all ranks if it is sharded."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+#: What gloo, NCCL and torch's store say where a process that they talk to is gone.
+_LOST = (
+    "gloo/transport",
+    "ncclRemoteError",
+    "Connection closed by peer",
+    "Connection reset by peer",
+    "got 0 bytes",
+)
+
+
+def lost_rank(error: BaseException) -> bool:
+    """Whether a collective has failed because another process ended, or does not answer."""
+    return isinstance(error, RuntimeError) and any(sign in str(error) for sign in _LOST)

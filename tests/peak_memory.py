@@ -10,6 +10,7 @@ import json
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 from lightning import Callback, Trainer
 
@@ -17,6 +18,8 @@ from callbacks.repruning import Repruning
 from datamodules.calibration import CalibrationDataModule
 from lightning_modules.rotation_module import RotationModule
 from rotpruner.loading import load_tokenizer
+
+needs_linux = pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux's count of pages")
 
 
 def resident(key: str) -> int:

@@ -61,6 +61,15 @@ class Record(Callback):
         weights = [linear.weight for linear in rotated.linears]
         held = sum(w.to_local().numel() if isinstance(w, DTensor) else w.numel() for w in weights)
         (run / f"held-{trainer.global_rank}").write_text(str(held / sum(w.numel() for w in weights)))
+        # What DDP sends from the first rank to the others at every step.
+        sent = [
+            name for name, buffer in pl_module.named_buffers() if any(buffer is of for of in _synchronised(trainer))
+        ]
+        (run / f"sent-{trainer.global_rank}").write_text(" ".join(sent))
+
+
+def _synchronised(trainer) -> list[torch.Tensor]:
+    return getattr(trainer.model, "modules_buffers", [])
 
 
 def recorded(run: Path, rank: int = 0) -> dict[str, torch.Tensor]:
@@ -125,7 +134,7 @@ def _process(target, *given, **settings):
 
 def _join(processes) -> list[int]:
     for process in processes:
-        process.join(40)
+        process.join(120)
     hanging = [process for process in processes if process.exitcode is None]
     for process in hanging:
         process.kill()

@@ -46,6 +46,12 @@ def test_gradients_are_those_of_finite_differences():
     assert torch.autograd.gradcheck(lambda x: lost_mass(x, parse_pattern("2:4")), importance)
 
 
+def test_weights_of_zero_have_finite_gradients():
+    weight = torch.tensor([[0.0, 1, 2], [0, 0, 0]], requires_grad=True)
+    (entropy(weight.square(), 0) + entropy(weight.square(), 1)).backward()
+    assert weight.grad.isfinite().all()
+
+
 def test_mass_is_lost_where_the_mask_says():
     importance = torch.tensor([[4.0, 3, 2, 1], [1, 1, 8, 10]])
     assert lost_mass(importance, parse_pattern("2:4")).item() == pytest.approx((3 + 2) / 30)

@@ -20,13 +20,15 @@ def test_a_large_models_config_runs_two_steps_on_every_machine(
     name, model_directory, text_file, test_text_file, tmp_path
 ):
     hardware = CONFIGS / "hardware" / f"{name}.yaml"
-    ranks = 1 if yaml.safe_load(hardware.read_text())["trainer"]["devices"] == 1 else 2
+    trainer = yaml.safe_load(hardware.read_text())["trainer"]
+    ranks = min(2, trainer["devices"])
     given = fit_arguments(model_directory, text_file, test_text_file, tmp_path / "run")
     arguments = ["fit", "-c", str(CONFIGS / "llama3-8b.yaml"), "-c", str(hardware), *given]
     if ranks == 1:
         assert main(arguments) == 0
     else:
-        place = ["--trainer.devices", "2", "--trainer.strategy.init_args.data_parallel_size", "2"]
+        shards = ["--trainer.strategy.init_args.data_parallel_size", "2"]
+        place = ["--trainer.devices", "2", *(shards if trainer["strategy"] != "ddp" else [])]
         assert start_ranks([*arguments, *place], target=command, ranks=ranks) == [0, 0]
     config = json.loads((tmp_path / "run" / "results.json").read_text())["config"]
     assert config["model"]["gradient_checkpointing"]

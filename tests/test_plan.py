@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import tiny_llama
+from peak_memory import needs_linux
 from tiny_models import tiny
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -312,9 +313,6 @@ def planned(model: str, seq_len: int, steps: int, **settings) -> int:
     sizes = dict(seq_len=seq_len, steps=steps, num_sequences=2)
     setup = Setup(load_config(model), resolve_pruner("wanda"), **sizes, device="cpu")
     return memory_plan(replace(setup, **settings)).learning
-
-
-needs_linux = pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux's count of pages")
 
 
 @needs_linux

@@ -10,7 +10,7 @@ import pytest
 from pyarrow import parquet
 
 from datamodules import texts
-from datamodules.texts import documents, text_identity, text_name, text_of
+from datamodules.texts import stream, text_identity, text_name, text_of
 from rotpruner.embedded import text_path
 from rotpruner.errors import InputError
 
@@ -28,6 +28,10 @@ def write_parquet(path: Path, rows: list[str], column: str = "text") -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     parquet.write_table(pyarrow.table({column: rows}), path)
     return path
+
+
+def documents(source: str, **settings) -> list[str]:
+    return "".join(stream(source, **settings)).split("\n\n")
 
 
 @pytest.fixture
@@ -76,6 +80,18 @@ def test_a_txt_stays_exactly_as_it_is(tmp_path):
     assert text_name(str(path)) == "notes.v2"
 
 
+def test_a_txt_is_read_in_parts(tmp_path, monkeypatch):
+    monkeypatch.setattr(texts, "_PIECE", 3)
+    path = tmp_path / "long.txt"
+    path.write_bytes("größer\r\n第三。\n\n".encode() * 2)
+    parts = list(stream(str(path), split="calibration"))
+    assert max(map(len, parts)) == 3
+    assert "".join(parts) == "größer\r\n第三。\n\n" * 2
+    path.write_bytes(b"of words\0")
+    with pytest.raises(InputError, match="binary"):
+        text_of(str(path), "test")
+
+
 @pytest.mark.parametrize("suffix", [".jsonl", ".json", ".jsonl.gz", ".json.gz", ".parquet"])
 def test_documents_are_joined_with_blank_lines(tmp_path, suffix):
     path = tmp_path / f"c4_en{suffix}"
@@ -83,7 +99,7 @@ def test_documents_are_joined_with_blank_lines(tmp_path, suffix):
         write_parquet(path, DOCUMENTS)
     else:
         write_lines(path, [{"url": "x", "text": document} for document in DOCUMENTS])
-    assert list(documents(str(path), split="calibration", seed=7)) == DOCUMENTS
+    assert "".join(stream(str(path), split="calibration", seed=7)) == "\n\n".join(DOCUMENTS)
     assert text_of(str(path), "test") == "\n\n".join(DOCUMENTS)
     assert text_name(str(path)) == "c4_en"
 
@@ -99,11 +115,11 @@ def test_a_directory_is_its_text_files_by_name(tmp_path):
 
 
 def test_c4_is_shuffled_by_the_seed_for_calibration_only(c4):
-    rows = list(documents("c4", split="calibration", seed=1))
-    assert rows == list(documents("c4", split="calibration", seed=1))
-    assert rows != list(documents("c4", split="calibration", seed=2))
+    rows = documents("c4", split="calibration", seed=1)
+    assert rows == documents("c4", split="calibration", seed=1)
+    assert rows != documents("c4", split="calibration", seed=2)
     assert sorted(rows) == sorted(f"train {shard} {i}" for shard in range(2) for i in range(20))
-    assert list(documents("c4", split="test", seed=1)) == [f"validation 0 {i}" for i in range(20)]
+    assert documents("c4", split="test", seed=1) == [f"validation 0 {i}" for i in range(20)]
 
 
 def test_c4_is_tested_on_its_first_documents(c4, monkeypatch):
@@ -113,7 +129,7 @@ def test_c4_is_tested_on_its_first_documents(c4, monkeypatch):
 
 def test_wikitext2_keeps_its_order_and_empty_lines(wikitext2):
     assert text_of("wikitext2", "test") == "\n\n = test = \n\n\n\n\n A b .\n"
-    assert list(documents("wikitext2", split="calibration", seed=3)) == ["", " = train = \n", "", " A b .\n"]
+    assert "".join(stream("wikitext2", split="calibration", seed=3)) == "\n\n = train = \n\n\n\n\n A b .\n"
 
 
 def test_names_of_hub_data_sets():
@@ -167,7 +183,7 @@ def test_parquet_without_text_is_refused(tmp_path):
 def test_unknown_names_are_refused_before_anything_is_read(tmp_path, monkeypatch, name):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "here").mkdir()
-    for call in texts.check_text, text_name, lambda source: documents(source, split="test"):
+    for call in texts.check_text, text_name, lambda source: stream(source, split="test"):
         with pytest.raises(InputError, match=f"no text '{name}'.*wikipedia_test, c4"):
             call(name)
 
