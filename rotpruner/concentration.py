@@ -19,10 +19,10 @@ def entropy(importance: Tensor, dim: int) -> Tensor:
 
     (DenoiseRotator, 2025, arXiv:2505.23049.) Rows or columns without importance count as zero.
     """
-    tiny = torch.finfo(importance.dtype).tiny
-    p = importance / importance.sum(dim, keepdim=True).clamp_min(tiny)
+    total = importance.sum(dim, keepdim=True)
+    p = importance / torch.where(total > 0, total, 1.0)
     # Where p is 0 its logarithm must have a finite gradient.
-    return -(p * p.clamp_min(tiny).log()).sum(dim).mean()
+    return -(p * p.clamp_min(torch.finfo(p.dtype).tiny).log()).sum(dim).mean()
 
 
 def concentration_entropy(importance: Tensor, reads: bool, writes: bool) -> Sequence[Tensor]:
@@ -34,4 +34,5 @@ def concentration_entropy(importance: Tensor, reads: bool, writes: bool) -> Sequ
 def lost_mass(importance: Tensor, pattern: Pattern) -> Tensor:
     """The share of importance (O, I) that a pattern's best mask removes; the mask counts as a constant."""
     kept = pattern.mask(importance.detach())
-    return 1 - (importance * kept).sum() / importance.sum().clamp_min(torch.finfo(importance.dtype).tiny)
+    total = importance.sum()
+    return 1 - (importance * kept).sum() / torch.where(total > 0, total, 1.0)
