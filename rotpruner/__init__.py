@@ -7,6 +7,7 @@ from rotpruner.loading import load_model as load
 from rotpruner.oneshot import prune_model
 from rotpruner.packed import pack, unpack
 from rotpruner.perplexity import perplexity
+from rotpruner.recovery import SparseRecovery
 from rotpruner.rotated_model import RotatedModel
 from rotpruner.rotation_artifact import Rotations
 from rotpruner.rotations import LearnedRotations, merge_rotations, random_rotations
@@ -18,6 +19,7 @@ __all__ = [
     "LearnedRotations",
     "RotatedModel",
     "Rotations",
+    "SparseRecovery",
     "learn",
     "load",
     "load_model",
