@@ -90,15 +90,17 @@ class Dashboard(Callback):
         step = trainer.global_step
         if step % self.every_n_steps == 0 and step != self._last:
             self._last = step
-            if trainer.is_global_zero:
-                self._look(pl_module, step)
+            self._look(pl_module, step)
         self._clock = time.perf_counter()  # looking is not learning
 
     @torch.no_grad()
     def _look(self, module: Any, step: int) -> None:
         rotated = module.rotated
-        rows = masked_share(rotated)
+        # On all ranks, which may hold a shard each.
+        rows, rotations = masked_share(rotated), rotated.rotations()
         metrics = {"rotations/orthogonality_error": module.orthogonality_error()}
+        if not module.trainer.is_global_zero:
+            return
         for layer, mass in block_means(rows, lambda row: row["kept_mass"]).items():
             metrics[f"kept_mass/block_{layer:02}"] = mass
         for layer, share in enumerate(rotated.block_flips):
@@ -107,7 +109,7 @@ class Dashboard(Callback):
         columns = ["name", "layer", "weights", "sparsity", "kept_mass"]
         if rows:
             self._wandb.log_table("sparsity", columns, [[row[column] for column in columns] for row in rows], step=step)
-        for space, Q in rotated.rotations().items():
+        for space, Q in rotations.items():
             self._wandb.log_image(f"rotations/{space}", [picture(Q[0, 0])], step)
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

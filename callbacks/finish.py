@@ -141,7 +141,8 @@ class Finish(Callback):
                 rows.append(self._row(run, control, pattern, partial(pruned, rotations)))
         rows.append(self._row(run, "rotpruner", pattern, partial(pruned, learned), seconds=training_seconds))
         exported = AutoModelForCausalLM.from_pretrained(run / "export")
-        write_diagnostics(run, load_model(name), exported, learned, moments, pruner, pattern, track)
+        patterns = module.rotated.patterns
+        write_diagnostics(run, load_model(name), exported, learned, moments, pruner, patterns, track)
         write_card(run / "export", self._origin(trainer, module, rows), module.rotated.base.config)
         results = {"rows": rows, "config": self.config, "commit": commit()}
         write_json(results, run / "results.json")

@@ -5,7 +5,7 @@ Shapes: a decoder linear's weight W (O, I), its pruned form Ŵ (O, I), the secon
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from rotpruner.artifacts import write_bytes, write_json
+from rotpruner.distributed import whole
 from rotpruner.families import BlockLinear, block_linears, module_at
 from rotpruner.fusion import fuse_block_norms
 from rotpruner.orthogonal import rotate_weight
@@ -74,7 +75,7 @@ def layer_table(
     rotations: Mapping[str, Tensor],
     moments: Mapping[str, Moment],
     pruner: Pruner,
-    pattern: Any,
+    patterns: Sequence[Pattern],
     progress: Callable[..., Any] = lambda items, description: items,
 ) -> list[dict[str, Any]]:
     """One row a decoder linear: how sparse it is, how wrong its output, and how much saliency each basis keeps.
@@ -84,7 +85,8 @@ def layer_table(
         pruned: what came of it in the rotated basis. It may be narrower: what is missing counts as pruned.
         rotations: that it was pruned in.
         moments: of the dense model in its own basis, by group, as `gather_model_moments` returns them.
-        pruner, pattern: as it was pruned. A pattern without masks (whole directions) has no kept mass and no error.
+        pruner: as it was pruned.
+        patterns: one a block, as it was pruned; none for a slice, which has no masks, so no kept mass and no error.
         progress: wraps the iteration over groups of linears, for a progress bar.
 
     Returns:
@@ -109,11 +111,12 @@ def layer_table(
                 "error": None,
                 "kept_mass": None,
             }
-            if isinstance(pattern, Pattern):
+            if patterns:
                 rotated = rotate_weight(weight, *sides(model.config, rotations, place))
                 row["error"] = relative_error(rotated, found, turned)
                 saliencies = {"own": pruner.saliency(weight, moment), "learned": pruner.saliency(rotated, turned)}
-                row["kept_mass"] = {basis: kept_mass(S, pattern.mask(S)) for basis, S in saliencies.items()}
+                choose = patterns[place.layer].mask
+                row["kept_mass"] = {basis: kept_mass(S, choose(S)) for basis, S in saliencies.items()}
             rows.append(row)
     return rows
 
@@ -122,7 +125,8 @@ def layer_table(
 def masked_share(rotated: RotatedModel) -> list[dict[str, Any]]:
     """One row a decoder linear, of the masks of the moment in the rotations of the moment, while it learns.
 
-    It rotates and scores every weight: as dear as a refresh of the masks.
+    It rotates and scores every weight: as dear as a refresh of the masks. Sharded weights come together one at a
+    time, so all ranks must ask at the same time; all get the same answer.
 
     Returns:
         `[{"name", "layer", "weights": count, "sparsity", "kept_mass"}, …]` in data-flow order, shares of one;
@@ -138,7 +142,7 @@ def masked_share(rotated: RotatedModel) -> list[dict[str, Any]]:
             mask = linear.mask
             if mask is None:
                 continue
-            weight = rotate_weight(linear.weight, *sides(config, rotations, linear.place))
+            weight = rotate_weight(whole(linear.weight), *sides(config, rotations, linear.place))
             saliency = rotated.pruner.saliency(weight, turned)
             row = {"name": linear.place.name, "layer": linear.place.layer, "weights": mask.numel()}
             rows.append({**row, "sparsity": 1 - mask.double().mean().item(), "kept_mass": kept_mass(saliency, mask)})
@@ -182,11 +186,11 @@ def write_diagnostics(
     rotations: Mapping[str, Tensor],
     moments: Mapping[str, Moment],
     pruner: Pruner,
-    pattern: Any,
+    patterns: Sequence[Pattern],
     progress: Callable[..., Any] = lambda items, description: items,
 ) -> None:
     """Write `layers.json` and `heatmap.safetensors` into a run directory; the arguments are those of `layer_table`."""
-    rows = layer_table(model, pruned, rotations, moments, pruner, pattern, progress)
+    rows = layer_table(model, pruned, rotations, moments, pruner, patterns, progress)
     name, maps = heat_maps(model, rotations)
     write_bytes(save({basis: found.contiguous() for basis, found in maps.items()}, {"linear": name}), run / HEAT_MAP)
     write_json({"linears": rows}, run / LAYERS)

@@ -10,6 +10,7 @@ import socket
 from pathlib import Path
 
 import torch
+import wandb
 from conftest import in_float64
 from lightning import Callback
 from safetensors.torch import load_file, save_file
@@ -89,6 +90,7 @@ def fit(arguments: list[str], callbacks=(), exact: bool = False, environment=Non
     cli = FitCLI(arguments)
     cli.trainer.callbacks.extend([Record(), *callbacks])
     cli.trainer.fit(cli.model, cli.datamodule, ckpt_path=cli.resume_from, weights_only=True)
+    wandb.finish()  # such processes leave without the exit handler that would do this
 
 
 def command(arguments: list[str], environment=None) -> None:

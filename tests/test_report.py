@@ -15,9 +15,11 @@ import torch
 import yaml
 from conftest import tiny_llama
 from safetensors.torch import load_file
+from test_cli import fit_arguments
 
+from callbacks import finish
 from experiments.__main__ import main
-from rotpruner.diagnostics import kept_mass, layer_table, relative_error
+from rotpruner.diagnostics import kept_mass, layer_table, relative_error, write_diagnostics
 from rotpruner.oneshot import gather_model_moments, prune_model
 from rotpruner.patterns import parse_pattern
 from rotpruner.pruners import resolve_pruner
@@ -64,7 +66,7 @@ def test_layer_table_reports_what_the_pruner_did():
     model, pruned = tiny_llama(), tiny_llama()
     moments = gather_model_moments(model, pruner, rotations, batches)
     prune_model(pruned, pruner, pattern, rotations=rotations, moments=moments)
-    rows = layer_table(tiny_llama(), pruned, rotations, moments, pruner, pattern)
+    rows = layer_table(tiny_llama(), pruned, rotations, moments, pruner, [pattern] * 2)
     assert [row["layer"] for row in rows] == [0] * 7 + [1] * 7
     for row in rows:
         assert row["sparsity"] == pytest.approx(0.75, abs=1e-6)
@@ -73,9 +75,30 @@ def test_layer_table_reports_what_the_pruner_did():
         assert 0.1 < row["error"] < 1
     # Of a narrower model, what is missing counts; a pattern of whole directions has no masks to speak of.
     narrow = tiny_llama(hidden_size=16, intermediate_size=24)
-    row = layer_table(tiny_llama(), narrow, {}, {}, pruner, object())[4]
+    row = layer_table(tiny_llama(), narrow, {}, {}, pruner, [])[4]
     assert row["sparsity"] == pytest.approx(0.75)
     assert row["error"] is row["kept_mass"] is None
+
+
+def test_each_block_is_scored_by_the_pattern_that_it_was_pruned_by():
+    pruner, patterns = resolve_pruner("magnitude"), [parse_pattern(0.0), parse_pattern(0.75)]
+    rows = layer_table(tiny_llama(), tiny_llama(), {}, {}, pruner, patterns)
+    assert all(row["kept_mass"] == {"own": 1, "learned": 1} for row in rows if row["layer"] == 0)
+    assert all(0.25 < row["kept_mass"]["own"] < 0.8 for row in rows if row["layer"] == 1)
+
+
+def test_a_fit_with_shared_out_sparsity_is_diagnosed_by_its_shares(
+    model_directory, text_file, test_text_file, tmp_path, monkeypatch
+):
+    given = []
+    monkeypatch.setattr(finish, "write_diagnostics", lambda *all: given.append(all[6]) or write_diagnostics(*all))
+    arguments = fit_arguments(model_directory, text_file, test_text_file, tmp_path / "run")
+    owl = ["--model.pattern", "0.5", "--model.layer_sparsity", "owl"]
+    assert main(["fit", "-c", "experiments/configs/quickstart.yaml", *arguments, *owl]) == 0
+    shares = [pattern.sparsity for pattern in given[0]]
+    assert len(set(shares)) == 2
+    for row in json.loads((tmp_path / "run" / "layers.json").read_text())["linears"]:
+        assert row["sparsity"] == pytest.approx(shares[row["layer"]], abs=0.02), "rounded in each row"
 
 
 # -- the page ----------------------------------------------------------------------------------------

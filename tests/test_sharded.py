@@ -20,6 +20,7 @@ from processes import (
     start_ranks,
     together,
 )
+from wandb_file import OfflineRun
 
 STRATEGY = """
   strategy:
@@ -44,6 +45,28 @@ def test_two_shards_learn_what_one_process_learns(checkpointing, parallel_config
     assert_alike(second, first, 0)
     assert [(tmp_path / "two" / f"held-{rank}").read_text() for rank in (0, 1)] == ["0.5", "0.5"]
     assert (tmp_path / "one" / "held-0").read_text() == "1.0"
+
+
+def test_a_dashboard_shows_of_shards_what_it_shows_of_one_process(parallel_config, tmp_path):
+    overlay = tmp_path / "wandb.yaml"
+    text = Path("experiments/configs/logging/wandb.yaml").read_text().replace("every_n_steps: 25", "every_n_steps: 4")
+    overlay.write_text(text)
+    found = []
+    for name, runs in (("one", alone(parallel_config, tmp_path / "one")),
+                       ("two", together(sharded(parallel_config, False), tmp_path / "two"))):  # fmt: skip
+        log = ["-c", str(overlay), "--trainer.logger.init_args.save_dir", str(tmp_path / name)]
+        ranks = 1 if name == "one" else 2
+        assert start_ranks([*runs[:2], *log, *runs[2:]], ranks=ranks, exact=True) == [0] * ranks
+        (directory,) = (tmp_path / name / "wandb").glob("offline-run-*")
+        found.append(OfflineRun(directory))
+    one, two = found
+    for name in ("kept_mass/block_00", "kept_mass/block_01", "rotations/orthogonality_error"):
+        assert len(one.values(name)) >= 2
+        assert two.values(name) == pytest.approx(one.values(name), rel=1e-9, abs=1e-12), name
+    first, second = (run.table("sparsity")["data"] for run in found)
+    for row, other in zip(first, second, strict=True):
+        assert other[:-1] == row[:-1]
+        assert other[-1] == pytest.approx(row[-1], rel=1e-9)
 
 
 @pytest.mark.slow
