@@ -6,35 +6,29 @@ import json
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from lightning import Callback, LightningModule, Trainer
+from lightning import Trainer
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from callbacks.terminal import console, results_table, track
-from datamodules.evaluation import perplexities, tokenize_texts
-from datamodules.texts import check_text
+from callbacks.ending import Ending, Row
+from callbacks.terminal import console, track
 from rotpruner.artifacts import save_model, write_json
 from rotpruner.diagnostics import write_diagnostics
-from rotpruner.errors import InputError
 from rotpruner.loading import load_model, load_tokenizer
 from rotpruner.model_card import Origin, pruner_name, write_card
-from rotpruner.oneshot import parameter_count, prune_model, sparsity_of
+from rotpruner.oneshot import prune_model
 from rotpruner.patterns import Slice
-from rotpruner.provenance import commit
 from rotpruner.rotation_artifact import Rotations
 from rotpruner.rotations import RotationSet, random_rotations
-from rotpruner.shortcuts import online_cost
-
-Row = dict[str, Any]
 
 
-class Finish(Callback):
+class Finish(Ending):
     """After the last step, write `rotations/`, `export/`, `layers.json` and `results.json` into the run directory.
 
     ```yaml
@@ -64,50 +58,17 @@ class Finish(Callback):
         max_tokens: int | None = 16384,
         controls: list[Literal["pruner", "random_rotation"]] = ["pruner", "random_rotation"],  # noqa: B006
     ) -> None:
-        if not texts:
-            raise InputError("texts of Finish is empty; name at least one test text")
-        for text in texts:
-            check_text(text)
-        self.texts, self.seq_len, self.max_tokens = texts, seq_len, max_tokens
+        super().__init__(texts, seq_len, max_tokens)
         self.controls = controls
-        #: What to record as the run's configuration; the command line fills it in.
-        self.config: Mapping[str, Any] = {}
-        self._ids: dict[str, Tensor] = {}
-        self._training_seconds = 0.0
-        self._fit_started = 0.0
+        self._learned: RotationSet = {}
 
-    def state_dict(self) -> dict[str, Any]:
-        """Seconds of fitting so far, so that a resumed run reports all of them."""
-        return {"training_seconds": self._elapsed()}
+    def gather(self, module: Any) -> None:
+        """The learned rotations."""
+        self._learned = {space: Q.cpu() for space, Q in module.rotated.rotations().items()}
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Count on."""
-        self._training_seconds = state_dict["training_seconds"]
-
-    def _elapsed(self) -> float:
-        return self._training_seconds + (time.perf_counter() - self._fit_started if self._fit_started else 0.0)
-
-    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Read the test texts before anything long begins; on every rank, so that all of them stop at a bad one."""
-        self._fit_started = time.perf_counter()
-        tokenizer = load_tokenizer(pl_module.model_name)  # type: ignore[arg-type]
-        self._ids = tokenize_texts(self.texts, tokenizer, self.seq_len, self.max_tokens)
-
-    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Only after training has run to its end; an interrupted fit is resumed, not finished.
-
-        The first rank works on a model of its own, the others wait for it.
-        """
-        if trainer.interrupted or trainer.received_sigterm:
-            return
-        rotated: Any = pl_module.rotated
-        with torch.no_grad(), rotated.ranks.waiting():
-            learned = {space: Q.cpu() for space, Q in rotated.rotations().items()}
-            if trainer.is_global_zero:
-                self._finish(Path(trainer.default_root_dir), trainer, pl_module, learned)
-
-    def _finish(self, run: Path, trainer: Trainer, module: Any, learned: RotationSet) -> None:
-        training_seconds = self._elapsed()
+    def finish(self, run: Path, trainer: Trainer, module: Any, seconds: float) -> None:
+        """Prune in the learned space and as the controls do; export, evaluate and describe."""
+        learned = self._learned
         name, pruner, pattern = module.model_name, module.pruner, module.pattern
         tokenizer, batches = load_tokenizer(name), trainer.datamodule.tokens.split(1)  # type: ignore[attr-defined]
         drawn = random_rotations(module.rotated.base.config, module.spaces, module.seed, placement=module.placement)
@@ -139,16 +100,13 @@ class Finish(Callback):
             if control in self.controls:
                 control = "pca" if control == "pruner" and isinstance(pattern, Slice) else control
                 rows.append(self._row(run, control, pattern, partial(pruned, rotations)))
-        rows.append(self._row(run, "rotpruner", pattern, partial(pruned, learned), seconds=training_seconds))
+        rows.append(self._row(run, "rotpruner", pattern, partial(pruned, learned), seconds=seconds))
         exported = AutoModelForCausalLM.from_pretrained(run / "export")
         patterns = module.rotated.patterns
         write_diagnostics(run, load_model(name), exported, learned, moments, pruner, patterns, track)
         write_card(run / "export", self._origin(trainer, module, rows), module.rotated.base.config)
-        results = {"rows": rows, "config": self.config, "commit": commit()}
-        write_json(results, run / "results.json")
+        self.record(run, rows)
         shutil.rmtree(run / "rows")
-        console.print(results_table(results))
-        console.print(f"export: {run / 'export'}")
 
     def _origin(self, trainer: Trainer, module: Any, rows: list[Row]) -> Origin:
         data: Any = trainer.datamodule  # type: ignore[attr-defined]
@@ -195,14 +153,6 @@ class Finish(Callback):
                 build(directory)
                 model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
             seconds += time.perf_counter() - started
-            row = {
-                "name": name,
-                "pattern": None if pattern is None else str(pattern),
-                "sparsity": sparsity_of(model),
-                "seconds": round(seconds, 1),
-                "ppl": perplexities(model, self._ids, self.seq_len, self.max_tokens, track),
-                "parameters": parameter_count(model),
-                "online_flops": online_cost(model).flops,
-            }
+            row = self.evaluated(name, pattern, model, seconds)
         write_json(row, kept)
         return row

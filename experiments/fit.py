@@ -25,8 +25,7 @@ from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 from callbacks.dashboard import Dashboard
-from callbacks.finish import Finish
-from callbacks.recovery_finish import RecoveryFinish
+from callbacks.ending import Ending
 from callbacks.rotation_checkpoint import last_checkpoint
 from callbacks.terminal import console, results_table
 from datamodules.calibration import CalibrationDataModule
@@ -186,7 +185,7 @@ def main(arguments: list[str]) -> None:
 def run_to_the_end(cli: FitCLI) -> None:
     """Train, with the configuration recorded; what refuses its input leaves no run directory behind."""
     for callback in cli.trainer.callbacks:  # type: ignore[attr-defined]
-        if isinstance(callback, (Finish, RecoveryFinish, Dashboard)):
+        if isinstance(callback, (Ending, Dashboard)):
             callback.config = cli.config_record
     existed = cli.run_directory.exists()
     try:

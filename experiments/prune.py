@@ -32,6 +32,7 @@ from rotpruner.patterns import Scope, Slice, parse_pattern
 from rotpruner.pruners import PRUNERS, resolve_pruner
 from rotpruner.rotation_artifact import Rotations
 from rotpruner.rotations import RotationSet, random_rotations
+from rotpruner.shortcuts import online_cost
 from rotpruner.slicegpt import slice_per_block
 from rotpruner.slicing import sliced_width
 
@@ -103,6 +104,8 @@ def main(arguments: list[str]) -> None:
     if isinstance(pattern, Slice):
         result["hidden_size"] = sliced_width(config, pattern)
     result["parameters"] = parameters or parameter_count(model)
+    if flops := online_cost(model).flops:
+        result["online_flops"] = flops
     if options.output is not None:
         save_model(model, tokenizer, options.output)
         write_card(options.output, _origin(options, rotations, [{"name": "pruned", **result}]), config)

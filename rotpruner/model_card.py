@@ -154,6 +154,7 @@ def model_card(
         commit, versions: of the code.
     """
     hub_name = embedded.ORIGINS.get(origin.base_model, (origin.base_model,))[0]
+    online = any(row.get("online_flops") for row in origin.rows if _ROWS.get(row["name"]) == "this model")
     kind = "sliced" if origin.pattern.startswith("slice") else "sparse"
     tags = ["rotpruner", "pruning", kind, origin.pattern, *([origin.pruner] if origin.pruner else [])]
     matter = ModelCardData(
@@ -173,7 +174,7 @@ def model_card(
         "## Numbers",
         *_numbers(origin),
         "## Use",
-        _use(name, kind),
+        _use(name, kind, online),
         "## How it was made",
         *_made(origin, commit, versions),
     ]
@@ -227,12 +228,18 @@ def _numbers(origin: Origin) -> list[str]:
     return parts
 
 
-def _use(name: str, kind: str) -> str:
+def _use(name: str, kind: str, online: bool) -> str:
     zeros = "" if kind == "sliced" else "The weights are stored dense, zeros included: as they are, they save no time. "
+    remote = ", trust_remote_code=True" if online else ""
+    needs = (
+        "Its residual connections carry basis changes, by the one modelling file beside this card"
+        if online
+        else ("An ordinary checkpoint; nothing of RotPruner is needed to run it")
+    )
     return (
-        "An ordinary checkpoint; nothing of RotPruner is needed to run it.\n\n"
+        f"{needs}.\n\n"
         "```python\nfrom transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
-        f'model = AutoModelForCausalLM.from_pretrained("{name}")\n'
+        f'model = AutoModelForCausalLM.from_pretrained("{name}"{remote})\n'
         f'tokenizer = AutoTokenizer.from_pretrained("{name}")\n```\n\n'
         f"{zeros}If this directory holds `packed_config.json`, it is packed: load it with `rotpruner.load`."
     )

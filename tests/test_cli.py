@@ -137,6 +137,8 @@ def test_fit_of_the_papers_placement_counts_what_stays_online(fit, capsys):
     changes = 2 * model.config.num_hidden_layers
     assert learned["online_flops"] == 2 * changes * model.config.hidden_size**2
     assert "online" in capsys.readouterr().err
+    assert "trust_remote_code=True" in (run / "export" / "README.md").read_text()
+    assert (run / "export" / "modeling_rotated.py").is_file()
 
 
 def test_fit_writes_results_and_export_and_is_shown_again(fit, capsys, prune):

@@ -1,0 +1,104 @@
+"""What the ends of all trainings share: seconds that survive interruptions, test texts, one row a model."""
+
+from __future__ import annotations
+
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning import Callback, LightningModule, Trainer
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from callbacks.terminal import console, results_table, track
+from datamodules.evaluation import perplexities, tokenize_texts
+from datamodules.texts import check_text
+from rotpruner.artifacts import write_json
+from rotpruner.errors import InputError
+from rotpruner.loading import load_tokenizer
+from rotpruner.oneshot import parameter_count, sparsity_of
+from rotpruner.provenance import commit
+from rotpruner.shortcuts import online_cost
+
+Row = dict[str, Any]
+
+
+class Ending(Callback, ABC):
+    """After the last step, and only then, something is exported and evaluated.
+
+    Args:
+        texts: names or paths of test texts, none of which trained or calibrated anything.
+        seq_len: tokens a window.
+        max_tokens: the first tokens of each text that are used; None takes all.
+    """
+
+    def __init__(self, texts: list[str], seq_len: int, max_tokens: int | None) -> None:
+        if not texts:
+            raise InputError(f"texts of {type(self).__name__} is empty; name at least one test text")
+        for text in texts:
+            check_text(text)
+        self.texts, self.seq_len, self.max_tokens = texts, seq_len, max_tokens
+        #: What to record as the run's configuration; the command line fills it in.
+        self.config: Mapping[str, Any] = {}
+        self._ids: dict[str, Tensor] = {}
+        self._training_seconds = 0.0
+        self._started = 0.0
+
+    def state_dict(self) -> dict[str, Any]:
+        """Seconds of training so far, so that a resumed run reports all of them."""
+        return {"training_seconds": self._elapsed()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Count on."""
+        self._training_seconds = state_dict["training_seconds"]
+
+    def _elapsed(self) -> float:
+        return self._training_seconds + (time.perf_counter() - self._started if self._started else 0.0)
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Read the test texts before anything long begins; on every rank, so that all of them stop at a bad one."""
+        self._started = time.perf_counter()
+        tokenizer = load_tokenizer(pl_module.model_name)  # type: ignore[arg-type]
+        self._ids = tokenize_texts(self.texts, tokenizer, self.seq_len, self.max_tokens)
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Only after training has run to its end; an interrupted one is resumed, not finished.
+
+        The first rank works on a model of its own, the others wait for it.
+        """
+        if trainer.interrupted or trainer.received_sigterm:
+            return
+        module: Any = pl_module
+        with torch.no_grad(), module.ranks.waiting():
+            self.gather(module)
+            if trainer.is_global_zero:
+                self.finish(Path(trainer.default_root_dir), trainer, module, self._elapsed())
+
+    def gather(self, module: Any) -> None:
+        """On all ranks: bring together what is spread over them."""
+
+    @abstractmethod
+    def finish(self, run: Path, trainer: Trainer, module: Any, seconds: float) -> None:
+        """On the first rank: export and evaluate into the run directory; `seconds` were spent on training."""
+
+    def evaluated(self, name: str, pattern: Any, model: PreTrainedModel, seconds: float) -> Row:
+        """A row of results: perplexities of a float32 model on the test texts, and its sizes."""
+        return {
+            "name": name,
+            "pattern": None if pattern is None else str(pattern),
+            "sparsity": sparsity_of(model),
+            "seconds": round(seconds, 1),
+            "ppl": perplexities(model, self._ids, self.seq_len, self.max_tokens, track),
+            "parameters": parameter_count(model),
+            "online_flops": online_cost(model).flops,
+        }
+
+    def record(self, run: Path, rows: list[Row]) -> None:
+        """Write `results.json`, which makes the run a finished one, and show it."""
+        results = {"rows": rows, "config": self.config, "commit": commit()}
+        write_json(results, run / "results.json")
+        console.print(results_table(results))
+        console.print(f"export: {run / 'export'}")
