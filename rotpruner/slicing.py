@@ -71,8 +71,11 @@ def residual_pca(config: Any, moments: Mapping[str, Moment]) -> Tensor:
         config: of the model.
         moments: of the linears that read the residual stream, in the original basis (fused).
     """
-    seen = [moments[name].full().double() for name in _residual_groups(config)]
-    return principal_directions(torch.stack(seen).mean(0))[None, None]
+    groups = _residual_groups(config)
+    mean = torch.zeros_like(moments[groups[0]].full(), dtype=torch.float64)
+    for name in groups:  # one in float64 at a time: all would take twice the memory of the moments
+        mean += moments[name].full().double() / len(groups)
+    return principal_directions(mean)[None, None]
 
 
 def principal_directions(H: Tensor) -> Tensor:
