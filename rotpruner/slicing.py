@@ -74,12 +74,16 @@ def residual_pca(config: Any, moments: Mapping[str, Moment], sites: int = 1) -> 
         moments: of the linears that read the residual stream, in the original basis (fused).
         sites: bases that the stream goes through.
     """
-    boundaries = residual_boundaries(config)
-    seen: dict[int, list[Tensor]] = {}
+    boundaries, seen = residual_boundaries(config), set(_residual_groups(config))
+    means: dict[int, tuple[Tensor, int]] = {}
     for place in block_linears(config):
-        if place.name in _residual_groups(config):
-            seen.setdefault(place.boundary * sites // boundaries, []).append(moments[place.name].full().double())
-    found = [principal_directions(torch.stack(seen[site]).mean(0)) for site in sorted(seen)]
+        if place.name in seen:
+            site = place.boundary * sites // boundaries
+            # One in float64 at a time: all would take twice the memory of the moments.
+            H = moments[place.name].full()
+            total, count = means.get(site, (torch.zeros_like(H, dtype=torch.float64), 0))
+            means[site] = total.add_(H.double()), count + 1
+    found = [principal_directions(total.div_(count)) for _, (total, count) in sorted(means.items())]
     return torch.stack([found[min(site, len(found) - 1)] for site in range(sites)])[:, None]
 
 
