@@ -110,7 +110,7 @@ def read_setup(arguments: list[str], gpu: str, count: int) -> tuple[Setup, str]:
     config, pattern, optimizer = load_config(model.model), parse_pattern(model.pattern, model.scope), _trial(model)
     objective = Objective(**_plain(model.objective))
     choices = model.layer_sparsity, model.spaces, model.placement, model.start, model.orthogonal_map
-    check_choices(config, pattern, *choices, objective, optimizer)
+    check_choices(config, pattern, objective, *choices, optimizer)
     check_seq_len(config, data.seq_len)
     setup = Setup(
         config=config,

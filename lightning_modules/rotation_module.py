@@ -38,12 +38,12 @@ BaseDtype = Literal["bfloat16", "float16", "float32", "float64"]
 def check_choices(
     config: Any,
     pattern: Pattern | Slice,
+    objective: Objective,
     layer_sparsity: str,
     spaces: Sequence[str],
     placement: Placement,
     start: str,
     orthogonal_map: str,
-    objective: Objective,
     optimizer: torch.optim.Optimizer,
 ) -> None:
     """Raise `InputError` if settings of a fit do not go with each other or with the model of a config."""
@@ -59,13 +59,13 @@ def check_choices(
             f"placement {placement} is of the residual stream, but spaces are {list(spaces)}; add residual"
         )
     check_pattern(meta_model(config), pattern)
-    if isinstance(pattern, Slice) and objective.needs_importance:
-        raise InputError(
-            f"pattern {pattern} removes directions, and entropy and lost_mass judge weights: set them to 0"
-        )
     if isinstance(pattern, Slice) and list(spaces) != ["residual"]:
         raise InputError(
             f"pattern {pattern} removes residual directions only, but spaces is {list(spaces)}: set [residual]"
+        )
+    if isinstance(pattern, Slice) and objective.needs_importance:
+        raise InputError(
+            f"pattern {pattern} removes directions, and entropy and lost_mass judge weights: set them to 0"
         )
     if start == "pca" and space_constraint(config, "residual") != "none":
         raise InputError(f"start pca would change what this {config.model_type} model computes; use identity")
@@ -149,7 +149,7 @@ class RotationModule(LightningModule):
         self.model_name, self.spaces = model, spaces
         config = load_config(model)
         trial = optimizer([torch.nn.Parameter(torch.eye(2))])
-        check_choices(config, self.pattern, layer_sparsity, spaces, placement, start, orthogonal_map, objective, trial)
+        check_choices(config, self.pattern, objective, layer_sparsity, spaces, placement, start, orthogonal_map, trial)
         self.placement: Placement = placement
         if init_rotations is not None:
             Rotations.from_pretrained(init_rotations).check_config(config)

@@ -174,9 +174,10 @@ def _step(setup: Setup) -> Term:
 
 
 def _pca(setup: Setup) -> Term:
-    d = setup.config.hidden_size
-    return Term("principal directions", 48 * d * d,
-                f"6 d² · 8 = 6 · {d}² · 8: mean, its copy and eigenvectors, workspace, in float64")  # fmt: skip
+    d, K = setup.config.hidden_size, setup.rotation_entries
+    return Term("principal directions", 48 * d * d + 2 * K * setup.r,
+                f"6 d² · 8 + 2 K r = 6 · {d}² · 8 + 2 · {K:,} · {setup.r}: mean, its copy, eigenvectors and "
+                "workspace in float64; what is found, and as one")  # fmt: skip
 
 
 def _outliers(setup: Setup) -> Term:

@@ -110,9 +110,8 @@ class Setup:
     def trainable(self) -> int:
         """k."""
         with torch.device("meta"):
-            return parameter_count(
-                LearnedRotations(self.config, self.spaces, self.orthogonal_map, placement=self.placement)
-            )
+            rotations = LearnedRotations(self.config, self.spaces, self.orthogonal_map, placement=self.placement)
+        return parameter_count(rotations)
 
     @cached_property
     def rotation_entries(self) -> int:
@@ -150,7 +149,8 @@ class Setup:
 
     @cached_property
     def exported_parameters(self) -> int:
-        """Of the merged model: its head untied where the residual stream rotates, narrower if it was sliced."""
+        """Of the merged model: its head untied where the residual stream rotates, narrower if it was sliced, and with
+        the products that changes of basis leave."""
         if "residual" not in self.spaces:
             return self.parameters
         config = copy.deepcopy(self.config)
@@ -158,7 +158,7 @@ class Setup:
         if isinstance(self.pattern, Slice):
             config.head_dim = head_dim(config)
             config.hidden_size = sliced_width(self.config, self.pattern)
-        return parameter_count(meta_model(config))
+        return parameter_count(meta_model(config)) + self.basis_changes * config.hidden_size**2
 
     @cached_property
     def basis_changes(self) -> int:

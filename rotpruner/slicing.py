@@ -74,16 +74,17 @@ def residual_pca(config: Any, moments: Mapping[str, Moment], sites: int = 1) -> 
         moments: of the linears that read the residual stream, in the original basis (fused).
         sites: bases that the stream goes through.
     """
-    boundaries, seen = residual_boundaries(config), set(_residual_groups(config))
-    means: dict[int, tuple[Tensor, int]] = {}
+    boundaries = residual_boundaries(config)
+    groups: dict[int, list[str]] = {}
     for place in block_linears(config):
-        if place.name in seen:
-            site = place.boundary * sites // boundaries
-            # One in float64 at a time: all would take twice the memory of the moments.
-            H = moments[place.name].full()
-            total, count = means.get(site, (torch.zeros_like(H, dtype=torch.float64), 0))
-            means[site] = total.add_(H.double()), count + 1
-    found = [principal_directions(total.div_(count)) for _, (total, count) in sorted(means.items())]
+        if place.name in _residual_groups(config):
+            groups.setdefault(place.boundary * sites // boundaries, []).append(place.name)
+    found = []
+    for _, names in sorted(groups.items()):
+        mean = torch.zeros_like(moments[names[0]].full(), dtype=torch.float64)
+        for name in names:  # one in float64 at a time: all would take twice the memory of the moments
+            mean += moments[name].full().double() / len(names)
+        found.append(principal_directions(mean))
     return torch.stack([found[min(site, len(found) - 1)] for site in range(sites)])[:, None]
 
 
