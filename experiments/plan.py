@@ -16,11 +16,11 @@ import torch
 from experiments.arguments import Parser, at_least
 from experiments.arguments import report as print_json
 from experiments.fit import FitCLI
+from lightning_modules.rotation_module import check_choices
 from rotpruner.costs import disk_space, step_flops
-from rotpruner.families import check_space
-from rotpruner.loading import check_pattern, check_seq_len, load_config
+from rotpruner.loading import check_seq_len, load_config
 from rotpruner.objectives import Objective
-from rotpruner.patterns import parse_pattern
+from rotpruner.patterns import Slice, parse_pattern
 from rotpruner.planning import MemoryPlan, largest, memory_plan
 from rotpruner.pruners import resolve_pruner
 from rotpruner.sizes import Setup, Term, total
@@ -107,29 +107,33 @@ def read_setup(arguments: list[str], gpu: str, count: int) -> tuple[Setup, str]:
     """
     settings = SettingsCLI(arguments).config
     model, data, trainer = settings.model, settings.data, settings.trainer
-    config = load_config(model.model)
-    for space in model.spaces:
-        check_space(config, space)
+    config, pattern, optimizer = load_config(model.model), parse_pattern(model.pattern, model.scope), _trial(model)
+    objective = Objective(**_plain(model.objective))
+    choices = model.layer_sparsity, model.spaces, model.placement, model.start, model.orthogonal_map
+    check_choices(config, pattern, objective, *choices, optimizer)
     check_seq_len(config, data.seq_len)
     setup = Setup(
         config=config,
         pruner=resolve_pruner(model.pruner),
+        pattern=pattern,
         spaces=tuple(model.spaces),
         placement=model.placement,
-        objective=Objective(**_plain(model.objective)),
+        orthogonal_map=model.orthogonal_map,
+        start=model.start,
+        layer_sparsity=model.layer_sparsity,
+        objective=objective,
         dtype=getattr(torch, model.base_dtype),
         seq_len=data.seq_len,
         batch_size=data.batch_size,
         num_sequences=data.num_sequences,
         steps=_steps(trainer, data),
         gradient_checkpointing=model.gradient_checkpointing,
-        optimizer_states=_optimizer_states(model.optimizer),
-        keeps_unmasked=_plain(model.surrogate)["name"] == "sr_ste",
+        optimizer_states=_states(optimizer),
+        keeps_unmasked=_plain(model.surrogate)["name"] == "sr_ste" and not isinstance(pattern, Slice),
         ranks=count,
         sharded=count > 1 and _shards(trainer.strategy),
         device="cpu" if gpu == "cpu" else "gpu",
     )
-    check_pattern(setup.model, parse_pattern(model.pattern, model.scope))
     return setup, model.model
 
 
@@ -154,17 +158,23 @@ def _shards(strategy: Any) -> bool:
     return "ModelParallel" in name or "fsdp" in name.lower()
 
 
-def _optimizer_states(optimizer: Any) -> int:
-    """How many tensors as large as a parameter an optimiser keeps for it: seen from a step of a small one."""
+def _trial(model: Any) -> torch.optim.Optimizer:
+    """The optimiser that a fit's settings name, of one orthogonal matrix."""
     path, settings = "torch.optim.Adam", {}
-    if hasattr(optimizer, "class_path"):
-        path, settings = optimizer.class_path, dict(optimizer.get("init_args") or {})
+    if hasattr(model.optimizer, "class_path"):
+        path, settings = model.optimizer.class_path, dict(model.optimizer.get("init_args") or {})
     module, _, name = path.rpartition(".")
-    parameter = torch.nn.Parameter(torch.zeros(16))
-    parameter.grad = torch.ones(16)
-    built = getattr(import_module(module), name)([parameter], **settings)
-    built.step()
-    return sum(torch.is_tensor(state) and state.numel() == 16 for state in built.state[parameter].values())
+    return getattr(import_module(module), name)([torch.nn.Parameter(torch.eye(4))], **settings)
+
+
+def _states(optimizer: torch.optim.Optimizer) -> int:
+    """How many tensors as large as a parameter an optimiser keeps for it, as a step shows."""
+    (parameter,) = optimizer.param_groups[0]["params"]
+    parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+    return sum(
+        torch.is_tensor(state) and state.shape == parameter.shape for state in optimizer.state[parameter].values()
+    )
 
 
 def _capacity(gpu: str) -> int:
@@ -179,7 +189,7 @@ def _seconds(flops: list[Term], setup: Setup, gpu: str) -> float | None:
         return None
     rates = GPUS[gpu]
     rate = rates.half if setup.s < 4 else rates.single
-    return sum(term.amount / (rates.single if term.name == "Cayley solve" else rate) for term in flops) / _EFFICIENCY
+    return sum(term.amount / (rates.single if term.name == "orthogonal map" else rate) for term in flops) / _EFFICIENCY
 
 
 def _terms(terms: list[Term]) -> list[dict[str, Any]]:
@@ -218,13 +228,13 @@ def _changes(setup: Setup, gpu: str, capacity: int) -> list[dict[str, Any]]:
 
 def _savings(setup: Setup) -> list[tuple[str, dict[str, Any], bool]]:
     """Options of `fit`, what they change, and whether that can help here."""
-    half = setup.seq_len // 2
+    half, needed = setup.seq_len // 2, setup.sliced or setup.start == "pca"
     return [
         ("--model.base_dtype bfloat16", {"dtype": torch.bfloat16}, setup.s > 2),
         ("--model.gradient_checkpointing true", {"gradient_checkpointing": True}, not setup.gradient_checkpointing),
         ("--data.batch_size 1", {"batch_size": 1}, setup.batch_size > 1),
         (f"--data.seq_len {half}", {"seq_len": half}, half >= 512),
-        ("--model.spaces [value_heads]", {"spaces": ("value_heads",)}, "residual" in setup.spaces),
+        ("--model.spaces [value_heads]", {"spaces": ("value_heads",)}, "residual" in setup.spaces and not needed),
     ]
 
 

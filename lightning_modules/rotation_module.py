@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 from typing import Any, Literal
 
@@ -22,7 +23,7 @@ from rotpruner.objectives import Objective
 from rotpruner.oneshot import LayerSparsity, check_layer_sparsity
 from rotpruner.optimizers import CayleySGD
 from rotpruner.orthogonal import MapName, orthogonality_error
-from rotpruner.patterns import Scope, Slice, parse_pattern
+from rotpruner.patterns import Pattern, Scope, Slice, parse_pattern
 from rotpruner.pruners import resolve_pruner
 from rotpruner.rotated_model import RotatedModel
 from rotpruner.rotation_artifact import Rotations
@@ -32,6 +33,47 @@ from rotpruner.shortcuts import check_exportable
 from rotpruner.surrogates import Surrogate
 
 BaseDtype = Literal["bfloat16", "float16", "float32", "float64"]
+
+
+def check_choices(
+    config: Any,
+    pattern: Pattern | Slice,
+    objective: Objective,
+    layer_sparsity: str,
+    spaces: Sequence[str],
+    placement: Placement,
+    start: str,
+    orthogonal_map: str,
+    optimizer: torch.optim.Optimizer,
+) -> None:
+    """Raise `InputError` if settings of a fit do not go with each other or with the model of a config."""
+    check_layer_sparsity(pattern, layer_sparsity)
+    if not spaces:
+        raise InputError(f"spaces is empty; name at least one of {', '.join(SPACES)}")
+    for space in spaces:
+        check_space(config, space)
+    if "residual" in spaces and basis_changes(config, residual_sites(config, placement)):
+        check_exportable(config)
+    if placement not in ("shared", 1) and "residual" not in spaces:
+        raise InputError(
+            f"placement {placement} is of the residual stream, but spaces are {list(spaces)}; add residual"
+        )
+    check_pattern(meta_model(config), pattern)
+    if isinstance(pattern, Slice) and list(spaces) != ["residual"]:
+        raise InputError(
+            f"pattern {pattern} removes residual directions only, but spaces is {list(spaces)}: set [residual]"
+        )
+    if isinstance(pattern, Slice) and objective.needs_importance:
+        raise InputError(
+            f"pattern {pattern} removes directions, and entropy and lost_mass judge weights: set them to 0"
+        )
+    if start == "pca" and space_constraint(config, "residual") != "none":
+        raise InputError(f"start pca would change what this {config.model_type} model computes; use identity")
+    if (orthogonal_map == "manifold") != isinstance(optimizer, CayleySGD):
+        raise InputError(
+            f"orthogonal_map {orthogonal_map} does not go with {type(optimizer).__name__}: "
+            "manifold and rotpruner.optimizers.CayleySGD need each other"
+        )
 
 
 class RotationModule(LightningModule):
@@ -103,30 +145,12 @@ class RotationModule(LightningModule):
         self.pruner = resolve_pruner(pruner)
         self.pattern = parse_pattern(pattern, scope)
         self.update = None if update is None else resolve_pruner(update)
-        check_layer_sparsity(self.pattern, layer_sparsity)
         self.layer_sparsity = layer_sparsity
-        if not spaces:
-            raise InputError(f"spaces is empty; name at least one of {', '.join(SPACES)}")
         self.model_name, self.spaces = model, spaces
         config = load_config(model)
-        for space in spaces:
-            check_space(config, space)
-        if "residual" in spaces and basis_changes(config, residual_sites(config, placement)):
-            check_exportable(config)
-        if placement not in ("shared", 1) and "residual" not in spaces:
-            raise InputError(f"placement {placement} is of the residual stream, but spaces are {spaces}; add residual")
+        trial = optimizer([torch.nn.Parameter(torch.eye(2))])
+        check_choices(config, self.pattern, objective, layer_sparsity, spaces, placement, start, orthogonal_map, trial)
         self.placement: Placement = placement
-        check_pattern(meta_model(config), self.pattern)
-        if isinstance(self.pattern, Slice) and spaces != ["residual"]:
-            raise InputError(
-                f"pattern {pattern} removes residual directions only, but spaces is {spaces}: set [residual]"
-            )
-        if isinstance(self.pattern, Slice) and objective.needs_importance:
-            raise InputError(
-                f"pattern {pattern} removes directions, and entropy and lost_mass judge weights: set them to 0"
-            )
-        if start == "pca" and space_constraint(config, "residual") != "none":
-            raise InputError(f"start pca would change what this {config.model_type} model computes; use identity")
         if init_rotations is not None:
             Rotations.from_pretrained(init_rotations).check_config(config)
         self._config = config
@@ -136,12 +160,6 @@ class RotationModule(LightningModule):
         self.base_dtype = getattr(torch, base_dtype)
         self.gradient_checkpointing = gradient_checkpointing
         self._optimizer, self._lr_scheduler = optimizer, lr_scheduler
-        trial = optimizer([torch.nn.Parameter(torch.eye(2))])
-        if (orthogonal_map == "manifold") != isinstance(trial, CayleySGD):
-            raise InputError(
-                f"orthogonal_map {orthogonal_map} does not go with {type(trial).__name__}: "
-                "manifold and rotpruner.optimizers.CayleySGD need each other"
-            )
         self._restored_mask_rotations: dict[str, Tensor] | None = None
 
     def setup(self, stage: str) -> None:

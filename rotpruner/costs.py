@@ -5,13 +5,50 @@ A matrix product of (a, b) by (b, c) counts 2abc operations.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 from rotpruner.families import family_of
 from rotpruner.rotations import head_dim, space_shape
 from rotpruner.sizes import Setup, Term
 
 
+@dataclass(frozen=True)
+class MapCost:
+    """What an orthogonal map of matrices (n, n) takes; copies are of all n² entries, measured with PyTorch's profiler.
+
+    Attributes:
+        kept: copies that wait for the backward pass, the result among them.
+        indices: whether the indices of the triangle (int64) wait too.
+        backward: copies that the backward pass adds, of all spaces together.
+        backward_one: copies that it adds of one space at a time.
+        step: copies that the optimiser's step adds, of one space at a time.
+        flops: thirds of n³ operations, forward and backward, and of the step where the optimiser does them.
+        why: where the operations come from.
+    """
+
+    kept: int
+    indices: bool
+    backward: int
+    backward_one: int
+    step: int
+    flops: int
+    why: str
+
+
+MAP_COSTS = {
+    # LU and its solution 8/3 n³, Q₀ times it 2 n³; backward 2 n³ each for Q₀, the solve and the outer product.
+    "cayley": MapCost(4, True, 5, 0, 0, 32, "32/3 n³ a matrix: solved, times Q₀, gradients"),
+    # A polynomial of degree 18 takes 5 products, and in the backward pass of a matrix twice as wide (torch 2.13).
+    "exponential": MapCost(2, True, 1, 56, 0, 3 * 94, "up to 94 n³ a matrix: 5 products, of twice the width backward"),
+    # Q₀ P, its gradient; `CayleySGD` takes 5 products and a solve.
+    "manifold": MapCost(
+        1, False, 1, 0, 9, 50, "50/3 n³ a matrix: times Q₀, gradient, CayleySGD's solve and 5 products"
+    ),
+}
+
+
 def step_flops(setup: Setup) -> list[Term]:
-    """Operations of one optimiser step on one device; all in the model's precision but those of "Cayley solve"."""
+    """Operations of one optimiser step on one device; all in the model's precision but those of "orthogonal map"."""
     config, tau = setup.config, setup.tokens
     M = sum(outputs * inputs for _, outputs, inputs in setup.linears)
     linears = 2 * M * tau
@@ -31,7 +68,7 @@ def step_flops(setup: Setup) -> list[Term]:
              f"{3.5 + again} · 2 L h e T · B T = {3.5 + again} · 2 · {setup.layers} · {heads} · {setup.seq_len} · {tau}"
              ),
         *_rotated_weights(setup, again),
-        Term("Cayley solve", _solves(setup), "32/3 n³ a matrix, in the rotations' precision"),
+        _orthogonal_map(setup),
     ]  # fmt: skip
     V, d = config.vocab_size, config.hidden_size
     if "residual" in setup.spaces:
@@ -68,13 +105,13 @@ def _rotated_weights(setup: Setup, again: int) -> list[Term]:
                  + ", recomputed" * again)]  # fmt: skip
 
 
-def _solves(setup: Setup) -> int:
-    """LU and its solution 8/3 n³, Q₀ times it 2 n³; backward 2 n³ each for Q₀, the solve and the outer product."""
-    total = 0
+def _orthogonal_map(setup: Setup) -> Term:
+    cubes = 0
     for space in setup.spaces:
         sites, blocks, n = space_shape(setup.config, space, setup.placement)
-        total += sites * blocks * 32 * n**3 // 3
-    return total
+        cubes += sites * blocks * n**3
+    cost = MAP_COSTS[setup.orthogonal_map]
+    return Term("orthogonal map", cubes * cost.flops // 3, f"{cost.why}, in the rotations' precision")
 
 
 def disk_space(setup: Setup) -> list[Term]:
@@ -82,9 +119,8 @@ def disk_space(setup: Setup) -> list[Term]:
     config, r = setup.config, setup.r
     K, k = setup.rotation_entries, setup.trainable
     tied = getattr(config, "tie_word_embeddings", False) and "residual" in setup.spaces
-    exported = setup.parameters + (config.vocab_size * config.hidden_size if tied else 0)
-    size = setup.checkpoint_size
-    text = f"P · {size} = {exported:,} · {size}" + ", the head untied" * tied
+    exported, size = setup.exported_parameters, setup.checkpoint_size
+    text = f"P · {size} = {exported:,} · {size}" + ", the head untied" * tied + ", sliced" * setup.sliced
     return [
         Term("export", exported * size, text),
         Term("a control, until it is evaluated", exported * size, text),

@@ -31,7 +31,7 @@ def outlier_sparsities(
         raise InputError(
             f"outlier ratios spread sparsity {sparsity:g} by {spread:g}, out of [0, 1); choose a smaller spread"
         )
-    ratios = [(layer > threshold * layer.mean()).double().mean().item() for layer in saliencies]
+    ratios = [int((layer > threshold * layer.mean()).count_nonzero()) / layer.numel() for layer in saliencies]
     if len(set(ratios)) <= 1:
         return [sparsity] * len(ratios)
     mean = sum(ratios) / len(ratios)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from rotpruner.costs import MAP_COSTS
 from rotpruner.families import family_of, module_at
 from rotpruner.objectives import CHUNK
 from rotpruner.oneshot import parameter_count
@@ -67,23 +68,28 @@ class MemoryPlan:
 
 def memory_plan(setup: Setup) -> MemoryPlan:
     """The memory of a fit on one device and on its host."""
-    masks = sum(outputs * inputs for _, outputs, inputs in setup.linears)
     k, r = setup.trainable, setup.r
     resident = [
         *_weights(setup),
-        Term("masks", masks, f"M · 1 = {masks:,} · 1, boolean"),
-        _statistics(setup),
+        *_masks(setup),
+        Term("statistics H", setup.statistics * r,
+             f"Σ over inputs of I · n · r = {setup.statistics:,} · {r}; n = width of what rotates them"),
         _rotations(setup),
         Term("optimiser states", setup.optimizer_states * k * r,
              f"{setup.optimizer_states} k r = {setup.optimizer_states} · {k:,} · {r}"),
         Term("runtime", RUNTIME[setup.device], "what libraries take at their first use"),
     ]  # fmt: skip
     phases = {
-        "logits": [*_kept(setup), _cayley(setup), _logits(setup)],
-        "blocks, backward": [*_kept(setup), *_recomputed(setup), _cayley(setup), _weight_gradients(setup)],
-        "rotations, backward": [_cayley_backward(setup)],
+        "logits": [*_kept(setup), _map(setup), _logits(setup)],
+        "blocks, backward": [*_kept(setup), *_recomputed(setup), _map(setup), _weight_gradients(setup)],
+        "rotations, backward": [_map_backward(setup)],
+        "optimiser step": [_step(setup)],
         "mask refresh": [_refresh(setup)],
     }
+    if setup.start == "pca":
+        phases["principal directions"] = [_pca(setup)]
+    if setup.layer_sparsity == "owl":
+        phases["outlier ratios"] = [_outliers(setup)]
     teacher = [_teacher_states(setup)] if setup.objective.needs_teacher else []
     return MemoryPlan(resident, phases, teacher, _host_phases(setup), setup.device)
 
@@ -99,14 +105,20 @@ def _host_phases(setup: Setup) -> Phases:
         ],
         "controls pruned": [
             Term("model", P * c, f"P · {c} = {P:,} · {c}"),
-            Term("inputs and outputs of a block", states,
-                 f"2 N T d · {c} = 2 · {setup.num_sequences} · {T} · {setup.config.hidden_size} · {c}"),
+            *([Term("statistics H", setup.statistics * 4, f"{setup.statistics:,} · 4"), _pca(setup)] if setup.sliced
+              else [Term("inputs and outputs of a block", states,
+                    f"2 N T d · {c} = 2 · {setup.num_sequences} · {T} · {setup.config.hidden_size} · {c}")]),
         ],
         "perplexity": [
             Term("model in float32", P * 4, f"P · 4 = {P:,} · 4"),
             Term("logits", 2 * T * V * 4, f"2 · T · V · 4 = 2 · {T} · {V:,} · 4"),
         ],
     }  # fmt: skip
+
+
+def _masks(setup: Setup) -> list[Term]:
+    masks = sum(outputs * inputs for _, outputs, inputs in setup.linears)
+    return [] if setup.sliced else [Term("masks", masks, f"M · 1 = {masks:,} · 1, boolean")]
 
 
 def _weights(setup: Setup) -> list[Term]:
@@ -122,18 +134,6 @@ def _weights(setup: Setup) -> list[Term]:
     ]  # fmt: skip
 
 
-def _statistics(setup: Setup) -> Term:
-    """Moments by diagonal blocks as wide as what rotates them, one for each group of linears."""
-    entries = 0
-    for place, _, inputs in setup.linears:
-        if place.name == place.group and setup.pruner.needs != "nothing":
-            rotates = place.spec.reads in setup.spaces
-            width = space_shape(setup.config, place.spec.reads)[2] if rotates else 1
-            entries += inputs * (inputs if setup.pruner.needs == "full" else width)
-    return Term("statistics H", entries * setup.r,
-                f"Σ over inputs of I · n · r = {entries:,} · {setup.r}; n = width of what rotates them")  # fmt: skip
-
-
 def _rotations(setup: Setup) -> Term:
     K, k, r = setup.rotation_entries, setup.trainable, setup.r
     return Term("rotations", (2 * K + 2 * k) * r,
@@ -147,19 +147,42 @@ def _teacher_states(setup: Setup) -> Term:
                 f"rows · T · d · s = {rows} · {setup.seq_len} · {setup.config.hidden_size} · {setup.s}")  # fmt: skip
 
 
-def _cayley(setup: Setup) -> Term:
-    """What the backward pass through Q = Q₀ (I − A/2)⁻¹ (I + A/2) needs: the LU factors and two more, and Q itself."""
-    index = sum(8 * space_shape(setup.config, space)[2] ** 2 for space in setup.spaces)
-    K = setup.rotation_entries
-    return Term("Cayley solve", 4 * K * setup.r + index,
-                f"4 K r + Σ 8 n² = 4 · {K:,} · {setup.r} + {index:,} (indices of the triangle, int64)")  # fmt: skip
+def _map(setup: Setup) -> Term:
+    """What the backward pass needs: of Q = Q₀ (I − A/2)⁻¹ (I + A/2) the LU factors, two more and Q itself."""
+    cost, K = MAP_COSTS[setup.orthogonal_map], setup.rotation_entries
+    index = sum(8 * space_shape(setup.config, space)[2] ** 2 for space in setup.spaces) if cost.indices else 0
+    return Term("orthogonal map", cost.kept * K * setup.r + index,
+                f"{cost.kept} K r + Σ 8 n² = {cost.kept} · {K:,} · {setup.r} + {index:,} "
+                f"({setup.orthogonal_map}; indices of the triangle, int64)")  # fmt: skip
 
 
-def _cayley_backward(setup: Setup) -> Term:
-    """Its backward pass makes five more: gradients of Q, of the solution, of both sides, of A."""
-    held = _cayley(setup)
-    K = setup.rotation_entries
-    return Term("Cayley solve, backward", held.amount + 5 * K * setup.r, f"as above + 5 K r = 5 · {K:,} · {setup.r}")
+def _map_backward(setup: Setup) -> Term:
+    """Of the Cayley map five more: gradients of Q, of the solution, of both sides, of A."""
+    held, cost, r = _map(setup), MAP_COSTS[setup.orthogonal_map], setup.r
+    K, largest = setup.rotation_entries, setup.largest_space
+    return Term("orthogonal map, backward", held.amount + (cost.backward * K + cost.backward_one * largest) * r,
+                f"as above + ({cost.backward} K + {cost.backward_one} K_space) r = "
+                f"({cost.backward} · {K:,} + {cost.backward_one} · {largest:,}) · {r}")  # fmt: skip
+
+
+def _step(setup: Setup) -> Term:
+    """Adam's update and denominator of all parameters at once; what `CayleySGD` moves a space's matrices with."""
+    k, largest, r, copies = setup.trainable, setup.largest_space, setup.r, MAP_COSTS[setup.orthogonal_map].step
+    if copies:
+        return Term("optimiser step", copies * largest * r, f"{copies} K_space r = {copies} · {largest:,} · {r}")
+    return Term("optimiser step", 2 * k * r, f"2 k r = 2 · {k:,} · {r}")
+
+
+def _pca(setup: Setup) -> Term:
+    d, K = setup.config.hidden_size, setup.rotation_entries
+    return Term("principal directions", 48 * d * d + 2 * K * setup.r,
+                f"6 d² · 8 + 2 K r = 6 · {d}² · 8 + 2 · {K:,} · {setup.r}: mean, its copy, eigenvectors and "
+                "workspace in float64; what is found, and as one")  # fmt: skip
+
+
+def _outliers(setup: Setup) -> Term:
+    block = sum(outputs * inputs for _, outputs, inputs in setup.linears) // setup.layers
+    return Term("saliencies of a block", 8 * block, f"2 · 4 · M / L = 8 · {block:,}: of each linear, and as one")
 
 
 def rotated_weights(setup: Setup) -> int:
@@ -250,6 +273,8 @@ def _weight_gradients(setup: Setup) -> Term:
 def _refresh(setup: Setup) -> Term:
     """Rotated weight, its magnitude, float32 of that, saliency: 12 bytes a weight; and full moments are factored."""
     K, r = setup.rotation_entries, setup.r
+    if setup.sliced:
+        return Term("rotations of the moment", K * r, f"K r = {K:,} · {r}; no masks are chosen")
     widest = max(inputs for _, _, inputs in setup.linears)
     factors = 3 * r * widest**2 if setup.pruner.needs == "full" else 0
     tail = f" + 3 · {r} · {widest}² (moment, its factor and inverse)" if factors else ""

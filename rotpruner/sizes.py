@@ -8,6 +8,7 @@ parameters in them.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -19,9 +20,12 @@ from torch import nn
 from rotpruner.families import BlockLinear, block_linears, module_at
 from rotpruner.loading import meta_model
 from rotpruner.objectives import Objective
-from rotpruner.oneshot import parameter_count
+from rotpruner.oneshot import LayerSparsity, parameter_count
+from rotpruner.orthogonal import MapName
+from rotpruner.patterns import NM, Pattern, Slice
 from rotpruner.pruners import Pruner
-from rotpruner.rotations import LearnedRotations, Placement, basis_changes, space_shape
+from rotpruner.rotations import LearnedRotations, Placement, Start, basis_changes, head_dim, space_shape
+from rotpruner.slicing import sliced_width
 
 
 @dataclass(frozen=True)
@@ -47,6 +51,10 @@ class Setup:
         pruner: that is re-applied.
         spaces: that rotate.
         placement: of the residual stream's matrices.
+        pattern: that is applied; a `Slice` has neither masks nor a pruner.
+        orthogonal_map: how their matrices are parametrised.
+        start: of the rotations.
+        layer_sparsity: how blocks share the pattern.
         objective: what is minimised.
         dtype: of the frozen weights and activations.
         seq_len, batch_size, num_sequences, steps: of a rank.
@@ -62,6 +70,10 @@ class Setup:
     pruner: Pruner
     spaces: Sequence[str] = ("residual", "value_heads")
     placement: Placement = "shared"
+    pattern: Pattern | Slice = NM(2, 4)  # noqa: RUF009 - frozen
+    orthogonal_map: MapName = "cayley"
+    start: Start = "identity"
+    layer_sparsity: LayerSparsity = "uniform"
     objective: Objective = Objective()  # noqa: RUF009 - frozen
     dtype: torch.dtype = torch.bfloat16
     seq_len: int = 1024
@@ -98,13 +110,55 @@ class Setup:
     def trainable(self) -> int:
         """k."""
         with torch.device("meta"):
-            return parameter_count(LearnedRotations(self.config, self.spaces, placement=self.placement))
+            rotations = LearnedRotations(self.config, self.spaces, self.orthogonal_map, placement=self.placement)
+        return parameter_count(rotations)
 
     @cached_property
     def rotation_entries(self) -> int:
         """K."""
+        return sum(self._entries)
+
+    @cached_property
+    def largest_space(self) -> int:
+        """Entries of all matrices of the space that has most."""
+        return max(self._entries)
+
+    @property
+    def _entries(self) -> list[int]:
         shapes = [space_shape(self.config, space, self.placement) for space in self.spaces]
-        return sum(sites * blocks * n * n for sites, blocks, n in shapes)
+        return [sites * blocks * n * n for sites, blocks, n in shapes]
+
+    @cached_property
+    def statistics(self) -> int:
+        """Entries of all moments: diagonal blocks as wide as what rotates them, one for each group of linears."""
+        entries = 0
+        for place, _, inputs in self.linears:
+            if place.name != place.group:
+                continue
+            if self.sliced:  # directions are removed by what all readers of the stream see, whatever the pruner
+                entries += inputs**2 if place.spec.reads == "residual" else 0
+            elif self.pruner.needs != "nothing":
+                rotates = place.spec.reads in self.spaces
+                width = space_shape(self.config, place.spec.reads)[2] if rotates else 1
+                entries += inputs * (inputs if self.pruner.needs == "full" else width)
+        return entries
+
+    @property
+    def sliced(self) -> bool:
+        return isinstance(self.pattern, Slice)
+
+    @cached_property
+    def exported_parameters(self) -> int:
+        """Of the merged model: its head untied where the residual stream rotates, narrower if it was sliced, and with
+        the products that changes of basis leave."""
+        if "residual" not in self.spaces:
+            return self.parameters
+        config = copy.deepcopy(self.config)
+        config.tie_word_embeddings = False
+        if isinstance(self.pattern, Slice):
+            config.head_dim = head_dim(config)
+            config.hidden_size = sliced_width(self.config, self.pattern)
+        return parameter_count(meta_model(config)) + self.basis_changes * config.hidden_size**2
 
     @cached_property
     def basis_changes(self) -> int:

@@ -75,11 +75,16 @@ def residual_pca(config: Any, moments: Mapping[str, Moment], sites: int = 1) -> 
         sites: bases that the stream goes through.
     """
     boundaries = residual_boundaries(config)
-    seen: dict[int, list[Tensor]] = {}
+    groups: dict[int, list[str]] = {}
     for place in block_linears(config):
         if place.name in _residual_groups(config):
-            seen.setdefault(place.boundary * sites // boundaries, []).append(moments[place.name].full().double())
-    found = [principal_directions(torch.stack(seen[site]).mean(0)) for site in sorted(seen)]
+            groups.setdefault(place.boundary * sites // boundaries, []).append(place.name)
+    found = []
+    for _, names in sorted(groups.items()):
+        mean = torch.zeros_like(moments[names[0]].full(), dtype=torch.float64)
+        for name in names:  # one in float64 at a time: all would take twice the memory of the moments
+            mean += moments[name].full().double() / len(names)
+        found.append(principal_directions(mean))
     return torch.stack([found[min(site, len(found) - 1)] for site in range(sites)])[:, None]
 
 

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import subprocess
 import sys
+from collections import defaultdict
 from dataclasses import replace
+from itertools import accumulate
 from pathlib import Path
 
 import pytest
@@ -14,19 +17,25 @@ import torch
 from conftest import tiny_llama
 from peak_memory import needs_linux
 from tiny_models import tiny
+from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from experiments.__main__ import main
-from rotpruner.costs import step_flops
+from rotpruner.costs import MAP_COSTS, step_flops
 from rotpruner.loading import load_config
 from rotpruner.objectives import Objective
+from rotpruner.oneshot import prune_model
+from rotpruner.optimizers import CayleySGD
+from rotpruner.orthogonal import OrthogonalMatrices
 from rotpruner.patterns import parse_pattern
 from rotpruner.planning import block_activations, memory_plan, rotated_weights
 from rotpruner.pruners import resolve_pruner
 from rotpruner.rotated_model import RotatedModel
 from rotpruner.rotations import LearnedRotations
 from rotpruner.sizes import Setup, total
+from rotpruner.slicing import _residual_groups, residual_pca
+from rotpruner.statistics import Moment
 from rotpruner.surrogates import Surrogate
 
 SHAPES = {
@@ -41,13 +50,21 @@ def model_of(family: str):
 
 
 def rotated_model(
-    base, dtype, spaces, surrogate="constant", pruner="wanda", placement="shared", **settings
+    base,
+    dtype,
+    spaces,
+    surrogate="constant",
+    pruner="wanda",
+    pattern="2:4",
+    orthogonal_map="cayley",
+    placement="shared",
+    **settings,
 ) -> RotatedModel:
     rotated = RotatedModel(
         base.to(dtype),
-        LearnedRotations(base.config, spaces, placement=placement),
+        LearnedRotations(base.config, spaces, orthogonal_map, placement=placement),
         resolve_pruner(pruner),
-        parse_pattern("2:4"),
+        parse_pattern(pattern),
         Surrogate(surrogate),
         **settings,
     )
@@ -99,36 +116,100 @@ def test_activations_and_rotated_weights_are_what_autograd_keeps(family, spaces,
     per_token, _ = block_activations(setup)
     ends = setup.config.hidden_size * (4 + 2 * setup.s)  # the states of teacher and pupil are the objective's
     assert (long - short) / 64 == pytest.approx(setup.layers * per_token + ends, rel=0.04)
-    cayley = next(term for term in memory_plan(setup).phases["logits"] if term.name == "Cayley solve")
+    cayley = next(term for term in memory_plan(setup).phases["logits"] if term.name == "orthogonal map")
     assert 2 * short - long == pytest.approx(rotated_weights(setup) + cayley.amount, rel=0.12)
 
 
-def test_resident_terms_are_what_the_model_holds():
-    spaces = ("residual", "value_heads")
-    for pruner in ("magnitude", "wanda", "sparsegpt"):
-        rotated = rotated_model(model_of("llama"), torch.bfloat16, spaces, pruner=pruner)
-        optimizer = torch.optim.Adam(rotated.rotations.parameters())
-        rotated.loss(torch.arange(64)[None], torch.tensor([3]))["loss"].backward()
-        optimizer.step()
-        setup = setup_of(rotated, spaces, 64, num_sequences=9, steps=1)
-        plan = memory_plan(setup)
-        terms = {term.name: term.amount for term in (*plan.resident, *plan.kept_by_host)}
-        held = {
-            "frozen weights": list(rotated.base.parameters()),
-            "masks": [linear.mask for linear in rotated.linears],
-            "statistics H": [moment.blocks for moment in rotated.moments.values()],
-            "teacher states": list(rotated._dense_states.kept.values()),
-            "rotations": [
-                *rotated.rotations.parameters(),
-                *rotated.rotations.buffers(),
-                *rotated.mask_rotations.values(),
-                *(parameter.grad for parameter in rotated.rotations.parameters()),
-            ],
-        }
-        for name, tensors in held.items():
-            assert terms[name] == sum(tensor.numel() * tensor.element_size() for tensor in tensors), name
-        states = [state for of in optimizer.state.values() for state in of.values() if state.dim()]
-        assert terms["optimiser states"] == sum(state.nbytes for state in states)
+@pytest.mark.parametrize(
+    ("pruner", "pattern", "orthogonal_map"),
+    [
+        ("magnitude", "2:4", "cayley"),
+        ("wanda", "2:4", "cayley"),
+        ("sparsegpt", "2:4", "exponential"),
+        ("wanda", "2:4", "manifold"),
+        ("magnitude", "slice:0.25", "cayley"),
+        ("wanda", "slice:0.25", "manifold"),
+    ],
+)
+def test_resident_terms_are_what_the_model_holds(pruner, pattern, orthogonal_map):
+    spaces = ("residual",) if pattern.startswith("slice") else ("residual", "value_heads")
+    rotated = rotated_model(
+        model_of("llama"), torch.bfloat16, spaces, pruner=pruner, pattern=pattern, orthogonal_map=orthogonal_map
+    )
+    kind = CayleySGD if orthogonal_map == "manifold" else torch.optim.Adam
+    optimizer = kind(rotated.rotations.parameters())
+    rotated.loss(torch.arange(64)[None], torch.tensor([3]))["loss"].backward()
+    optimizer.step()
+    states = 1 if orthogonal_map == "manifold" else 2
+    choices = dict(pattern=rotated.pattern, orthogonal_map=orthogonal_map, optimizer_states=states)
+    plan = memory_plan(setup_of(rotated, spaces, 64, num_sequences=9, steps=1, **choices))
+    terms = {term.name: term.amount for term in (*plan.resident, *plan.kept_by_host)}
+    held = {
+        "frozen weights": list(rotated.base.parameters()),
+        "masks": [linear.mask for linear in rotated.linears if linear.mask is not None],
+        "statistics H": [moment.blocks for moment in rotated.moments.values()],
+        "teacher states": list(rotated._dense_states.kept.values()),
+        "rotations": [
+            *rotated.rotations.parameters(),
+            *rotated.rotations.buffers(),
+            *rotated.mask_rotations.values(),
+            *(parameter.grad for parameter in rotated.rotations.parameters()),
+        ],
+        "optimiser states": [
+            state for of in optimizer.state.values() for state in of.values() if torch.is_tensor(state) and state.dim()
+        ],
+    }
+    assert ("masks" in terms) == (pattern == "2:4")
+    for name, tensors in held.items():
+        assert terms.get(name, 0) == sum(tensor.numel() * tensor.element_size() for tensor in tensors), name
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("placement", ["shared", "per_layer", "per_block"])
+@pytest.mark.parametrize("pattern", ["2:4", "slice:0.25"])
+def test_the_export_has_the_size_that_is_planned(pattern, placement, tied):
+    spaces, model = ("residual",), tiny_llama(**{**SHAPES["llama"], "tie_word_embeddings": tied})
+    chosen, pruner = parse_pattern(pattern), resolve_pruner("magnitude")
+    setup = Setup(copy.deepcopy(model.config), pruner, spaces, placement=placement, pattern=chosen)
+    rotations = LearnedRotations(model.config, spaces, placement=placement)()
+    prune_model(model, pruner, chosen, rotations={space: Q.detach() for space, Q in rotations.items()})
+    assert setup.exported_parameters == sum(tensor.numel() for tensor in model.state_dict().values())
+
+
+def memory_of(call) -> tuple[int, int]:
+    """(peak, what stays) of a call, bytes, by PyTorch's count of allocations."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        kept = call()  # noqa: F841 - until the count is taken
+    events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
+    held = list(accumulate(event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())))
+    return max(held), held[-1]
+
+
+@pytest.mark.parametrize("name", ["cayley", "exponential", "manifold"])
+def test_what_orthogonal_maps_take_is_what_torch_allocates(name):
+    cost, n = MAP_COSTS[name], 256
+    copy, matrices = 4 * n * n, OrthogonalMatrices(1, 1, n, name)
+    if name != "manifold":
+        torch.nn.init.normal_(matrices.turn, std=0.05)
+    found = []
+    _, kept = memory_of(lambda: found.append(matrices()))
+    assert kept == pytest.approx((cost.kept + 2 * cost.indices) * copy, rel=0.05)
+    gradient = torch.randn(1, 1, n, n)
+    peak, _ = memory_of(lambda: found[0].backward(gradient))
+    assert 0.75 * peak <= (cost.backward + cost.backward_one) * copy <= 1.3 * peak
+    optimizer = CayleySGD(matrices.parameters()) if cost.step else torch.optim.Adam(matrices.parameters())
+    optimizer.step()
+    peak, _ = memory_of(optimizer.step)
+    assert peak == pytest.approx((cost.step or 2 * matrices.turn.numel() / n**2) * copy, rel=0.12)
+
+
+def test_principal_directions_take_what_is_planned():
+    d = 256
+    X = torch.randn(d, d)
+    config, moments = tiny_llama(hidden_size=d).config, defaultdict(lambda: Moment((X @ X.mT)[None]))
+    list(map(moments.__getitem__, _residual_groups(config)))  # gathered before
+    peak, _ = memory_of(lambda: residual_pca(config, moments))
+    assert peak <= 48 * d * d + 2 * 4 * d * d
 
 
 @pytest.mark.parametrize("placement", ["per_layer", "per_block"])
@@ -139,7 +220,7 @@ def test_basis_changes_keep_a_stream_and_two_matrices_each(placement):
         rotated = rotated_model(model_of("llama"), torch.bfloat16, spaces, placement=each)
         short, long = kept_bytes(rotated, 64), kept_bytes(rotated, 128)
         setup = setup_of(rotated, spaces, 128, placement=each)
-        cayley = next(term for term in memory_plan(setup).phases["logits"] if term.name == "Cayley solve")
+        cayley = next(term for term in memory_plan(setup).phases["logits"] if term.name == "orthogonal map")
         found.append(((long - short) / 64, 2 * short - long - cayley.amount))
         setups.append(setup)
     changes, d = setups[0].basis_changes, setups[0].config.hidden_size
@@ -164,7 +245,7 @@ def test_operations_are_those_that_torch_counts(objective, checkpointing, placem
     terms = {term.name: term.amount for term in step_flops(setup)}
     expected = terms["linears"] + terms["rotated weights"] + terms["logits"] + terms["ends of the stream"]
     expected += terms.get("basis changes", 0)
-    expected += terms["Cayley solve"] * 6 // (32 / 3)  # the products; torch does not count solves
+    expected += terms["orthogonal map"] * 6 // (32 / 3)  # the products; torch does not count solves
     if objective.needs_teacher:
         expected += 2 * 128 * sum(outputs * inputs for _, outputs, inputs in setup.linears)
     assert products == pytest.approx(expected, rel=0.01)
@@ -254,6 +335,39 @@ def test_the_plan_for_a_person_shows_the_same_numbers(plan, capsys, tmp_path):
     assert f"2 · {found['parameters']:,}" in text or f"{found['parameters']:,} · 2" in text
 
 
+def test_slices_and_manifolds_by_hand(plan):
+    d, L, K = 4096, 32, 4096**2
+    slice_ = ["--model.pattern", "slice:0.25", "--model.spaces", "[residual]", "--model.start", "pca"]
+    found = plan("llama3-8b", *slice_)
+    terms = {term["name"]: term["amount"] for term in found["memory"]["resident"]}
+    assert "masks" not in terms
+    assert terms["statistics H"] == 4 * 2 * L * d * d
+    phases = {name: sum(term["amount"] for term in terms) for name, terms in found["memory"]["phases"].items()}
+    assert phases["principal directions"] == 48 * d * d + 2 * 4 * K
+    assert phases["mask refresh"] == 4 * K
+    disk = {term["name"]: term["amount"] for term in found["disk"]}
+    sliced = 2 * 128256 * 3072 + L * (3072 * (2 * 4096 + 2 * 1024 + 3 * 14336) + 2 * 3072) + 3072
+    assert disk["export"] == sliced * found["memory"]["host_phases"]["loading"][1]["amount"] // found["parameters"]
+
+    heads = 32 * 8 * 128**2
+    moved = ["--model.orthogonal_map", "manifold", "--model.optimizer", "rotpruner.optimizers.CayleySGD"]
+    found = plan("llama3-8b", *moved)
+    terms = {term["name"]: term["amount"] for term in found["memory"]["resident"]}
+    assert found["trainable_parameters"] == K + heads
+    assert terms["optimiser states"] == 4 * (K + heads), "the momentum alone"
+    phases = {
+        name: {term["name"]: term["amount"] for term in terms} for name, terms in found["memory"]["phases"].items()
+    }
+    assert phases["logits"]["orthogonal map"] == 4 * (K + heads)
+    assert phases["optimiser step"]["optimiser step"] == 9 * 4 * K
+    flops = {term["name"]: term["amount"] for term in found["flops"]}
+    assert flops["orthogonal map"] == 50 * (d**3 + 32 * 8 * 128**3) // 3
+
+    block = 2 * d * (d + 1024) + 3 * d * 14336
+    found = plan("llama3-8b", "--model.pattern", "0.5", "--model.layer_sparsity", "owl")
+    assert found["memory"]["phases"]["outlier ratios"][0]["amount"] == 8 * block
+
+
 def test_epochs_count_as_steps(plan):
     def rows(*options: str) -> str:
         return plan("llama3-8b", *options)["memory"]["kept_by_host"][0]["formula"]
@@ -279,6 +393,9 @@ def test_optimizers_and_spaces_count(plan):
         (["--count", "0"], ["0"]),
         (["--model.spaces", "[attic]"], ["attic"]),
         (["--model.pattern", "2:5"], ["2:5"]),
+        (["--model.pattern", "slice:0.3"], ["slice:0.3", "[residual]"]),
+        (["--model.orthogonal_map", "manifold"], ["manifold", "CayleySGD"]),
+        (["--model.layer_sparsity", "owl"], ["owl", "2:4"]),
         (["--data.seq_len", "100000"], ["100000", "4096"]),
         (["--model.model", "/no/model"], ["/no/model"]),
         (["--model.banana", "1"], ["banana"]),
