@@ -51,7 +51,7 @@ class Perplexity(Callback):
     ```
 
     Args:
-        texts: names or paths; for watching only, nothing is chosen by them.
+        texts: names or paths; for watching, so not those of the results if settings are chosen by them.
         every_n_steps: how often.
         seq_len: tokens a window.
         max_tokens: the first tokens of each text that are used.

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import fnmatch
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -59,6 +61,12 @@ def settings(model_directory, text_file, test_text_file, tmp_path):
     return ["-c", str(config), "-c", str(overlay), *given], tmp_path / "run"
 
 
+def documented_keys() -> set[str]:
+    """The keys that the panels of the documented report read; words in capitals stand for names."""
+    section = Path("docs/concepts/reports.md").read_text().split("## A layout of a wandb report")[1].split("\n## ")[0]
+    return {key for row in re.findall(r"^\|.*\|$", section, re.M) for key in re.findall(r"`([^`]+)`", row)}
+
+
 def test_an_offline_run_holds_metrics_tables_and_pictures_and_no_secrets(settings, tmp_path):
     arguments, run = settings
     # Not the wandb service of this process, should an earlier test have started one.
@@ -100,6 +108,12 @@ def test_an_offline_run_holds_metrics_tables_and_pictures_and_no_secrets(setting
         assert levels[0] == max(levels) > 250, "near the identity, the diagonal is brightest"
         assert 0 < max(levels[1:]) < 250
 
+    names = {name.removesuffix("._type") for row in found.history for name in row}
+    documented = documented_keys()
+    assert len(documented) > 12
+    for key in documented:
+        assert fnmatch.filter(names, re.sub("[A-Z]{2,}", "*", key)), f"no run logs {key}"
+
     written = [path.read_bytes() for path in directory.rglob("*") if path.is_file()]
     for name, secret in SECRETS.items():
         assert not any(secret.encode() in content for content in written), name
@@ -139,7 +153,8 @@ def agent_command(sweep: dict, choice: dict) -> list[str]:
 def test_sweeps_start_fits(path, tmp_path):
     """The command is run as the agent would; a stand-in for `python` writes down what it was asked for."""
     sweep = yaml.safe_load(path.read_text())
-    assert {"method", "metric", "parameters", "command"} <= set(sweep)
+    assert {"program", "method", "metric", "parameters", "command"} <= set(sweep)
+    assert sweep["method"] in ("grid", "random", "bayes")
     choices = [
         {
             name: space["values"][end] if "values" in space else space["max"]
@@ -157,8 +172,12 @@ def test_sweeps_start_fits(path, tmp_path):
         assert (module, name, command) == ("-m", "experiments", "fit")
         config = SettingsCLI(arguments).config
         assert config.trainer.default_root_dir == "runs/sweeps/a1b2"
-        classes = [callback.class_path for callback in config.trainer.callbacks]
-        assert classes[-2:] == ["callbacks.finish.Finish", "callbacks.dashboard.Dashboard"]
+        callbacks = {each.class_path.split(".")[-1]: each.get("init_args") for each in config.trainer.callbacks}
+        assert list(callbacks)[-1] == "Dashboard"
+        assert callbacks["Finish"].controls == []
+        watched, tested = set(callbacks["Perplexity"].texts), set(callbacks["Finish"].texts)
+        assert sweep["metric"]["name"] in {f"ppl/{text}" for text in watched}
+        assert not watched & {*tested, config.data.calibration}, "settings are not chosen by the texts of results"
         assert not config.trainer.logger.init_args.offline
         for parameter, value in choice.items():
             assert config[parameter] == value
