@@ -313,8 +313,7 @@ class RotatedModel(nn.Module):
         masses: list[Tensor] = []
         for linear in group:
             reads, writes = sides(config, rotations, linear.place)
-            saliency = self.pruner.saliency(rotate_weight(whole(linear.weight), reads, writes), moment)
-            importance = saliency.square()
+            importance = self.pruner.importance(rotate_weight(whole(linear.weight), reads, writes), moment)
             entropies += concentration_entropy(importance, reads is not None, writes is not None)
             masses.append(lost_mass(importance, self.patterns[linear.place.layer]))
         empty = masses[0].new_zeros(0)
