@@ -48,11 +48,12 @@ def learn(
         refresh_every: steps between re-applications of the pruner.
         on_step: called with the step and its losses in nats per token.
     """
-    optimizer = torch.optim.Adam(rotated.rotations.parameters(), lr=lr)
+    optimizer = torch.optim.Adam(rotated.parameter_groups(), lr=lr)
     scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     for step, (input_ids, index) in zip(range(steps), batches, strict=False):
         if step % refresh_every == 0:
             rotated.refresh_masks()
+        rotated.relaxation.advance(step, steps)
         losses = rotated.loss(input_ids, index)
         losses["loss"].backward()
         optimizer.step()
