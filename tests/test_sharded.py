@@ -78,13 +78,8 @@ def test_sigmoid_learns_on_shards_what_it_learns_on_one_process(parallel_config,
 
 
 def test_masks_that_learn_are_refused_on_shards(parallel_config, tmp_path):
-    arguments = [
-        "fit",
-        *together(sharded(parallel_config, False), tmp_path / "run"),
-        "--model.surrogate.name",
-        "gumbel",
-    ]
-    assert start_ranks(arguments, target=command) == [2, 2]
+    arguments = together(sharded(parallel_config, False), tmp_path / "run")
+    assert start_ranks(["fit", *arguments, "--model.surrogate.name", "gumbel"], target=command) == [2, 2]
     assert not (tmp_path / "run" / "config.yaml").exists()
 
 
