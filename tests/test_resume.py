@@ -61,7 +61,7 @@ def test_killed_and_resumed_runs_end_bit_for_bit_alike(kills, config, tmp_path):
             assert not torch.equal(Q, torch.eye(Q.shape[-1]).expand_as(Q)), "nothing was learned"
 
 
-@pytest.mark.parametrize("name", ["sigmoid", "gumbel"])
+@pytest.mark.parametrize("name", ["gumbel", pytest.param("sigmoid", marks=pytest.mark.slow)])
 def test_surrogates_that_anneal_go_on_bit_for_bit(name, config, tmp_path):
     config.write_text(config.read_text().replace("{name: sr_ste}", f"{{name: {name}, lr: 0.2}}"))
     states = []
