@@ -61,10 +61,12 @@ class Finish(Ending):
         super().__init__(texts, seq_len, max_tokens)
         self.controls = controls
         self._learned: RotationSet = {}
+        self._masks: dict[str, Tensor] | None = None
 
     def gather(self, module: Any) -> None:
-        """The learned rotations."""
+        """The learned rotations, and masks if they are learned too."""
         self._learned = {space: Q.cpu() for space, Q in module.rotated.rotations().items()}
+        self._masks = module.rotated.learned_masks()
 
     def finish(self, run: Path, trainer: Trainer, module: Any, seconds: float) -> None:
         """Prune in the learned space and as the controls do; export, evaluate and describe."""
@@ -87,6 +89,7 @@ class Finish(Ending):
                 batches,
                 rotations,
                 known,
+                masks=self._masks if rotations is learned else None,
                 update=module.update,
                 layer_sparsity=module.layer_sparsity,
                 calibration_dtype=dtype,
@@ -119,6 +122,7 @@ class Finish(Ending):
             basis="learned",
             spaces=module.spaces,
             update=None if module.update is None else pruner_name(module.update),
+            learned_masks=self._masks is not None,
             layer_sparsity=module.layer_sparsity,
             calibration=data.calibration,
             num_sequences=data.num_sequences,

@@ -18,12 +18,14 @@ from experiments.arguments import report as print_json
 from experiments.fit import FitCLI
 from lightning_modules.rotation_module import check_choices
 from rotpruner.costs import disk_space, step_flops
+from rotpruner.errors import InputError
 from rotpruner.loading import check_seq_len, load_config
 from rotpruner.objectives import Objective
 from rotpruner.patterns import Slice, parse_pattern
 from rotpruner.planning import MemoryPlan, largest, memory_plan
 from rotpruner.pruners import resolve_pruner
 from rotpruner.sizes import Setup, Term, total
+from rotpruner.surrogates import Surrogate
 
 _EFFICIENCY = 0.4  # of the peak rate that large models usually reach in training; an assumption
 
@@ -112,6 +114,9 @@ def read_setup(arguments: list[str], gpu: str, count: int) -> tuple[Setup, str]:
     choices = model.layer_sparsity, model.spaces, model.placement, model.start, model.orthogonal_map
     check_choices(config, pattern, objective, *choices, optimizer)
     check_seq_len(config, data.seq_len)
+    surrogate = Surrogate(**_plain(model.surrogate))
+    if surrogate.anneals:
+        raise InputError(f"plan knows no formulas of surrogate {surrogate.name}; ask for sr_ste, which takes less")
     setup = Setup(
         config=config,
         pruner=resolve_pruner(model.pruner),
@@ -129,7 +134,7 @@ def read_setup(arguments: list[str], gpu: str, count: int) -> tuple[Setup, str]:
         steps=_steps(trainer, data),
         gradient_checkpointing=model.gradient_checkpointing,
         optimizer_states=_states(optimizer),
-        keeps_unmasked=_plain(model.surrogate)["name"] == "sr_ste" and not isinstance(pattern, Slice),
+        keeps_unmasked=surrogate.name == "sr_ste" and not isinstance(pattern, Slice),
         ranks=count,
         sharded=count > 1 and _shards(trainer.strategy),
         device="cpu" if gpu == "cpu" else "gpu",

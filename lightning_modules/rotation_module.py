@@ -30,7 +30,7 @@ from rotpruner.rotation_artifact import Rotations
 from rotpruner.rotations import LearnedRotations, Placement, Start, basis_changes, residual_sites, space_constraint
 from rotpruner.sharding import shard
 from rotpruner.shortcuts import check_exportable
-from rotpruner.surrogates import Surrogate
+from rotpruner.surrogates import Surrogate, check_surrogate
 
 BaseDtype = Literal["bfloat16", "float16", "float32", "float64"]
 
@@ -103,14 +103,14 @@ class RotationModule(LightningModule):
         orthogonal_map: how orthogonal matrices are parametrised; `manifold` goes with `CayleySGD` only.
         start: rotations at the first step; `pca` turns the residual stream to its principal directions.
         init_rotations: directory of saved rotations to start from instead.
-        surrogate: how the gradient passes the mask.
+        surrogate: how the gradient passes the mask; `gumbel` learns the mask too.
         objective: what is minimised.
         base_dtype: of the frozen weights and the activations; rotations are float32 (float64 with float64).
         gradient_checkpointing: recompute each block in the backward pass; slower, much smaller.
         optimizer: of the rotations.
         lr_scheduler: `cosine` falls to zero at the run's last step; any other scheduler steps once an
             optimiser step.
-        seed: of a random start.
+        seed: of a random start, and of the noise of `gumbel`.
 
     Raises:
         InputError: an argument that cannot work, before the weights are loaded.
@@ -153,6 +153,9 @@ class RotationModule(LightningModule):
         self.placement: Placement = placement
         if init_rotations is not None:
             Rotations.from_pretrained(init_rotations).check_config(config)
+        check_surrogate(surrogate, self.pattern, self.pruner, objective)
+        if surrogate.name == "gumbel" and isinstance(trial, CayleySGD):
+            raise InputError("CayleySGD moves orthogonal matrices, not the logits of surrogate gumbel; take Adam")
         self._config = config
         self.orthogonal_map, self.start, self.seed = orthogonal_map, start, seed
         self.init_rotations = init_rotations
@@ -169,6 +172,10 @@ class RotationModule(LightningModule):
                 f"tensor_parallel_size {self.device_mesh['tensor_parallel'].size()} splits single weights; "
                 "set it to 1 and data_parallel_size to the number of processes"
             )
+        if self.device_mesh is not None and self.surrogate.name == "gumbel":
+            raise InputError("surrogate gumbel learns masks, which ModelParallelStrategy does not share out; use ddp")
+        if self.surrogate.anneals and self.trainer.max_steps == self.trainer.max_epochs == -1:
+            raise InputError(f"surrogate {self.surrogate.name} anneals over the run, which has no end; set max_steps")
         check_seq_len(self._config, self.trainer.datamodule.seq_len)  # type: ignore[attr-defined]
 
     def configure_model(self) -> None:
@@ -195,6 +202,7 @@ class RotationModule(LightningModule):
             self.gradient_checkpointing,
             self.layer_sparsity,
             Ranks.world(),
+            self.seed,
         )
         # DDP would send all masks from the first rank to the others at every step; they are alike by construction.
         masks = [f"rotated.base.{linear.place.name}.mask" for linear in self.rotated.linears]
@@ -203,8 +211,8 @@ class RotationModule(LightningModule):
             shard(self.rotated, self.device_mesh["data_parallel"])
 
     def configure_optimizers(self) -> Any:
-        """Only the rotations learn."""
-        return with_schedule(self._optimizer(self.rotated.rotations.parameters()), self._lr_scheduler, self.trainer)
+        """Only the rotations learn, and a surrogate's logits."""
+        return with_schedule(self._optimizer(self.rotated.parameter_groups()), self._lr_scheduler, self.trainer)
 
     def on_fit_start(self) -> None:
         """Gather the calibration statistics, on all ranks together."""
@@ -226,6 +234,10 @@ class RotationModule(LightningModule):
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         """The core's loss of `{"input_ids": (B, T), "index": (B,)}`."""
+        if self.surrogate.anneals:
+            relaxation = self.rotated.relaxation
+            relaxation.advance(self.trainer.global_step, int(self.trainer.estimated_stepping_batches))
+            self.log("surrogate/temperature", relaxation.temperature)
         losses = self.rotated.loss(batch["input_ids"], batch["index"])
         values = {f"train/{name}": value.detach() for name, value in losses.items()}
         self.log_dict(values, prog_bar=True, sync_dist=True)
@@ -234,7 +246,7 @@ class RotationModule(LightningModule):
     @torch.no_grad()
     def on_train_end(self) -> None:
         """Nothing of the last step's graph is needed any more."""
-        self.rotated.basis.rotations = {}
+        self.rotated.leave()
 
     @property
     def ranks(self) -> Ranks:
@@ -261,8 +273,13 @@ class RotationModule(LightningModule):
         # On the CPU, so that no rank reads them into another's device.
         checkpoint["mask_rotations"] = {space: Q.cpu() for space, Q in self.rotated.mask_rotations.items()}
         checkpoint["rng_state"] = torch.get_rng_state()
+        if self.surrogate.anneals:
+            relaxation = self.rotated.relaxation
+            checkpoint["relaxation"] = {"step": relaxation.step, "temperature": relaxation.temperature}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Masks are chosen again once the statistics are there."""
         self._restored_mask_rotations = checkpoint["mask_rotations"]
         torch.set_rng_state(checkpoint["rng_state"])
+        for name, value in checkpoint.get("relaxation", {}).items():
+            setattr(self.rotated.relaxation, name, value)

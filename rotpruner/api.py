@@ -38,21 +38,22 @@ def learn(
     refresh_every: int = 5,
     on_step: Callable[[int, dict[str, float]], None] = lambda step, losses: None,
 ) -> None:
-    """Learn the rotations with Adam under a cosine schedule, re-pruning every few steps.
+    """Learn the rotations, and a surrogate's logits, with Adam under a cosine schedule, re-pruning every few steps.
 
     Args:
         rotated: calibrated.
         batches: at least `steps` pairs of ids (batch, seq_len) and their row numbers or None.
         steps: optimiser steps.
-        lr: at the first step; it falls to zero at the last.
+        lr: of the rotations at the first step; it falls to zero at the last.
         refresh_every: steps between re-applications of the pruner.
         on_step: called with the step and its losses in nats per token.
     """
-    optimizer = torch.optim.Adam(rotated.rotations.parameters(), lr=lr)
+    optimizer = torch.optim.Adam(rotated.parameter_groups(), lr=lr)
     scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     for step, (input_ids, index) in zip(range(steps), batches, strict=False):
         if step % refresh_every == 0:
             rotated.refresh_masks()
+        rotated.relaxation.advance(step, steps)
         losses = rotated.loss(input_ids, index)
         losses["loss"].backward()
         optimizer.step()

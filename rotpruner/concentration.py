@@ -1,6 +1,7 @@
 """How concentrated importance is: what a basis can be judged by without running the model.
 
-Importance is a pruner's saliency squared, such as W'² E[x'²]. The fewer weights hold it, the less pruning takes away.
+Importance is what removing a weight costs by a pruner's own score: W'² E[x'²] of Wanda, W'² / [H'⁻¹] of SparseGPT. The
+fewer weights hold it, the less pruning takes away.
 Shapes: O, I = outputs and inputs of a linear.
 """
 

@@ -45,6 +45,7 @@ class Origin:
         basis: `none`, `pca`, `random` or `learned`.
         spaces: which spaces rotate.
         update: pruner whose weight update followed, if any.
+        learned_masks: whether the pruner's masks were only where learning began.
         layer_sparsity: how the blocks share the pattern.
         calibration: name of the text, with `num_sequences` of `seq_len` tokens of it.
         steps: of learning; `training_tokens` were read by all of them together.
@@ -61,6 +62,7 @@ class Origin:
     basis: str = "none"
     spaces: Sequence[str] = ()
     update: str | None = None
+    learned_masks: bool = False
     layer_sparsity: str = "uniform"
     calibration: str = ""
     num_sequences: int = 0
@@ -194,6 +196,8 @@ def _facts(origin: Origin, hub_name: str, license: Mapping[str, str]) -> list[tu
     facts.append(("pattern", f"`{origin.pattern}`"))
     if origin.pruner:
         facts.append(("pruner", origin.pruner + (f", weights updated by {origin.update}" if origin.update else "")))
+        if origin.learned_masks:
+            facts.append(("masks", "learned together with the rotations, from the pruner's on"))
         facts.append(("sparsity of the blocks", origin.layer_sparsity))
     facts.append(("rotated spaces", ", ".join(origin.spaces) or "none"))
     tokens = f"{origin.num_sequences} × {origin.seq_len:,} = {origin.num_sequences * origin.seq_len:,} tokens"

@@ -78,6 +78,7 @@ def prune_model(
     rotations: Mapping[str, Tensor] | None = None,
     moments: Mapping[str, Moment] | None = None,
     *,
+    masks: Mapping[str, Tensor] | None = None,
     update: Pruner | None = None,
     layer_sparsity: LayerSparsity = "uniform",
     calibration_dtype: torch.dtype | None = None,
@@ -96,6 +97,7 @@ def prune_model(
         batches: calibration token ids, each (sequences, seq_len); with `moments`, only `update` and `owl` read them.
         rotations: of its spaces, or None.
         moments: statistics of the dense model gathered before, in the original basis (fused if the residual rotates).
+        masks: of all decoder linears by name, each (O, I) bool, to be kept instead of choosing any.
         update: a pruner whose weight update follows under the masks that `pruner` chose, with statistics of what
             the pruned predecessors give, whatever chose the masks.
         layer_sparsity: `uniform`, or `owl` to let blocks with many outliers keep more (unstructured patterns only).
@@ -135,7 +137,8 @@ def prune_model(
                 with watch_inputs(*linears_to_watch(model, members, needs, ())) as sums:
                     replay.run(layer)
                 seen = sums.means()
-            _prune_block(model, members, pruner, patterns[layer], seen if moments is None else known, update, seen)
+            statistics = seen if moments is None else known
+            _prune_block(model, members, pruner, patterns[layer], statistics, masks, update, seen)
             if replay is not None:
                 replay.advance(layer)
 
@@ -163,14 +166,17 @@ def _prune_block(
     pruner: Pruner,
     pattern: Pattern,
     moments: Mapping[str, Moment],
+    masks: Mapping[str, Tensor] | None,
     update: Pruner | None,
     seen: Mapping[str, Moment],
 ) -> None:
     """Prune the linears of a block by `moments`; then let `update` rebuild their outputs by what is `seen` now."""
-    for group, members in groupby(linears, key=lambda linear: linear.group):
+    for group, grouped in groupby(linears, key=lambda linear: linear.group):
+        members = list(grouped)
         weights = [module_at(model, linear.name).weight for linear in members]
         device = weights[0].device
-        found = pruner.prune_group(weights, moments[group].to(device) if group in moments else None, pattern)
+        given = None if masks is None else [masks[linear.name].to(device) for linear in members]
+        found = pruner.prune_group(weights, moments[group].to(device) if group in moments else None, pattern, given)
         if update is not None:
             found = update.prune_group(weights, seen[group].to(device), pattern, [mask for _, mask in found])
         for weight, (pruned, _) in zip(weights, found, strict=True):

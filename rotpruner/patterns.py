@@ -34,6 +34,9 @@ class Pattern(Protocol):
     def validate(self, name: str, shape: torch.Size) -> None:
         """Raise `InputError` if a weight called `name` of `shape` (O, I) cannot take this pattern."""
 
+    def rivals(self, scores: Tensor) -> Tensor:
+        """Scores (O, I) by the sets within which weights compete for the places of a mask: (…, members of a set)."""
+
     def mask(self, saliency: Tensor) -> Tensor:
         """Keep the most salient weights: (O, I) float → (O, I) bool."""
 
@@ -63,8 +66,11 @@ class NM:
                 f"{self.m}; choose an M that divides it"
             )
 
+    def rivals(self, scores: Tensor) -> Tensor:
+        return rearrange(scores, "o (g m) -> o g m", m=self.m)
+
     def mask(self, saliency: Tensor) -> Tensor:
-        groups = rearrange(saliency, "o (g m) -> o g m", m=self.m)
+        groups = self.rivals(saliency)
         if self.m > _MAX_PAIRWISE_GROUP:
             return rearrange(keep_largest(groups, self.n), "o g m -> o (g m)")
         members = groups.unbind(-1)
@@ -95,8 +101,11 @@ class Unstructured:
     def validate(self, name: str, shape: torch.Size) -> None:
         """Any matrix takes any sparsity."""
 
+    def rivals(self, scores: Tensor) -> Tensor:
+        return scores if self.scope == "row" else scores.reshape(1, -1)
+
     def mask(self, saliency: Tensor) -> Tensor:
-        scores = saliency if self.scope == "row" else saliency.reshape(1, -1)
+        scores = self.rivals(saliency)
         kept = scores.shape[-1] - round(self.sparsity * scores.shape[-1])
         return keep_largest(scores, kept).view_as(saliency)
 

@@ -22,7 +22,7 @@ from transformers import PreTrainedModel
 
 from rotpruner.concentration import concentration_entropy, lost_mass
 from rotpruner.distributed import Ranks, whole
-from rotpruner.families import BlockLinear, block_linears, family_of, residual_sublayers
+from rotpruner.families import BlockLinear, block_linears, family_of, module_at, residual_sublayers
 from rotpruner.fusion import fuse_block_norms
 from rotpruner.modeling_rotated import Shortcut
 from rotpruner.objectives import Objective
@@ -30,10 +30,11 @@ from rotpruner.oneshot import LayerSparsity, check_layer_sparsity, layer_pattern
 from rotpruner.orthogonal import rotate_bias, rotate_features, rotate_weight
 from rotpruner.patterns import Pattern, Slice
 from rotpruner.pruners import Pruner
+from rotpruner.relaxation import Relaxation
 from rotpruner.rotations import LearnedRotations, RotationSet, basis_change, basis_changes, residual_at, sides
 from rotpruner.slicing import project, residual_moments, residual_pca, sliced_width
 from rotpruner.statistics import Moment, gather_moments
-from rotpruner.surrogates import Surrogate
+from rotpruner.surrogates import Surrogate, check_surrogate
 from rotpruner.teacher import DenseStates, head_of, ready_to_learn
 
 
@@ -46,22 +47,26 @@ class Basis:
         self.pruned = False
 
 
+#: The place of a linear, W' and M, both (O, I) → W' under its mask.
+Masked = Callable[[BlockLinear, Tensor, Tensor], Tensor]
+
+
 class RotatedLinear(nn.Linear):
-    """A frozen decoder linear that runs in the basis of the moment: y = x (surrogate(Q_Bᵀ W Q_A, M))ᵀ + b Q_B."""
+    """A frozen decoder linear that runs in the basis of the moment: y = x (masked(Q_Bᵀ W Q_A, M))ᵀ + b Q_B."""
 
     mask: Tensor | None
 
-    def __init__(self, linear: nn.Linear, place: BlockLinear, basis: Basis, surrogate: Surrogate) -> None:
+    def __init__(self, linear: nn.Linear, place: BlockLinear, basis: Basis, masked: Masked) -> None:
         super().__init__(linear.in_features, linear.out_features, bias=False, device="meta")
         self.weight, self.bias = linear.weight, linear.bias
-        self.place, self.basis, self.surrogate = place, basis, surrogate
+        self.place, self.basis, self.masked = place, basis, masked
         self.register_buffer("mask", None, persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
         reads, writes = sides(self.basis.config, self.basis.rotations, self.place)
         weight = rotate_weight(self.weight, reads, writes)
         if self.basis.pruned and self.mask is not None:
-            weight = self.surrogate(weight, self.mask)
+            weight = self.masked(self.place, weight, self.mask)
         return F.linear(x, weight, rotate_bias(self.bias, writes))
 
 
@@ -90,9 +95,10 @@ class RotatedModel(nn.Module):
         layer_sparsity: `uniform`, or `owl` to let blocks with many outliers keep more.
         ranks: processes that hold a copy each, or shards of one. They share calibration and the choice of masks;
             losses and their gradients are each rank's own.
+        seed: of the noise of a surrogate that has any.
 
     Raises:
-        InputError: the pattern has no sparsity that blocks could share out.
+        InputError: the pattern has no sparsity that blocks could share out, or does not go with the surrogate.
     """
 
     def __init__(
@@ -106,13 +112,16 @@ class RotatedModel(nn.Module):
         gradient_checkpointing: bool = False,
         layer_sparsity: LayerSparsity = "uniform",
         ranks: Ranks | None = None,
+        seed: int = 0,
     ) -> None:
         super().__init__()
         check_layer_sparsity(pattern, layer_sparsity)
         self.layer_sparsity = layer_sparsity
+        surrogate = surrogate or Surrogate()
         self.rotations = rotations
         self.pruner, self.pattern = pruner, pattern
         self.objective = objective or Objective()
+        check_surrogate(surrogate, pattern, pruner, self.objective)
         self.ranks = ranks or Ranks()
         self.basis = Basis(base.config)
         self.moments: dict[str, Moment] = {}
@@ -128,14 +137,16 @@ class RotatedModel(nn.Module):
             fuse_block_norms(base)
             self._hook_residual_ends(base)
         base.requires_grad_(False)
-        self.linears = self._replace_linears(base, surrogate or Surrogate())
+        weights = {place: module_at(base, place.name).weight for place in block_linears(base.config)}
+        self.relaxation = Relaxation(base.config, surrogate, pruner, pattern, weights, seed)
+        self.linears = self._replace_linears(base)
         self._hook_shortcuts(base, rotations.sites)
         self.base = ready_to_learn(base, gradient_checkpointing)
 
-    def _replace_linears(self, base: PreTrainedModel, surrogate: Surrogate) -> list[RotatedLinear]:
+    def _replace_linears(self, base: PreTrainedModel) -> list[RotatedLinear]:
         replaced = []
         for place in block_linears(base.config):
-            linear = RotatedLinear(base.get_submodule(place.name), place, self.basis, surrogate)  # type: ignore[arg-type]
+            linear = RotatedLinear(module_at(base, place.name), place, self.basis, self.relaxation.masked)
             base.set_submodule(place.name, linear)
             replaced.append(linear)
         return replaced
@@ -163,12 +174,13 @@ class RotatedModel(nn.Module):
 
     # -- bases ---------------------------------------------------------------------------------
 
-    def _enter_rotated(self, pruned: bool) -> None:
+    def _enter_rotated(self, pruned: bool, softened: bool = False) -> None:
         # Not undone after the forward pass: recomputation in the backward pass needs the same basis.
         rotations = self.rotations()
         if pruned and isinstance(self.pattern, Slice):
             rotations = project(rotations, sliced_width(self.base.config, self.pattern))
         self.basis.rotations, self.basis.pruned = rotations, pruned
+        self.relaxation.enter(rotations, self.moments, softened)
 
     @contextmanager
     def dense(self) -> Iterator[PreTrainedModel]:
@@ -216,9 +228,30 @@ class RotatedModel(nn.Module):
         start["residual"] = residual_pca(self.base.config, self.moments, sites).to(start["residual"])
         self.rotations.restart(start)
 
+    def leave(self) -> None:
+        """Let go of the last step's rotations and of their graph."""
+        self.basis.rotations = {}
+        self.relaxation.leave()
+
+    # -- learning --------------------------------------------------------------------------------
+
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        """What an optimiser learns: the rotations and, if there are any, the logits of masks at their own rate."""
+        groups: list[dict[str, Any]] = [{"params": list(self.rotations.parameters())}]
+        if logits := list(self.relaxation.parameters()):
+            groups.append({"params": logits, "lr": self.relaxation.surrogate.lr})
+        return groups
+
+    def learned_masks(self) -> dict[str, Tensor] | None:
+        """The masks (O, I) bool of all linears by name where they are learned themselves, on the CPU."""
+        if not self.relaxation.learns_masks:
+            return None
+        masks = self.relaxation.masks()
+        return {linear.place.name: mask.cpu() for linear, mask in zip(self.linears, masks, strict=True)}
+
     @torch.no_grad()
     def refresh_masks(self, rotations: RotationSet | None = None) -> float:
-        """Apply the pruner anew, in the rotations of the moment or in given ones.
+        """Apply the pruner anew, in the rotations of the moment or in given ones; or take the masks that are learned.
 
         Ranks take turns with the groups of linears and hand the masks around: all have the same ones, even where
         kernels would not give the same twice.
@@ -231,17 +264,24 @@ class RotatedModel(nn.Module):
         }
         if isinstance(self.pattern, Slice):
             return 0.0
-        groups = [list(members) for _, members in groupby(self.linears, key=lambda linear: linear.place.group)]
         flipped = [0] * self.base.config.num_hidden_layers
         total = [0] * len(flipped)
-        for start in range(0, len(groups), self.ranks.size):
-            for linear, mask in self._choose_masks(groups[start : start + self.ranks.size], self.mask_rotations):
-                if linear.mask is not None:
-                    flipped[linear.place.layer] += int((mask != linear.mask).sum())
-                total[linear.place.layer] += mask.numel()
-                linear.mask = mask
+        for linear, mask in self._masks(self.mask_rotations):
+            if linear.mask is not None:
+                flipped[linear.place.layer] += int((mask != linear.mask).sum())
+            total[linear.place.layer] += mask.numel()
+            linear.mask = mask
+        self.relaxation.begin([linear.mask for linear in self.linears if linear.mask is not None])
         self.block_flips = [part / entries for part, entries in zip(flipped, total, strict=True)]
         return sum(flipped) / sum(total)
+
+    def _masks(self, rotations: RotationSet) -> Iterator[tuple[RotatedLinear, Tensor]]:
+        if self.relaxation.learns_masks:
+            yield from zip(self.linears, self.relaxation.masks(), strict=True)
+            return
+        groups = [list(members) for _, members in groupby(self.linears, key=lambda linear: linear.place.group)]
+        for start in range(0, len(groups), self.ranks.size):
+            yield from self._choose_masks(groups[start : start + self.ranks.size], rotations)
 
     def _choose_masks(
         self, groups: Sequence[Sequence[RotatedLinear]], rotations: RotationSet
@@ -288,7 +328,7 @@ class RotatedModel(nn.Module):
         """
         terms: dict[str, Tensor] = {}
         teacher = self._dense_states(input_ids, index) if self.objective.needs_teacher else None
-        self._enter_rotated(pruned=True)
+        self._enter_rotated(pruned=True, softened=self.objective.runs_model)
         if self.objective.runs_model:
             terms |= self.objective(self._states(input_ids), teacher, input_ids, head_of(self.base))
         if self.objective.needs_importance:
@@ -313,8 +353,7 @@ class RotatedModel(nn.Module):
         masses: list[Tensor] = []
         for linear in group:
             reads, writes = sides(config, rotations, linear.place)
-            saliency = self.pruner.saliency(rotate_weight(whole(linear.weight), reads, writes), moment)
-            importance = saliency.square()
+            importance = self.pruner.importance(rotate_weight(whole(linear.weight), reads, writes), moment)
             entropies += concentration_entropy(importance, reads is not None, writes is not None)
             masses.append(lost_mass(importance, self.patterns[linear.place.layer]))
         empty = masses[0].new_zeros(0)

@@ -1,19 +1,31 @@
 """Mask surrogates: how the gradient passes the hard mask M (True = keep). Each is one function.
 
-All compute W' ⊙ M going forward; they differ in the gradient that they send to W', with g the gradient
+All but `gumbel` compute W' ⊙ M going forward; they differ in the gradient that they send to W', with g the gradient
 at W' ⊙ M. The frozen weights stand still, so the gradient goes on to the rotations inside W'.
+
+Shapes: O = output features, I = input features, G = groups of M neighbours in a row (I = G·M), K = choices of N of M.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from itertools import combinations
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
 
 from rotpruner.errors import InputError
+from rotpruner.objectives import Objective
+from rotpruner.patterns import NM, Pattern, Slice
+from rotpruner.pruners import Pruner
+
+SurrogateName = Literal["constant", "straight_through", "sr_ste", "sigmoid", "gumbel"]
+
+#: Choices of N of M for which `gumbel` holds a logit each: 2:4 has 6, 4:8 has 70, 8:16 has 12,870.
+_MOST_CHOICES = 100
 
 
 def constant(weight: Tensor, mask: Tensor, decay: float = 0.0) -> Tensor:
@@ -51,6 +63,75 @@ class _MaskedForward(torch.autograd.Function):
         return gradient, None, None
 
 
+def sigmoid(weight: Tensor, mask: Tensor, saliency: Tensor, pattern: Pattern, temperature: float) -> Tensor:
+    """The hard mask going forward, `soft_mask` for its gradient: g ⊙ M at W', and g ⊙ W' at the soft mask.
+
+    The loss is thus that of the model which is pruned, at every temperature; a soft mask going forward would also leave
+    weights of which each counts a part only, and rotations would learn for those.
+
+    Args:
+        weight, mask: (O, I).
+        saliency: of the weight as it is now, (O, I), with the gradient that leads to the rotations.
+        pattern: of the mask.
+        temperature: see `soft_mask`.
+    """
+    soft = soft_mask(saliency, mask, pattern, temperature)
+    # The second product is zero.
+    return weight * mask + weight * (soft - soft.detach()).to(weight.dtype)
+
+
+def soft_mask(saliency: Tensor, mask: Tensor, pattern: Pattern, temperature: float) -> Tensor:
+    """σ((s − t) / (T s̄)) (O, I), the hard mask in the limit T → 0.
+
+    The threshold t lies halfway between the least salient weight that the mask keeps and the most salient one that it
+    removes, among each weight's rivals; it moves with them, so that rivals push each other out. The unit of the
+    temperature T is the linear's mean saliency s̄, a constant to the gradient.
+    """
+    rivals, kept = pattern.rivals(saliency), pattern.rivals(mask)
+    least = rivals.masked_fill(~kept, math.inf).amin(-1, keepdim=True)
+    most = rivals.masked_fill(kept, -math.inf).amax(-1, keepdim=True)
+    # Where all or none are kept there is one of the two.
+    threshold = (torch.where(least.isinf(), most, least) + torch.where(most.isinf(), least, most)) / 2
+    unit = temperature * saliency.detach().mean().clamp_min(torch.finfo(saliency.dtype).tiny)
+    return ((rivals - threshold) / unit).sigmoid().reshape(saliency.shape)
+
+
+def gumbel(weight: Tensor, logits: Tensor, noise: Tensor, pattern: NM, temperature: float) -> Tensor:
+    """W' ⊙ Σ_k p_k S_k, with S_k the choices of N of M and p = softmax((logits + noise) / T) (Gumbel-softmax).
+
+    (MaskLLM, Fang et al., 2024, arXiv:2409.17481, its differentiable mask sampling.) Each group of weights draws a mask
+    from the categorical distribution of its logits; it hardens as T falls. The gradient is exact for the noise drawn.
+
+    Args:
+        weight: (O, I).
+        logits: learned, (O, G, K).
+        noise: Gumbel(0, 1), (O, G, K).
+    """
+    chances = ((logits + noise) / temperature).softmax(-1)
+    return weight * (chances @ nm_choices(pattern).to(chances)).flatten(-2).to(weight.dtype)
+
+
+def nm_choices(pattern: NM) -> Tensor:
+    """The masks of one group, (K, M) float32: every choice of N of M in lexicographic order."""
+    kept = list(combinations(range(pattern.m), pattern.n))
+    return torch.zeros(len(kept), pattern.m).scatter_(1, torch.tensor(kept), 1.0)
+
+
+def prior_logits(mask: Tensor, pattern: NM, strength: float) -> Tensor:
+    """Logits (O, G, K) that prefer a mask (O, I): `strength` nats for each kept weight that a choice shares with it.
+
+    (MaskLLM's mask prior, without its random part.)
+    """
+    groups = pattern.rivals(mask).float()
+    return strength * groups @ nm_choices(pattern).to(groups).mT
+
+
+def likeliest_mask(logits: Tensor, pattern: NM) -> Tensor:
+    """The mask (O, I) bool of the largest logits (O, G, K)."""
+    return nm_choices(pattern).bool().to(logits.device)[logits.argmax(-1)].flatten(-2)
+
+
+#: The surrogates that need nothing but weight, mask and decay.
 SURROGATES: dict[str, Callable[[Tensor, Tensor, float], Tensor]] = {
     "constant": constant,
     "straight_through": straight_through,
@@ -60,22 +141,76 @@ SURROGATES: dict[str, Callable[[Tensor, Tensor, float], Tensor]] = {
 
 @dataclass(frozen=True)
 class Surrogate:
-    """A surrogate and its setting.
+    """A surrogate and its settings.
 
     Attributes:
-        name: a key of `SURROGATES`.
-        decay: λ of `sr_ste`; the others ignore it.
+        name: of the function; `gumbel` learns logits beside the rotations, of which the final masks are taken.
+        decay: λ of `sr_ste`.
+        temperature, final_temperature: of `sigmoid` and `gumbel` at the first and at the last step; geometric between.
+        lr: of `gumbel`'s logits, instead of the optimiser's own.
+        strength: of the pruner's first masks in `gumbel`'s logits, in nats a weight.
     """
 
-    name: str = "constant"
+    name: SurrogateName = "constant"
     decay: float = 2e-5
+    temperature: float = 1.0
+    final_temperature: float = 0.1
+    lr: float = 0.05
+    strength: float = 3.0
 
     def __post_init__(self) -> None:
-        if self.name not in SURROGATES:
-            raise InputError(f"unknown surrogate '{self.name}'; choose one of {', '.join(SURROGATES)}")
-        if self.decay < 0:
-            raise InputError(f"surrogate decay {self.decay:g} is negative; give 0 or more")
+        names = get_args(SurrogateName)
+        if self.name not in names:
+            raise InputError(f"unknown surrogate '{self.name}'; choose one of {', '.join(names)}")
+        for field in ("decay", "strength"):
+            if not 0 <= getattr(self, field) < math.inf:
+                raise InputError(f"surrogate {field} {getattr(self, field):g} is not a finite number >= 0")
+        if not 0 < self.final_temperature <= self.temperature < math.inf:
+            raise InputError(
+                f"surrogate temperature {self.temperature:g} cannot fall to final_temperature "
+                f"{self.final_temperature:g}; give positive numbers, the first not below the second"
+            )
+        if not 0 < self.lr < math.inf:
+            raise InputError(f"surrogate lr {self.lr:g} is not a positive number")
+
+    @property
+    def anneals(self) -> bool:
+        """Whether it has a temperature."""
+        return self.name in ("sigmoid", "gumbel")
+
+    def temperature_at(self, step: int, steps: int) -> float:
+        """The temperature of one of a run's steps, counted from 0."""
+        progress = min(1.0, step / max(1, steps - 1))
+        return self.temperature * (self.final_temperature / self.temperature) ** progress
 
     def __call__(self, weight: Tensor, mask: Tensor) -> Tensor:
-        """W' ⊙ M with this surrogate's gradient; both (O, I)."""
+        """W' ⊙ M with the gradient of one of `SURROGATES`; both (O, I)."""
         return SURROGATES[self.name](weight, mask, self.decay)
+
+
+def check_surrogate(surrogate: Surrogate, pattern: Pattern | Slice, pruner: Pruner, objective: Objective) -> None:
+    """Raise `InputError` if a surrogate does not go with the other settings of a fit."""
+    if surrogate.name == "sigmoid":
+        if isinstance(pattern, Slice):
+            raise InputError(f"surrogate sigmoid softens masks, and pattern {pattern} has none; set it to constant")
+        if pruner.needs == "full":
+            raise InputError(
+                f"surrogate sigmoid follows the saliency that chooses the masks, and {type(pruner).__name__} chooses "
+                "them while it updates the weights; take wanda, ria or magnitude, and name this one as the update"
+            )
+    if surrogate.name == "gumbel":
+        if not isinstance(pattern, NM):
+            raise InputError(
+                f"surrogate gumbel learns which N of M weights stay, and pattern {pattern} is not N:M; "
+                "give one such as 2:4, or another surrogate"
+            )
+        if (choices := math.comb(pattern.m, pattern.n)) > _MOST_CHOICES:
+            raise InputError(
+                f"surrogate gumbel learns a logit for each choice, and {pattern} has {choices:,} choices a group; "
+                "2:4 has 6, 4:8 has 70"
+            )
+        if not objective.runs_model:
+            raise InputError(
+                "surrogate gumbel learns masks from the model's outputs, and no objective looks at them; "
+                "give kl, cross_entropy or cosine a weight"
+            )

@@ -16,9 +16,12 @@ from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, Llam
 
 from experiments.__main__ import main
 from lightning_modules.rotation_module import RotationModule
+from rotpruner.families import linear_modules
 from rotpruner.loading import load_config, meta_model
 from rotpruner.oneshot import sparsity_of
+from rotpruner.patterns import parse_pattern
 from rotpruner.rotations import LearnedRotations
+from rotpruner.surrogates import likeliest_mask
 
 CONFIGS = sorted(Path("experiments/configs").glob("*.yaml"))
 
@@ -139,6 +142,24 @@ def test_fit_of_the_papers_placement_counts_what_stays_online(fit, capsys):
     assert "online" in capsys.readouterr().err
     assert "trust_remote_code=True" in (run / "export" / "README.md").read_text()
     assert (run / "export" / "modeling_rotated.py").is_file()
+
+
+@pytest.mark.parametrize("pruner", ["wanda", "sparsegpt"])
+def test_fit_exports_the_masks_that_it_has_learned(pruner, fit):
+    # Without a prior from the pruner, so that its own masks would not pass for the learned ones.
+    surrogate = "{name: gumbel, strength: 0}"
+    controls = ["--trainer.callbacks.init_args.controls", "[]"]
+    checkpoint = ["--trainer.callbacks+", "callbacks.rotation_checkpoint.RotationCheckpoint"]
+    status, run = fit("--model.surrogate", surrogate, "--model.pruner", pruner, *controls, *checkpoint)
+    assert status == 0
+    state = torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
+    logits = [value for name, value in state.items() if name.startswith("rotated.relaxation.logits.")]
+    exported = linear_modules(AutoModelForCausalLM.from_pretrained(run / "export"))
+    assert len(logits) == len(exported) == 14
+    for found, module in zip(logits, exported.values(), strict=True):
+        assert len(found.argmax(-1).unique()) == 6
+        assert torch.equal(module.weight != 0, likeliest_mask(found, parse_pattern("2:4")))
+    assert "learned together with the rotations" in (run / "export" / "README.md").read_text()
 
 
 def test_fit_writes_results_and_export_and_is_shown_again(fit, capsys, prune):
@@ -373,6 +394,10 @@ def test_evaluate_refuses(changes, mentions, model_directory, test_text_file, ca
         (["--model.spaces", "[attic]"], ["attic"]),
         (["--model.spaces", "[]"], ["spaces"]),
         (["--model.surrogate.name", "banana"], ["banana"]),
+        (["--model.surrogate", "{name: sigmoid, temperature: 0.01}"], ["temperature 0.01"]),
+        (["--model.surrogate.name", "sigmoid", "--trainer.max_steps", "-1", "--trainer.max_epochs", "-1"], ["sigmoid"]),
+        (["--model.surrogate.name", "sigmoid", "--model.pruner", "alps"], ["sigmoid", "ALPS"]),
+        (["--model.surrogate.name", "gumbel", "--model.pattern", "0.5"], ["gumbel", "0.5"]),
         (["--model.objective.kl", "-1"], ["-1"]),
         (["--model.init_rotations", "/no/rotations"], ["/no/rotations"]),
         (["--model.banana", "1"], ["banana"]),

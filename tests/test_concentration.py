@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import csv
+import json
+
 import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors.torch import load_file
 from scipy.stats import entropy as scipy_entropy
 from tiny_models import exact, tiny
 
+from experiments.__main__ import main
 from rotpruner.concentration import entropy, lost_mass
 from rotpruner.errors import InputError
 from rotpruner.objectives import Objective
@@ -25,10 +30,10 @@ def ids():
     return torch.randint(3, 64, (4, 12), generator=torch.Generator().manual_seed(1))
 
 
-def learner(objective, spaces=("residual", "value_heads"), placement="shared", pattern="2:4") -> RotatedModel:
+def learner(objective, placement="shared", pruner="wanda") -> RotatedModel:
     model = exact(tiny("llama-3"))
-    rotations = LearnedRotations(model.config, spaces, placement=placement).double()
-    return RotatedModel(model, rotations, resolve_pruner("wanda"), parse_pattern(pattern), objective=objective)
+    rotations = LearnedRotations(model.config, ("residual", "value_heads"), placement=placement).double()
+    return RotatedModel(model, rotations, resolve_pruner(pruner), parse_pattern("2:4"), objective=objective)
 
 
 @given(st.integers(0, 2**31), st.integers(1, 7), st.integers(1, 9))
@@ -57,10 +62,25 @@ def test_mass_is_lost_where_the_mask_says():
     assert lost_mass(importance, parse_pattern("2:4")).item() == pytest.approx((3 + 2) / 30)
 
 
-@pytest.mark.parametrize("placement", ["shared", "per_layer"])
-def test_terms_are_those_of_the_merged_model(placement, ids):
-    """An oracle: merge the rotations, gather statistics anew, and read importance off the plain model."""
-    rotated = learner(Objective(kl=0, entropy=1.0, lost_mass=0.5), placement=placement)
+def wanda_importance(W, H):
+    return W**2 * np.diag(H)
+
+
+def obs_importance(W, H):
+    return W**2 / np.diag(np.linalg.inv(H + 0.01 * np.diag(H).mean() * np.eye(len(H))))
+
+
+@pytest.mark.parametrize(
+    ("pruner", "placement", "importance_of"),
+    [
+        ("wanda", "shared", wanda_importance),
+        ("wanda", "per_layer", wanda_importance),
+        ("sparsegpt", "shared", obs_importance),
+    ],
+)
+def test_terms_are_those_of_the_merged_model(pruner, placement, importance_of, ids):
+    """An oracle: merge the rotations, gather statistics anew, and score the plain model's weights by the formula."""
+    rotated = learner(Objective(kl=0, entropy=1.0, lost_mass=0.5), placement, pruner)
     config = rotated.base.config
     rotations = random_rotations(config, ("residual", "value_heads"), 3, torch.float64, placement)
     rotated.calibrate(ids.split(1))
@@ -68,18 +88,18 @@ def test_terms_are_those_of_the_merged_model(placement, ids):
     found = rotated.loss(ids)
     merged = exact(tiny("llama-3"))
     merge_rotations(merged, rotations)
-    wanda = resolve_pruner("wanda")
-    moments = gather_model_moments(merged, wanda, (), ids.split(1))
+    moments = gather_model_moments(merged, resolve_pruner("sparsegpt"), (), ids.split(1))
     entropies, masses = [], []
     for linear in rotated.linears:
         place = linear.place
-        importance = wanda.saliency(merged.get_submodule(place.name).weight, moments[place.group]).square()
-        kept = importance * parse_pattern("2:4").mask(importance)
-        masses.append(1 - (kept.sum() / importance.sum()).item())
+        weight = merged.get_submodule(place.name).weight.detach().numpy()
+        importance = importance_of(weight, moments[place.group].full().numpy())
+        lost = np.sort(importance.reshape(-1, 4))[:, :2]
+        masses.append(lost.sum() / importance.sum())
         if place.spec.reads in rotations:
-            entropies.append(scipy_entropy(importance.detach().numpy(), axis=1).mean())
+            entropies.append(scipy_entropy(importance, axis=1).mean())
         if place.spec.writes in rotations:
-            entropies.append(scipy_entropy(importance.detach().numpy(), axis=0).mean())
+            entropies.append(scipy_entropy(importance, axis=0).mean())
     # q, k, gate, up read; down writes; v and o do both.
     assert len(entropies) == config.num_hidden_layers * 9
     assert found["entropy"].item() == pytest.approx(np.mean(entropies), rel=1e-5)
@@ -113,3 +133,38 @@ def test_it_goes_with_objectives_of_outputs_and_not_with_slices(ids):
     assert terms["loss"].item() == pytest.approx(terms["kl"].item() + 0.1 * terms["entropy"].item())
     with pytest.raises(InputError, match="entropy, lost_mass"):
         Objective(kl=0)
+
+
+def test_a_fit_of_the_entropy_is_the_warm_start_of_a_fit_of_the_loss(model_directory, text_file, tmp_path):
+    def fit(run, **model):
+        settings = {"model": {"model": str(model_directory), "base_dtype": "float32", **model}}
+        settings["data"] = {"calibration": str(text_file), "num_sequences": 8, "seq_len": 32}
+        finish = {"texts": [str(text_file)], "seq_len": 32, "max_tokens": 128, "controls": []}
+        callbacks = [
+            {"class_path": "callbacks.repruning.Repruning"},
+            {"class_path": "callbacks.finish.Finish", "init_args": finish},
+        ]
+        trainer = dict(accelerator="cpu", max_steps=15, log_every_n_steps=1, default_root_dir=str(tmp_path / run))
+        settings["trainer"] = {**trainer, "callbacks": callbacks, "enable_model_summary": False}
+        config = tmp_path / f"{run}.yaml"
+        config.write_text(json.dumps(settings))
+        assert main(["fit", "-c", str(config)]) == 0
+        with next((tmp_path / run).rglob("metrics.csv")).open() as file:
+            rows = list(csv.DictReader(file))
+        linears = json.loads((tmp_path / run / "layers.json").read_text())["linears"]
+        masses = [np.mean([row["kept_mass"][basis] for row in linears]) for basis in ("own", "learned")]
+        rotation = load_file(tmp_path / run / "rotations" / "rotations.safetensors")["residual"]
+        return rows, masses, rotation
+
+    adam = {"class_path": "torch.optim.Adam", "init_args": {"lr": 0.02}}
+    rows, (own, learned), warm = fit("warm", objective={"kl": 0, "entropy": 1}, optimizer=adam)
+    assert "train/kl" not in rows[0]
+    entropies = [float(row["train/entropy"]) for row in rows if row["train/entropy"]]
+    assert entropies[-1] < entropies[0] - 0.05
+    assert learned > own + 0.01
+    gentle = {"class_path": "torch.optim.Adam", "init_args": {"lr": 0.001}}
+    rows, _, end = fit("on", init_rotations=str(tmp_path / "warm" / "rotations"), optimizer=gentle)
+    losses = [float(row["train/kl"]) for row in rows if row["train/kl"]]
+    assert losses[-1] < losses[0]
+    moved = (end - warm).norm()
+    assert 0 < moved < 0.2 * (warm - torch.eye(len(warm[0, 0]))).norm()

@@ -57,6 +57,18 @@ def test_two_ranks_learn_what_one_process_learns(pruner, parallel_config, tmp_pa
         assert others[name] == pytest.approx(values, rel=1e-6, abs=1e-12), name
 
 
+@pytest.mark.parametrize("name", ["gumbel", pytest.param("sigmoid", marks=pytest.mark.slow)])
+def test_two_ranks_draw_and_anneal_like_one_process(name, parallel_config, tmp_path):
+    choice = ["--model.surrogate", f"{{name: {name}, lr: 0.2}}"]
+    assert start([*alone(parallel_config, tmp_path / "one"), *choice], exact=True) == 0
+    assert start_ranks([*together(parallel_config, tmp_path / "two"), *choice], exact=True) == [0, 0]
+    first, second = (recorded(tmp_path / "two", rank) for rank in (0, 1))
+    assert_alike(first, recorded(tmp_path / "one"), 1e-7)
+    assert_alike(second, first, 0)
+    temperatures = logged(tmp_path / "two")["surrogate/temperature"]
+    assert temperatures == pytest.approx([0.1 ** (step / 9) for step in range(10)])
+
+
 @pytest.mark.slow
 def test_sigterm_to_one_rank_saves_and_ends_all_and_one_process_goes_on(parallel_config, tmp_path):
     assert start_ranks(together(parallel_config, tmp_path / "whole"), exact=True) == [0, 0]

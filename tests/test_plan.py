@@ -396,6 +396,7 @@ def test_optimizers_and_spaces_count(plan):
         (["--model.pattern", "slice:0.3"], ["slice:0.3", "[residual]"]),
         (["--model.orthogonal_map", "manifold"], ["manifold", "CayleySGD"]),
         (["--model.layer_sparsity", "owl"], ["owl", "2:4"]),
+        (["--model.surrogate.name", "gumbel"], ["gumbel"]),
         (["--data.seq_len", "100000"], ["100000", "4096"]),
         (["--model.model", "/no/model"], ["/no/model"]),
         (["--model.banana", "1"], ["banana"]),

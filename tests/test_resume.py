@@ -32,6 +32,7 @@ trainer:
   accelerator: cpu
   enable_progress_bar: false
   enable_model_summary: false
+  log_every_n_steps: 1
   accumulate_grad_batches: 1
   callbacks:
     - {{class_path: callbacks.repruning.Repruning, init_args: {{every_n_steps: 5}}}}
@@ -58,6 +59,28 @@ def test_killed_and_resumed_runs_end_bit_for_bit_alike(kills, config, tmp_path):
         for space, Q in expected.items():
             assert torch.equal(found[space], Q), f"{space} differs"
             assert not torch.equal(Q, torch.eye(Q.shape[-1]).expand_as(Q)), "nothing was learned"
+
+
+@pytest.mark.parametrize("name", ["gumbel", pytest.param("sigmoid", marks=pytest.mark.slow)])
+def test_surrogates_that_anneal_go_on_bit_for_bit(name, config, tmp_path):
+    config.write_text(config.read_text().replace("{name: sr_ste}", f"{{name: {name}, lr: 0.2}}"))
+    states = []
+    for run, kills in (("whole", []), ("killed", [SignalAt(7, "on_before_optimizer_step")])):
+        arguments = ["-c", str(config), "--trainer.default_root_dir", str(tmp_path / run)]
+        for kill in kills:
+            assert start(arguments, kill) == -signal.SIGKILL
+        assert start(arguments) == 0
+        states.append(torch.load(tmp_path / run / "checkpoints" / "last.ckpt", weights_only=True))
+    whole, resumed = states
+    assert set(whole["state_dict"]) == set(resumed["state_dict"])
+    for entry, value in whole["state_dict"].items():
+        assert torch.equal(resumed["state_dict"][entry], value), entry
+    assert {entry.split(".")[1] for entry in whole["state_dict"]} >= (
+        {"rotations", "relaxation"} if name == "gumbel" else {"rotations"}
+    )
+    assert whole["relaxation"] == resumed["relaxation"] == {"step": STEPS - 1, "temperature": pytest.approx(0.1)}
+    logged = (tmp_path / "whole").rglob("metrics.csv")
+    assert "surrogate/temperature" in next(logged).read_text().splitlines()[0]
 
 
 def test_checkpoints_hold_no_base_weights_and_load_without_unpickling(config, tmp_path):

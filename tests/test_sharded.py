@@ -70,6 +70,20 @@ def test_a_dashboard_shows_of_shards_what_it_shows_of_one_process(parallel_confi
 
 
 @pytest.mark.slow
+def test_sigmoid_learns_on_shards_what_it_learns_on_one_process(parallel_config, tmp_path):
+    choice = ["--model.surrogate.name", "sigmoid"]
+    assert start([*alone(parallel_config, tmp_path / "one"), *choice], exact=True) == 0
+    assert start_ranks([*together(sharded(parallel_config, False), tmp_path / "two"), *choice], exact=True) == [0, 0]
+    assert_alike(recorded(tmp_path / "two"), recorded(tmp_path / "one"), 1e-7)
+
+
+def test_masks_that_learn_are_refused_on_shards(parallel_config, tmp_path):
+    arguments = together(sharded(parallel_config, False), tmp_path / "run")
+    assert start_ranks(["fit", *arguments, "--model.surrogate.name", "gumbel"], target=command) == [2, 2]
+    assert not (tmp_path / "run" / "config.yaml").exists()
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("files", [False, True])
 def test_checkpoints_go_on_under_any_number_of_ranks(files, parallel_config, tmp_path):
     parallel_config.write_text(parallel_config.read_text().replace("float64", "float32"))

@@ -45,6 +45,13 @@ class Pruner(ABC):
             moment: second moment of the input in the same basis; None only if `needs` is `"nothing"`.
         """
 
+    def importance(self, weight: Tensor, moment: Moment | None) -> Tensor:
+        """What removing each weight costs, (O, I) in squares of the output: Wanda's W² E[x²] and the like.
+
+        Arguments as in `saliency`, and differentiable like it.
+        """
+        return self.saliency(weight, moment).square()
+
     def mask(self, weight: Tensor, moment: Moment | None, pattern: Pattern) -> Tensor:
         """The weights that stay, (O, I) bool."""
         return pattern.mask(self.saliency(weight, moment))

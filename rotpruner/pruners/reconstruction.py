@@ -35,6 +35,9 @@ class ReconstructionPruner(Pruner):
     def saliency(self, weight: Tensor, moment: Moment | None) -> Tensor:
         return obs_saliency(weight, moment, self.damping)
 
+    def importance(self, weight: Tensor, moment: Moment | None) -> Tensor:
+        return self.saliency(weight, moment)  # a squared error already
+
     def mask(self, weight: Tensor, moment: Moment | None, pattern: Pattern) -> Tensor:
         return self.prune(weight, moment, pattern)[1]
 

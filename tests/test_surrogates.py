@@ -1,0 +1,303 @@
+"""Surrogates with a temperature: what they compute, their gradients, their schedule and what they do not go with."""
+
+from __future__ import annotations
+
+from itertools import combinations, pairwise
+
+import pytest
+import torch
+from conftest import in_float64, tiny_llama
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy.stats import chisquare, gumbel_r, kstest
+
+from rotpruner.api import learn
+from rotpruner.errors import InputError
+from rotpruner.objectives import Objective
+from rotpruner.patterns import parse_pattern
+from rotpruner.pruners import resolve_pruner
+from rotpruner.rotated_model import RotatedModel
+from rotpruner.rotations import LearnedRotations
+from rotpruner.surrogates import (
+    Surrogate,
+    check_surrogate,
+    gumbel,
+    likeliest_mask,
+    nm_choices,
+    prior_logits,
+    sigmoid,
+    soft_mask,
+)
+
+PATTERNS = [("2:4", "row"), ("3:8", "row"), (0.5, "row"), (0.7, "layer")]
+
+
+def drawn(*shape, seed=0):
+    return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.fixture
+def ids():
+    return torch.randint(0, 320, (3, 24), generator=torch.Generator().manual_seed(1))
+
+
+def rotated_model(surrogate, dtype=torch.float64, **settings) -> RotatedModel:
+    model = tiny_llama()
+    rotations = LearnedRotations(model.config, ("residual", "value_heads")).to(dtype)
+    model = in_float64(model) if dtype == torch.float64 else model
+    return RotatedModel(
+        model, rotations, resolve_pruner("wanda"), parse_pattern("2:4"), surrogate=surrogate, **settings
+    )
+
+
+def directional_derivative(loss, parameters, directions, step=1e-5):
+    """Of `loss()` along directions of its parameters, by central differences."""
+    values = []
+    for sign in (1, -1):
+        with torch.no_grad():
+            for parameter, direction in zip(parameters, directions, strict=True):
+                parameter.add_(sign * step * direction)
+            values.append(loss().item())
+            for parameter, direction in zip(parameters, directions, strict=True):
+                parameter.sub_(sign * step * direction)
+    return (values[0] - values[1]) / (2 * step)
+
+
+# -- sigmoid ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("text", "scope"), PATTERNS)
+def test_sigmoid_is_the_hard_mask_with_the_soft_masks_gradient(text, scope):
+    pattern = parse_pattern(text, scope)
+    weight, g, norms = drawn(6, 16).requires_grad_(), drawn(6, 16, seed=1), drawn(16, seed=2).abs()
+
+    def saliency():
+        return weight.abs() * norms
+
+    mask, held = pattern.mask(saliency().detach()), weight.detach().clone()
+    masked = sigmoid(weight, mask, saliency(), pattern, 0.3)
+    assert torch.equal(masked, weight * mask)
+    masked.backward(g)
+    # s̄, the unit of the temperature, is a constant to the gradient.
+    constant = 0.3 * saliency().mean().item()
+
+    def relaxed():
+        soft = soft_mask(saliency(), mask, pattern, constant / saliency().mean().item())
+        return (g * (weight * mask + held * soft)).sum()
+
+    directions = [drawn(6, 16, seed=3)]
+    expected = directional_derivative(relaxed, [weight], directions, 1e-6)
+    assert (weight.grad * directions[0]).sum().item() == pytest.approx(expected, rel=1e-6)
+    assert not torch.allclose(weight.grad, g * mask), "the soft mask has no gradient of its own"
+
+
+@pytest.mark.parametrize(("text", "scope"), PATTERNS)
+def test_soft_masks_harden_as_the_temperature_falls(text, scope):
+    pattern, saliency = parse_pattern(text, scope), drawn(6, 16).abs()
+    mask = pattern.mask(saliency)
+    errors = [(soft_mask(saliency, mask, pattern, T) - mask.double()).abs().mean().item() for T in (10, 1, 0.1, 1e-6)]
+    assert errors == sorted(errors, reverse=True)
+    assert errors[0] > 0.4
+    assert errors[-1] < 1e-9
+    # At every temperature the soft mask has the hard one's order.
+    assert torch.equal(soft_mask(saliency, mask, pattern, 0.5) > 0.5, mask)
+    assert torch.allclose(soft_mask(1e6 * saliency, mask, pattern, 0.5), soft_mask(saliency, mask, pattern, 0.5))
+
+
+@pytest.mark.parametrize("kept", [True, False])
+def test_soft_masks_of_rows_that_stay_or_go_whole_are_finite(kept):
+    saliency, mask = drawn(2, 4).abs().requires_grad_(), torch.full((2, 4), kept)
+    soft = soft_mask(saliency, mask, parse_pattern("0.5"), 0.1)
+    soft.sum().backward()
+    assert soft.isfinite().all()
+    assert saliency.grad.isfinite().all()
+    assert (soft >= 0.5).all() if kept else (soft <= 0.5).all()
+    nothing = soft_mask(torch.zeros(2, 4), parse_pattern("2:4").mask(torch.zeros(2, 4)), parse_pattern("2:4"), 0.1)
+    assert (nothing == 0.5).all()
+
+
+def test_sigmoid_moves_the_rotations_by_the_diagonals_of_the_moment_too(ids):
+    """Against autograd through saliencies of moments that are rotated for each linear by itself."""
+    online = rotated_model(Surrogate("sigmoid"))
+    online.calibrate(ids.split(1))
+    online.refresh_masks()
+    found, expected = [], []
+    online.relaxation.advance(1, 3)
+    online.loss(ids)["loss"].backward()
+    found = [parameter.grad.clone() for parameter in online.rotations.parameters()]
+    online.rotations.zero_grad()
+
+    def masked(place, weight, mask):
+        reads = online.basis.rotations.get(place.spec.reads)
+        reads = None if reads is None else reads[place.layer if len(reads) > 1 else 0]
+        moment = online.moments[place.group].rotate(reads)
+        saliency = weight.abs() * moment.diagonal().sqrt()
+        temperature = online.relaxation.surrogate.temperature_at(1, 3)
+        return sigmoid(weight, mask, saliency, online.pattern, temperature)
+
+    for linear in online.linears:
+        linear.masked = masked
+    online.loss(ids)["loss"].backward()
+    expected = [parameter.grad for parameter in online.rotations.parameters()]
+    for one, other in zip(found, expected, strict=True):
+        assert (one - other).abs().max() < 1e-5 * other.abs().max()
+
+
+# -- gumbel ----------------------------------------------------------------------------------------
+
+
+@settings(deadline=None, max_examples=30)
+@given(st.data(), st.integers(2, 6))
+def test_logits_of_a_prior_prefer_it(data, m):
+    pattern = parse_pattern(f"{data.draw(st.integers(1, m - 1))}:{m}")
+    mask = pattern.mask(torch.rand(3, 4 * m, generator=torch.Generator().manual_seed(data.draw(st.integers(0, 999)))))
+    logits = prior_logits(mask, pattern, 2.0)
+    assert torch.equal(likeliest_mask(logits, pattern), mask)
+    choices = [{*kept} for kept in combinations(range(m), pattern.n)]
+    kept = {*mask[1, m : 2 * m].nonzero().flatten().tolist()}
+    assert logits[1, 1].tolist() == [2.0 * len(kept & choice) for choice in choices]
+
+
+def test_gumbel_has_the_gradient_of_finite_differences():
+    pattern = parse_pattern("2:4")
+    weight, logits = drawn(3, 8).requires_grad_(), drawn(3, 2, 6, seed=1).requires_grad_()
+    noise = drawn(3, 2, 6, seed=2)
+    assert torch.autograd.gradcheck(lambda w, k: gumbel(w, k, noise, pattern, 0.7), (weight, logits))
+
+
+def test_gumbel_draws_masks_with_the_chances_of_its_logits():
+    pattern, trials = parse_pattern("2:4"), 20_000
+    logits = torch.tensor([0.0, 1.0, -1.0, 0.5, 0.0, 2.0])
+    online = rotated_model(Surrogate("gumbel"))
+    noise = online.relaxation.noise(online.linears[0].place, logits.expand(trials, 1, 6).contiguous())
+    masks = gumbel(torch.ones(trials, 4), logits, noise, pattern, 1e-4)
+    drawn_masks = masks.round()
+    assert (masks - drawn_masks).abs().mean() < 1e-3
+    counts = [int((drawn_masks == choice).all(-1).sum()) for choice in nm_choices(pattern)]
+    assert sum(counts) >= trials - 5
+    expected = logits.double().softmax(-1) * sum(counts)
+    assert chisquare(counts, expected.numpy()).pvalue > 1e-3
+    assert kstest(noise.flatten().numpy(), gumbel_r.cdf).pvalue > 1e-3
+
+
+def test_noise_is_a_function_of_seed_step_and_linear():
+    online, other = rotated_model(Surrogate("gumbel"), seed=3), rotated_model(Surrogate("gumbel"), seed=4)
+    first, second = (linear.place for linear in online.linears[:2])
+    logits = torch.zeros(2, 3, 6)
+
+    def noise(model, step, place):
+        model.relaxation.advance(step, 9)
+        return model.relaxation.noise(place, logits)
+
+    assert torch.equal(noise(online, 5, first), noise(online, 5, first))
+    torch.manual_seed(99)
+    before = torch.get_rng_state()
+    assert torch.equal(noise(online, 5, first), noise(rotated_model(Surrogate("gumbel"), seed=3), 5, first))
+    for model, step, place in ((other, 5, first), (online, 6, first), (online, 5, second)):
+        assert not torch.equal(noise(online, 5, first), noise(model, step, place))
+    assert noise(online, 5, first).isfinite().all()
+    torch.manual_seed(99)
+    assert torch.equal(before, torch.get_rng_state())
+
+
+def test_gumbel_gradient_of_a_model_is_that_of_finite_differences(ids):
+    online = rotated_model(Surrogate("gumbel"))
+    online.calibrate(ids.split(1))
+    online.refresh_masks()
+    online.relaxation.advance(2, 5)
+    online.loss(ids)["loss"].backward()
+    parameters = [parameter for group in online.parameter_groups() for parameter in group["params"]]
+    for chosen in (parameters[:2], parameters[2:]):
+        directions = [drawn(*parameter.shape, seed=number) for number, parameter in enumerate(chosen)]
+        slope = sum((p.grad * direction).sum().item() for p, direction in zip(chosen, directions, strict=True))
+        expected = directional_derivative(lambda: online.loss(ids)["loss"], chosen, directions)
+        assert slope == pytest.approx(expected, rel=1e-4)
+
+
+def test_gumbel_learns_masks_that_evaluation_and_export_take(ids):
+    online = rotated_model(Surrogate("gumbel", lr=0.3), torch.float32)
+    online.calibrate(ids.split(1))
+    assert online.learned_masks() is None
+    online.refresh_masks()
+    first = {linear.place.name: linear.mask for linear in online.linears}
+    for name, mask in online.learned_masks().items():
+        assert torch.equal(mask, first[name])
+    losses = []
+    batches = [(ids, torch.arange(3))] * 40
+    learn(online, batches, steps=40, lr=1e-2, on_step=lambda step, found: losses.append(found["loss"]))
+    assert sum(losses[-5:]) < 0.7 * sum(losses[:5])
+    assert online.relaxation.temperature == pytest.approx(0.1)
+    learned = online.learned_masks()
+    assert any(not torch.equal(mask, first[name]) for name, mask in learned.items())
+    assert all((mask.unflatten(-1, (-1, 4)).sum(-1) == 2).all() for mask in learned.values())
+    online.refresh_masks()
+    with torch.no_grad():
+        soft = online(ids).logits
+    for linear in online.linears:
+        assert torch.equal(linear.mask, learned[linear.place.name])
+        linear.masked = lambda place, weight, mask: weight * learned[place.name]
+    with torch.no_grad():
+        assert torch.equal(soft, online(ids).logits), "evaluation is without noise"
+
+
+# -- both ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["sigmoid", "gumbel"])
+def test_gradient_checkpointing_changes_no_gradient(name, ids):
+    gradients = []
+    for checkpointing in (False, True):
+        online = rotated_model(Surrogate(name), gradient_checkpointing=checkpointing)
+        online.calibrate(ids.split(1))
+        online.refresh_masks()
+        online.relaxation.advance(1, 4)
+        online.loss(ids, torch.arange(3))["loss"].backward()
+        gradients.append([p.grad for group in online.parameter_groups() for p in group["params"]])
+    for plain, recomputed in zip(*gradients, strict=True):
+        assert plain.abs().sum() > 0
+        torch.testing.assert_close(plain, recomputed)
+
+
+@given(st.floats(0.01, 1), st.floats(1, 50), st.integers(2, 40))
+def test_the_temperature_falls_by_the_same_factor_every_step(final, factor, steps):
+    surrogate = Surrogate("sigmoid", temperature=final * factor, final_temperature=final)
+    values = [surrogate.temperature_at(step, steps) for step in range(steps + 2)]
+    assert values[0] == pytest.approx(final * factor)
+    assert values[steps - 1 :] == pytest.approx([final] * 3)
+    assert surrogate.temperature_at(0, 1) == pytest.approx(final * factor)
+    for before, after in pairwise(values[:steps]):
+        assert before / after == pytest.approx(factor ** (1 / (steps - 1)))
+
+
+@pytest.mark.parametrize(
+    ("settings", "mention"),
+    [
+        (dict(name="banana"), "banana"),
+        (dict(temperature=0.05), "temperature 0.05"),
+        (dict(final_temperature=0.0), "final_temperature 0"),
+        (dict(temperature=float("inf")), "temperature inf"),
+        (dict(lr=0.0), "lr 0"),
+        (dict(strength=-1.0), "strength -1"),
+        (dict(decay=float("nan")), "decay nan"),
+    ],
+)
+def test_bad_settings_are_refused(settings, mention):
+    with pytest.raises(InputError, match=mention):
+        Surrogate(**settings)
+
+
+@pytest.mark.parametrize(
+    ("name", "pattern", "pruner", "objective", "mention"),
+    [
+        ("sigmoid", "slice:0.25", "wanda", {}, "slice:0.25"),
+        ("sigmoid", "2:4", "sparsegpt", {}, "SparseGPT"),
+        ("gumbel", "0.5", "wanda", {}, "0.5"),
+        ("gumbel", "slice:0.25", "wanda", {}, "slice:0.25"),
+        ("gumbel", "8:16", "wanda", {}, "12,870"),
+        ("gumbel", "2:4", "wanda", dict(kl=0.0, entropy=1.0), "outputs"),
+    ],
+)
+def test_combinations_that_cannot_work_are_refused(name, pattern, pruner, objective, mention):
+    with pytest.raises(InputError, match=mention):
+        check_surrogate(Surrogate(name), parse_pattern(pattern), resolve_pruner(pruner), Objective(**objective))
+    check_surrogate(Surrogate(name), parse_pattern("2:4"), resolve_pruner("magnitude"), Objective())
