@@ -16,6 +16,7 @@ from lightning.pytorch.loggers import WandbLogger
 
 from rotpruner.diagnostics import LAYERS, block_means, masked_share
 from rotpruner.errors import InputError
+from rotpruner.orthogonal import is_order, permutation_matrix
 
 _PIXELS = 256  # of a rotation's picture, at most, in each direction
 _SECRET = ("api_key", "apikey", "password", "passwd", "secret", "token", "credential")
@@ -110,6 +111,7 @@ class Dashboard(Callback):
         if rows:
             self._wandb.log_table("sparsity", columns, [[row[column] for column in columns] for row in rows], step=step)
         for space, Q in rotations.items():
+            Q = permutation_matrix(Q)[:, None] if is_order(Q) else Q
             self._wandb.log_image(f"rotations/{space}", [picture(Q[0, 0])], step)
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

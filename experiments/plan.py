@@ -24,6 +24,7 @@ from rotpruner.objectives import Objective
 from rotpruner.patterns import Slice, parse_pattern
 from rotpruner.planning import MemoryPlan, largest, memory_plan
 from rotpruner.pruners import resolve_pruner
+from rotpruner.rotations import turns
 from rotpruner.sizes import Setup, Term, total
 from rotpruner.surrogates import Surrogate
 
@@ -121,7 +122,7 @@ def read_setup(arguments: list[str], gpu: str, count: int) -> tuple[Setup, str]:
         config=config,
         pruner=resolve_pruner(model.pruner),
         pattern=pattern,
-        spaces=tuple(model.spaces),
+        spaces=tuple(space for space in model.spaces if turns(space)),  # orders take bytes, and no time to speak of
         placement=model.placement,
         orthogonal_map=model.orthogonal_map,
         start=model.start,

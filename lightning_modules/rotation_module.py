@@ -27,7 +27,15 @@ from rotpruner.patterns import Pattern, Scope, Slice, parse_pattern
 from rotpruner.pruners import resolve_pruner
 from rotpruner.rotated_model import RotatedModel
 from rotpruner.rotation_artifact import Rotations
-from rotpruner.rotations import LearnedRotations, Placement, Start, basis_changes, residual_sites, space_constraint
+from rotpruner.rotations import (
+    LearnedRotations,
+    Placement,
+    Start,
+    basis_changes,
+    check_start,
+    residual_sites,
+    space_constraint,
+)
 from rotpruner.sharding import shard
 from rotpruner.shortcuts import check_exportable
 from rotpruner.surrogates import Surrogate, check_surrogate
@@ -69,6 +77,7 @@ def check_choices(
         )
     if start == "pca" and space_constraint(config, "residual") != "none":
         raise InputError(f"start pca would change what this {config.model_type} model computes; use identity")
+    check_start(start, spaces, pattern)
     if (orthogonal_map == "manifold") != isinstance(optimizer, CayleySGD):
         raise InputError(
             f"orthogonal_map {orthogonal_map} does not go with {type(optimizer).__name__}: "
@@ -101,7 +110,8 @@ class RotationModule(LightningModule):
         placement: of the residual rotations: `shared` merges away; `per_layer`, `per_block` (the paper's) or a number
             of matrices leave products of theirs in the model that is exported.
         orthogonal_map: how orthogonal matrices are parametrised; `manifold` goes with `CayleySGD` only.
-        start: rotations at the first step; `pca` turns the residual stream to its principal directions.
+        start: rotations at the first step; `pca` turns the residual stream to its principal directions, `permutation`
+            puts the features of every space in an order of which N:M keeps more.
         init_rotations: directory of saved rotations to start from instead.
         surrogate: how the gradient passes the mask; `gumbel` learns the mask too.
         objective: what is minimised.
@@ -228,8 +238,8 @@ class RotationModule(LightningModule):
     def on_train_start(self) -> None:
         """Choose the first masks, or those of a checkpoint: some strategies read it only after `on_fit_start`."""
         restored = self._restored_mask_rotations
-        if self.start == "pca" and self.init_rotations is None and restored is None:
-            self.rotated.start_from_pca()
+        if self.init_rotations is None and restored is None:
+            self.rotated.start_from_statistics(self.start)
         self.rotated.refresh_masks(restored and {space: Q.to(self.device) for space, Q in restored.items()})
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:

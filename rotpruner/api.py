@@ -153,8 +153,7 @@ def prune(
     base: Any = copy.deepcopy(model)
     rotated = RotatedModel(base.to(dtype), rotations, resolved, parsed, Surrogate(), Objective(kl=1.0))
     rotated.calibrate(rows.split(1))
-    if start == "pca":
-        rotated.start_from_pca()
+    rotated.start_from_statistics(start)
     learn(rotated, _passes(rows, generator), steps=steps, lr=lr, on_step=on_step)
     learned = {space: Q.detach() for space, Q in rotations().items()}
     if rotations_directory is not None:

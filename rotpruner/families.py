@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from rotpruner.errors import InputError
 from rotpruner.orthogonal import Constraint
 
-#: Places where a rotation may live. `mlp` has no continuous one: its activation function is elementwise.
-SpaceName = Literal["residual", "value_heads", "query_key"]
-SPACES: tuple[SpaceName, ...] = ("residual", "value_heads", "query_key")
+#: Places where a rotation may live. `mlp` has none but permutations: its activation function is elementwise.
+SpaceName = Literal["residual", "value_heads", "query_key", "mlp"]
+SPACES: tuple[SpaceName, ...] = ("residual", "value_heads", "query_key", "mlp")
 
 #: Why a space does not exist: always, or for some configs (then None for the others).
 Refusal = str | Callable[[Any], str | None]

@@ -20,7 +20,7 @@ from rotpruner.patterns import Pattern, Slice, Unstructured
 from rotpruner.pruners import Pruner, resolve_pruner
 from rotpruner.pruners.base import Needs
 from rotpruner.replay import BlockReplay, visiting
-from rotpruner.rotations import merge_rotations, sides, space_shape
+from rotpruner.rotations import merge_rotations, sides, space_shape, turns
 from rotpruner.slicing import residual_moments, residual_pca, slice_residual, sliced_width
 from rotpruner.statistics import Moment, gather_moments, watch_inputs
 
@@ -62,7 +62,7 @@ def linears_to_watch(
         module = modules[linear.name] = module_at(model, linear.name)
         if needs == "full":
             widths[linear.name] = module.in_features
-        elif linear.spec.reads in spaces:
+        elif linear.spec.reads in spaces and turns(linear.spec.reads):
             widths[linear.name] = space_shape(model.config, linear.spec.reads)[2]
         else:
             widths[linear.name] = 1

@@ -3,6 +3,7 @@
 Shapes: S = sites (places that share a space's form, such as layers), B = blocks of a block-diagonal
 matrix (such as heads), n = width of a block. A rotation is stored by its blocks, (S, B, n, n) or, at
 one site, (B, n, n); it stands for the block-diagonal (B·n, B·n) matrix. Row vectors: x' = x Q.
+A permutation may be stored by its order instead, (S, n) or, at one site, (n,) int64: x'_j = x_order[j].
 """
 
 from __future__ import annotations
@@ -154,8 +155,20 @@ def random_orthogonal(
     return subgroup.embed(Q * R.diagonal(dim1=-2, dim2=-1).sign().unsqueeze(-2)).to(dtype)
 
 
+def is_order(Q: Tensor | None) -> bool:
+    """Whether a permutation is given by its order."""
+    return Q is not None and Q.dtype == torch.int64
+
+
+def permutation_matrix(order: Tensor) -> Tensor:
+    """Q (…, n, n) float32 with (x Q)_j = x_order[j], for orders (…, n)."""
+    return nn.functional.one_hot(order, order.shape[-1]).mT.float()
+
+
 def orthogonality_error(Q: Tensor) -> float:
-    """‖QᵀQ − I‖∞, the largest absolute entry, over all blocks of (…, n, n)."""
+    """‖QᵀQ − I‖∞, the largest absolute entry, over all blocks of (…, n, n); of an order, infinity if it is none."""
+    if is_order(Q):
+        return 0.0 if (Q.sort(-1).values == torch.arange(Q.shape[-1], device=Q.device)).all() else float("inf")
     Q = Q.detach().double()
     return (Q.mT @ Q - torch.eye(Q.shape[-1], dtype=Q.dtype, device=Q.device)).abs().max().item()
 
@@ -172,6 +185,8 @@ def rotate_features(x: Tensor, Q: Tensor) -> Tensor:
     When the features hold more heads than the rotation has blocks, each block serves R neighbouring
     heads: the query heads of one key-value head.
     """
+    if is_order(Q):
+        return x[..., Q]
     blocks, n = Q.shape[0], Q.shape[-1]
     if blocks == 1 and x.shape[-1] == n:
         return x @ Q[0]
@@ -182,8 +197,10 @@ def rotate_features(x: Tensor, Q: Tensor) -> Tensor:
 
 def rotate_weight(weight: Tensor, reads: Tensor | None, writes: Tensor | None) -> Tensor:
     """W' = Q_Bᵀ W Q_A for W (O, I) that reads the space of Q_A, writes that of Q_B; None is the identity."""
+    if writes is not None and is_order(writes):
+        weight, writes = weight[writes], None  # first, while no gradient runs through the weight
     if reads is not None:
-        weight = rotate_features(weight, reads.to(weight.dtype))
+        weight = rotate_features(weight, reads if is_order(reads) else reads.to(weight.dtype))
     if writes is not None:
         Q = writes.to(weight.dtype)
         if Q.shape[0] == 1 and weight.shape[0] == Q.shape[-1]:
@@ -197,4 +214,4 @@ def rotate_bias(bias: Tensor | None, writes: Tensor | None) -> Tensor | None:
     """b' = b Q_B for b (O,)."""
     if bias is None or writes is None:
         return bias
-    return rotate_features(bias, writes.to(bias.dtype))
+    return rotate_features(bias, writes if is_order(writes) else writes.to(bias.dtype))

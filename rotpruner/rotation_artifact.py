@@ -22,13 +22,15 @@ from torch import Tensor, nn
 
 from rotpruner.artifacts import fingerprint, new_directory, write_json, write_text
 from rotpruner.errors import InputError
-from rotpruner.rotations import check_rotation, merge_rotations
+from rotpruner.rotations import check_rotation, merge_rotations, turns
 
 _FORMAT = 1
 
 
 class Rotations(Mapping[str, Tensor]):
     """The rotations of one model: a mapping from its spaces to their matrices Q (S, B, n, n), float32, on the CPU.
+
+    Of the space `mlp`, to the order (layers, intermediate size) int64 of its features.
 
     A directory of `rotations.safetensors` and `rotation_config.json` on disk and on the hub.
 
@@ -42,7 +44,10 @@ class Rotations(Mapping[str, Tensor]):
     def __init__(
         self, matrices: Mapping[str, Tensor], *, model_type: str, model_fingerprint: str, base_model: str | None = None
     ) -> None:
-        self._matrices = {space: Q.detach().to("cpu", torch.float32).contiguous() for space, Q in matrices.items()}
+        self._matrices = {
+            space: Q.detach().to("cpu", torch.float32 if turns(space) else torch.int64).contiguous()
+            for space, Q in matrices.items()
+        }
         self.model_type, self.model_fingerprint, self.base_model = model_type, model_fingerprint, base_model
         self._what = "the rotations"
 

@@ -1,8 +1,8 @@
 """One rotation per space of a model: which orthogonal matrix each linear reads and writes.
 
 A set of rotations is a plain `dict[str, Tensor]` from the name of a space to its blocks (S, B, n, n):
-`residual` (S, 1, d, d); `value_heads` and `query_key`, each (layers, KV heads, head_dim, head_dim). Spaces that are
-not in it stay as they are.
+`residual` (S, 1, d, d); `value_heads` and `query_key`, each (layers, KV heads, head_dim, head_dim); and to the orders
+`mlp` (layers, intermediate size) int64. Spaces that are not in it stay as they are.
 
 The residual stream has boundaries: in front of the first sublayer (attention or MLP), between two, behind the last.
 Its S matrices are shared out evenly among neighbouring ones. One matrix for all merges away completely; where
@@ -11,7 +11,7 @@ neighbours differ, the residual connection between them carries QᵢᵀQᵢ₊�
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal, get_args
 
 import torch
@@ -32,16 +32,18 @@ from rotpruner.orthogonal import (
     MapName,
     OrthogonalMatrices,
     constraint_error,
+    is_order,
     orthogonality_error,
     random_orthogonal,
     rotate_bias,
     rotate_features,
     rotate_weight,
 )
+from rotpruner.patterns import NM, Pattern, Slice
 from rotpruner.shortcuts import insert_shortcuts
 
 RotationSet = dict[str, Tensor]
-Start = Literal["identity", "random", "pca"]
+Start = Literal["identity", "random", "pca", "permutation"]
 
 #: How many matrices the residual stream has: one; one a decoder block and one for the end; one a boundary (2L + 1, the
 #: paper's placement); or that many.
@@ -53,6 +55,24 @@ _TOLERANCE = 1e-3  # of QᵀQ = I and of constraints; learned float32 rotations 
 def head_dim(config: Any) -> int:
     """Width of one attention head; it need not be hidden_size / heads."""
     return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+
+
+def turns(space: str) -> bool:
+    """Whether a space has rotations that can be learned; the features of `mlp` can only change places."""
+    return space != "mlp"
+
+
+def check_start(start: str, spaces: Sequence[str], pattern: Pattern | Slice) -> None:
+    """Raise `InputError` if a start does not go with the spaces that rotate, or with the pattern."""
+    if start == "permutation" and not isinstance(pattern, NM):
+        raise InputError(f"start permutation helps groups of N:M, and pattern {pattern} has none; use identity")
+    if "mlp" in spaces and start in ("identity", "pca"):
+        raise InputError(
+            f"the features of space mlp can only change places, and start {start} leaves them where they are: "
+            "set start to permutation, or leave mlp out"
+        )
+    if not any(turns(space) for space in spaces):
+        raise InputError(f"nothing in spaces {list(spaces)} can learn; add residual or value_heads")
 
 
 def residual_sites(config: Any, placement: Placement) -> int:
@@ -78,10 +98,25 @@ def space_shape(config: Any, space: str, placement: Placement = "shared") -> tup
         InputError: the model has no such space.
     """
     check_space(config, space)
+    assert turns(space), "orders have no blocks"
     if space == "residual":
         return residual_sites(config, placement), 1, config.hidden_size
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     return config.num_hidden_layers, heads, head_dim(config)
+
+
+def mlp_width(config: Any) -> int:
+    """How many features an MLP has between its linears."""
+    return getattr(config, "intermediate_size", None) or config.ffn_dim
+
+
+def _shape(config: Any, space: str, placement: Placement = "shared") -> tuple[int, ...]:
+    """Of what a `RotationSet` holds for a space."""
+    check_space(config, space)
+    if not turns(space):
+        return config.num_hidden_layers, mlp_width(config)
+    sites, blocks, n = space_shape(config, space, placement)
+    return sites, blocks, n, n
 
 
 def space_constraint(config: Any, space: str) -> Constraint:
@@ -90,14 +125,13 @@ def space_constraint(config: Any, space: str) -> Constraint:
 
 
 def check_rotation(config: Any, space: str, Q: Tensor) -> None:
-    """Raise `InputError` unless Q (S, B, n, n) is a rotation of this space of this model."""
-    sites, blocks, n = space_shape(config, space)
-    if space == "residual" and 1 < len(Q) <= residual_boundaries(config):
-        sites = len(Q)
-    if Q.shape != (sites, blocks, n, n):
+    """Raise `InputError` unless Q, (S, B, n, n) or an order, is a rotation of this space of this model."""
+    several = space == "residual" and 1 < len(Q) <= residual_boundaries(config)
+    shape = _shape(config, space, len(Q) if several else "shared")
+    if Q.shape != shape or is_order(Q) == turns(space):
         raise InputError(
             f"the rotations of '{space}' have shape {tuple(Q.shape)}, but this model needs "
-            f"{(sites, blocks, n, n)}; they were learned on another model"
+            f"{shape}; they were learned on another model"
         )
     if not torch.isfinite(Q).all() or orthogonality_error(Q) > _TOLERANCE:
         raise InputError(f"the rotations of '{space}' are not orthogonal; learn or save them again")
@@ -118,22 +152,28 @@ def random_rotations(
 ) -> RotationSet:
     """Haar-distributed rotations of the named spaces; the same for the same seed."""
     generator = torch.Generator().manual_seed(seed)
-    return {
-        space: random_orthogonal(
-            *space_shape(config, space, placement), generator, space_constraint(config, space), dtype
-        )
-        for space in spaces
-    }
+
+    def drawn(space: str) -> Tensor:
+        if turns(space):
+            shape, constraint = space_shape(config, space, placement), space_constraint(config, space)
+            return random_orthogonal(*shape, generator, constraint, dtype)
+        layers, n = _shape(config, space)
+        return torch.stack([torch.randperm(n, generator=generator) for _ in range(layers)])
+
+    return {space: drawn(space) for space in spaces}
 
 
 class LearnedRotations(nn.Module):
     """The learnable rotations of a model; calling it gives the `RotationSet` of the moment.
 
+    The order of `mlp` is chosen where learning starts, and stays.
+
     Args:
         config: of the model.
         spaces: names of the spaces to rotate.
         map_name: how orthogonal matrices are parametrised.
-        start: `identity`, `random` with `seed`, or `pca`: identity until `RotatedModel.start_from_pca`.
+        start: `identity`, `random` with `seed`; `pca` and `permutation`: identity until `RotatedModel.start_from_pca`
+            or `start_from_permutations`.
         placement: of the residual stream's matrices.
     """
 
@@ -158,10 +198,17 @@ class LearnedRotations(nn.Module):
                     *space_shape(config, space, placement), map_name, space_constraint(config, space)
                 )
                 for space in spaces
+                if turns(space)
             }
         )
+        order = None
+        if "mlp" in spaces:
+            layers, n = _shape(config, "mlp")
+            order = torch.arange(n).repeat(layers, 1)
+        self.order: Tensor | None
+        self.register_buffer("order", order)
         if start == "random":
-            self.restart(random_rotations(config, self.spaces, seed, placement=placement))
+            self.restart(random_rotations(config, self(), seed, placement=placement))
 
     @property
     def sites(self) -> int:
@@ -169,7 +216,8 @@ class LearnedRotations(nn.Module):
         return len(self.spaces["residual"].start) if "residual" in self.spaces else 0  # type: ignore[arg-type]
 
     def forward(self) -> RotationSet:
-        return {space: matrices() for space, matrices in self.spaces.items()}
+        rotations = {space: matrices() for space, matrices in self.spaces.items()}
+        return rotations if self.order is None else {**rotations, "mlp": self.order}
 
     def restart(self, rotations: Mapping[str, Tensor]) -> None:
         """Start again from given rotations of the same spaces; fewer matrices of the residual stream are shared out.
@@ -177,14 +225,18 @@ class LearnedRotations(nn.Module):
         Raises:
             InputError: the spaces differ, or what is given for one is not a rotation of it.
         """
-        if set(rotations) != set(self.spaces):
+        own_spaces = {*self.spaces, *(() if self.order is None else ("mlp",))}
+        if set(rotations) != own_spaces:
             raise InputError(
-                f"the rotations are of the spaces {sorted(rotations)}, but {sorted(self.spaces)} are to be learned"
+                f"the rotations are of the spaces {sorted(rotations)}, but {sorted(own_spaces)} are to be learned"
             )
+        if self.order is not None:
+            check_rotation(self.config, "mlp", rotations["mlp"])
+            self.order.copy_(rotations["mlp"])
         for space, matrices in self.spaces.items():
             check_rotation(self.config, space, rotations[space])
             given, own = rotations[space], len(matrices.start)  # type: ignore[arg-type]
-            shared = torch.arange(own, device=given.device) * len(given) // own
+            shared = [site_at(boundary, len(given), own) for boundary in range(own)]
             matrices.restart(given[shared] if len(given) < own else given)  # type: ignore[operator]
 
 
@@ -204,10 +256,11 @@ def residual_at(config: Any, rotations: Mapping[str, Tensor], boundary: int) -> 
     if "residual" not in rotations:
         return None
     boundaries, sites = residual_boundaries(config), rotations["residual"]
-    return sites[_site(boundary % boundaries, len(sites), boundaries)]
+    return sites[site_at(boundary % boundaries, len(sites), boundaries)]
 
 
-def _site(boundary: int, sites: int, boundaries: int) -> int:
+def site_at(boundary: int, sites: int, boundaries: int) -> int:
+    """Which of the residual stream's `sites` matrices a boundary has: neighbours share them evenly."""
     return boundary * sites // boundaries
 
 
@@ -217,7 +270,7 @@ def basis_changes(config: Any, sites: int) -> list[int]:
     return [
         number
         for number in range(boundaries - 1)
-        if _site(number, sites, boundaries) != _site(number + 1, sites, boundaries)
+        if site_at(number, sites, boundaries) != site_at(number + 1, sites, boundaries)
     ]
 
 
@@ -239,7 +292,7 @@ def merge_rotations(model: nn.Module, rotations: Mapping[str, Tensor]) -> None:
     """
     for space, Q in rotations.items():
         check_rotation(model.config, space, Q)
-    rotations = {space: Q.double() for space, Q in rotations.items()}
+    rotations = {space: Q.double() if turns(space) else Q for space, Q in rotations.items()}
     family = family_of(model.config)
     if "residual" in rotations:
         fuse_norms(model)

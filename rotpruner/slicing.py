@@ -19,7 +19,7 @@ from rotpruner.errors import InputError
 from rotpruner.families import block_linears, check_space, family_of, module_at, residual_boundaries
 from rotpruner.fusion import fuse_block_norms
 from rotpruner.patterns import Slice
-from rotpruner.rotations import RotationSet
+from rotpruner.rotations import RotationSet, site_at
 from rotpruner.shortcuts import shortcuts_of
 from rotpruner.statistics import Moment, gather_moments
 
@@ -78,7 +78,7 @@ def residual_pca(config: Any, moments: Mapping[str, Moment], sites: int = 1) -> 
     groups: dict[int, list[str]] = {}
     for place in block_linears(config):
         if place.name in _residual_groups(config):
-            groups.setdefault(place.boundary * sites // boundaries, []).append(place.name)
+            groups.setdefault(site_at(place.boundary, sites, boundaries), []).append(place.name)
     found = []
     for _, names in sorted(groups.items()):
         mean = torch.zeros_like(moments[names[0]].full(), dtype=torch.float64)

@@ -19,7 +19,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from rotpruner.distributed import Ranks
-from rotpruner.orthogonal import rotate_features
+from rotpruner.orthogonal import is_order, rotate_features
 
 T = TypeVar("T")
 
@@ -30,7 +30,7 @@ class Moment:
 
     Attributes:
         blocks: (B, n, n) float32 or float64, in the basis in which it was gathered.
-        rotation: (b, n, n) blocks of Q, or None for that basis itself.
+        rotation: (b, n, n) blocks of Q, an order (I,), or None for that basis itself.
     """
 
     blocks: Tensor
@@ -49,6 +49,8 @@ class Moment:
     def _diagonal(self) -> Tensor:
         if self.rotation is None:
             return self.blocks.diagonal(dim1=-2, dim2=-1).flatten()
+        if is_order(self.rotation):
+            return self.blocks.diagonal(dim1=-2, dim2=-1).flatten()[self.rotation]
         count, n = self.rotation.shape[0], self.rotation.shape[-1]
         Q = self.rotation.to(self.blocks.dtype)
         H = self._heads(n)
@@ -66,6 +68,8 @@ class Moment:
         """The diagonal blocks in the basis of the moment, (B, n, n): as wide as they were gathered."""
         if self.rotation is None:
             return self.blocks
+        if is_order(self.rotation):
+            return self.blocks[self.rotation] if self.blocks.shape[-1] == 1 else self._full[None]
         Q = self.rotation.to(self.blocks.dtype)
         width, n = self.blocks.shape[-1], Q.shape[-1]
         if width != n:  # gathered whole, rotated by head
@@ -83,7 +87,7 @@ class Moment:
         H = self.blocks[0]
         if self.rotation is None:
             return H
-        Q = self.rotation.to(H.dtype)
+        Q = self.rotation if is_order(self.rotation) else self.rotation.to(H.dtype)
         return rotate_features(rotate_features(H, Q).mT, Q)
 
     def full(self) -> Tensor:

@@ -54,10 +54,10 @@ MODELS = {
     "smollm3": ("SmolLM3", dict(**GATED, no_rope_layers=[1, 0]), SPACES),
     "mistral": ("Mistral", dict(**GATED, sliding_window=4), SPACES),
     "qwen2": ("Qwen2", dict(**GATED, use_sliding_window=True, **SLIDING, tie_word_embeddings=True), SPACES),
-    "qwen3": ("Qwen3", dict(**GATED, tie_word_embeddings=True), ("residual", "value_heads")),
+    "qwen3": ("Qwen3", dict(**GATED, tie_word_embeddings=True), ("residual", "value_heads", "mlp")),
     "gemma": ("Gemma", GATED, SPACES),
-    "gemma-2": ("Gemma2", {**GATED, **SLIDING, **SOFTCAPS}, ("value_heads", "query_key")),
-    "gemma-3": ("Gemma3", {**GATED, **SLIDING, "query_pre_attn_scalar": 16}, ("value_heads",)),
+    "gemma-2": ("Gemma2", {**GATED, **SLIDING, **SOFTCAPS}, ("value_heads", "query_key", "mlp")),
+    "gemma-3": ("Gemma3", {**GATED, **SLIDING, "query_pre_attn_scalar": 16}, ("value_heads", "mlp")),
     "opt": ("OPT", OPT, SPACES),
     "opt, plain norms": (
         "OPT",
@@ -67,7 +67,7 @@ MODELS = {
     "opt, post-norm": (
         "OPT",
         dict(**OPT, do_layer_norm_before=False, word_embed_proj_dim=16),
-        ("value_heads", "query_key"),
+        ("value_heads", "query_key", "mlp"),
     ),
 }
 

@@ -1,0 +1,153 @@
+"""Channel permutations: an order that keeps more, chosen by exact assignments, changes no function and is saved."""
+
+from itertools import chain, combinations
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from tiny_models import exact, tiny
+
+from rotpruner.errors import InputError
+from rotpruner.oneshot import prune_model
+from rotpruner.orthogonal import is_order, permutation_matrix, rotate_features, rotate_weight
+from rotpruner.patterns import NM, parse_pattern
+from rotpruner.permutations import block_orders, channel_permutation
+from rotpruner.pruners import resolve_pruner
+from rotpruner.rotated_model import RotatedModel
+from rotpruner.rotation_artifact import Rotations
+from rotpruner.rotations import LearnedRotations, check_start, merge_rotations
+from rotpruner.statistics import Moment
+
+
+def kept(importance, pattern):
+    return (importance * pattern.mask(importance)).sum().item()
+
+
+def partitions(features, size):
+    """All ways to part features into sets of a size."""
+    if not features:
+        yield []
+        return
+    first, *rest = features
+    for others in combinations(rest, size - 1):
+        left = [feature for feature in rest if feature not in others]
+        for groups in partitions(left, size):
+            yield [[first, *others], *groups]
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_near_the_best_of_all_partitions(seed):
+    """Eight features have 35 partitions in groups of four; reassignment ends at a local optimum of high rank."""
+    importance = torch.rand(40, 8, generator=torch.Generator().manual_seed(seed)).pow(4)
+    pattern = NM(2, 4)
+    found = sorted(kept(importance[:, list(chain(*groups))], pattern) for groups in partitions(list(range(8)), 4))
+    order = channel_permutation(importance, pattern)
+    assert kept(importance[:, order], pattern) >= found[-4] - 1e-4
+
+
+@given(st.integers(0, 2**16), st.sampled_from([(1, 2), (2, 4), (1, 4), (3, 4), (4, 8), (4, 4)]), st.integers(1, 5))
+def test_an_order_that_loses_nothing_to_dealing_out(seed, numbers, groups):
+    pattern = NM(*numbers)
+    importance = torch.rand(12, groups * pattern.m, generator=torch.Generator().manual_seed(seed)).pow(3)
+    order = channel_permutation(importance, pattern)
+    assert sorted(order.tolist()) == list(range(importance.shape[1]))
+    dealt = channel_permutation(importance, pattern, rounds=0)
+    assert kept(importance[:, order], pattern) >= kept(importance[:, dealt], pattern) * (1 - 1e-5)
+
+
+def test_features_that_crowd_one_group_are_parted():
+    importance = torch.tensor([[9.0, 9, 9, 9, 0, 0, 0, 0]]).repeat(3, 1)
+    order = channel_permutation(importance, NM(2, 4))
+    assert kept(importance[:, order], NM(2, 4)) == importance.sum()
+
+
+def test_blocks_keep_their_features_and_their_heads():
+    """Two blocks of width 8 that serve two heads each: one order a block, by the rows of both heads."""
+    torch.manual_seed(0)
+    importance = torch.rand(6, 2 * 2 * 8)
+    orders = block_orders([importance, importance * 1e6], 2, 8, NM(2, 4))
+    heads = importance.view(6, 2, 2, 8)
+    for block, order in enumerate(orders):
+        rows = heads[:, block].reshape(-1, 8).repeat(2, 1)
+        assert kept(rows[:, order], NM(2, 4)) >= kept(rows[:, channel_permutation(rows, NM(2, 4))], NM(2, 4)) * 0.999
+    assert block_orders([torch.rand(3, 12)], 2, 6, NM(2, 4)).tolist() == [list(range(6))] * 2
+
+
+def test_orders_act_as_their_matrices():
+    torch.manual_seed(0)
+    order, x, W = torch.randperm(8), torch.randn(3, 8), torch.randn(8, 8)
+    Q = permutation_matrix(order)[None]
+    assert is_order(order)
+    assert not is_order(Q)
+    torch.testing.assert_close(rotate_features(x, order), rotate_features(x, Q))
+    torch.testing.assert_close(rotate_weight(W, order, order), rotate_weight(W, Q, Q))
+    H = torch.randn(8, 8)
+    for moment in (Moment((H @ H.mT)[None]), Moment(torch.rand(8, 1, 1))):
+        by_order, by_matrix = moment.rotate(order), moment.rotate(Q)
+        if moment.blocks.shape[-1] == 8:
+            torch.testing.assert_close(by_order.diagonal(), by_matrix.diagonal())
+            torch.testing.assert_close(by_order.full(), by_matrix.full())
+            torch.testing.assert_close(by_order.seen_blocks(), by_matrix.seen_blocks())
+        else:
+            torch.testing.assert_close(by_order.diagonal(), moment.diagonal()[order])
+            torch.testing.assert_close(by_order.seen_blocks(), moment.blocks[order])
+
+
+@pytest.mark.parametrize("placement", ["shared", "per_block"])
+@pytest.mark.parametrize("name", ["smollm2", "opt", "qwen3"])
+def test_start_from_permutations_keeps_the_function_and_more_importance(name, placement, tmp_path):
+    if name == "opt" and placement != "shared":
+        placement = "shared"
+    stock = tiny(name)
+    spaces, pattern, wanda = ["residual", "value_heads", "mlp"], parse_pattern("2:4"), resolve_pruner("wanda")
+    rotations = LearnedRotations(stock.config, spaces, start="permutation", placement=placement)
+    rotated = RotatedModel(tiny(name), rotations, wanda, pattern)
+    ids = torch.randint(stock.config.vocab_size, (2, 16), generator=torch.Generator().manual_seed(1))
+    rotated.calibrate([ids])
+
+    def lost():
+        rotated.refresh_masks()
+        rotated.objective = type(rotated.objective)(kl=0, lost_mass=1)
+        return rotated.loss(ids)["lost_mass"].item()
+
+    before = lost()
+    rotated.start_from_statistics("permutation")
+    assert lost() < before
+    assert any((order != torch.arange(len(order))).any() for order in rotations()["mlp"])
+    Rotations.of(rotations(), stock).save_pretrained(tmp_path / "rotations")
+    saved = Rotations.from_pretrained(tmp_path / "rotations")
+    assert saved["mlp"].dtype == torch.int64
+
+    # Pruned one shot by the saved rotations, the model is the one that would have learned.
+    pruned = tiny(name)
+    prune_model(pruned, wanda, pattern, rotations=saved, moments=rotated.moments)
+    rotated.refresh_masks()
+    with torch.no_grad():
+        torch.testing.assert_close(pruned(ids).logits, rotated(ids).logits, atol=2e-4, rtol=1e-3)
+        moved = exact(tiny(name))
+        expected = exact(tiny(name))(ids).logits
+        merge_rotations(moved, dict(saved))
+        torch.testing.assert_close(moved(ids).logits, expected, atol=1e-9, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("start", "spaces", "pattern", "message"),
+    [
+        ("permutation", ["residual"], "0.5", "start permutation helps groups of N:M"),
+        ("identity", ["residual", "mlp"], "2:4", "set start to permutation"),
+        ("permutation", ["mlp"], "2:4", "nothing in spaces"),
+    ],
+)
+def test_starts_that_do_nothing_are_refused(start, spaces, pattern, message):
+    with pytest.raises(InputError, match=message):
+        check_start(start, spaces, parse_pattern(pattern))
+
+
+def test_orders_of_another_model_are_refused():
+    model = tiny("smollm2")
+    rotations = {"mlp": torch.zeros(model.config.num_hidden_layers, model.config.intermediate_size, dtype=torch.int64)}
+    with pytest.raises(InputError, match="not orthogonal"):
+        merge_rotations(model, rotations)
+    with pytest.raises(InputError, match="have shape"):
+        merge_rotations(model, {"mlp": rotations["mlp"].float()})
