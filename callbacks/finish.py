@@ -38,17 +38,18 @@ class Finish(Ending):
           init_args: {texts: [wikipedia_test], max_tokens: 16384}
     ```
 
-    The four rows of `results.json`: `dense`, the model as it came; `pruner`, the same pruner on the
+    The rows of `results.json`: `dense`, the model as it came; `pruner`, the same pruner on the
     untouched model (neither fused nor untied), or `pca` for a slice; `random_rotation`, the same pruner in a
-    random basis of the same spaces; `rotpruner`, in the learned one. Every row but the first is saved, loaded again by
-    plain `transformers` and evaluated in float32; `export/README.md` is a model card with all rows. Finished rows
+    random basis of the same spaces; `rotpruner`, in the learned one. `start`, if it is asked for, is the same pruner in
+    the basis that learning started from, such as that of a permutation. Every row but the first is saved, loaded
+    again by plain `transformers` and evaluated in float32; `export/README.md` is a model card with all rows. Finished rows
     survive an interruption.
 
     Args:
         texts: names or paths of test texts, none of which calibrated anything.
         seq_len: tokens a window.
         max_tokens: the first tokens of each text that are used; None takes all.
-        controls: which of the control rows `pruner` and `random_rotation` to make.
+        controls: which of the control rows `pruner`, `start` and `random_rotation` to make.
     """
 
     def __init__(
@@ -56,7 +57,7 @@ class Finish(Ending):
         texts: list[str] = ["wikipedia_test"],  # noqa: B006 - read by the command line, never changed
         seq_len: int = 1024,
         max_tokens: int | None = 16384,
-        controls: list[Literal["pruner", "random_rotation"]] = ["pruner", "random_rotation"],  # noqa: B006
+        controls: list[Literal["pruner", "start", "random_rotation"]] = ["pruner", "random_rotation"],  # noqa: B006
     ) -> None:
         super().__init__(texts, seq_len, max_tokens)
         self.controls = controls
@@ -73,6 +74,7 @@ class Finish(Ending):
         learned = self._learned
         name, pruner, pattern = module.model_name, module.pruner, module.pattern
         tokenizer, batches = load_tokenizer(name), trainer.datamodule.tokens.split(1)  # type: ignore[attr-defined]
+        started = {space: Q.cpu() for space, Q in module.rotated.rotations.started().items()}
         drawn = random_rotations(module.rotated.base.config, module.spaces, module.seed, placement=module.placement)
         moments = {group: moment.to("cpu") for group, moment in module.rotated.moments.items()}
 
@@ -99,7 +101,7 @@ class Finish(Ending):
 
         Rotations.of(learned, module.rotated.base).save_pretrained(run / "rotations", replace=True)
         rows = [self._row(run, "dense", None, lambda directory: None, load_model(name, torch.float32))]
-        for control, rotations in (("pruner", None), ("random_rotation", drawn)):
+        for control, rotations in (("pruner", None), ("start", started), ("random_rotation", drawn)):
             if control in self.controls:
                 control = "pca" if control == "pruner" and isinstance(pattern, Slice) else control
                 rows.append(self._row(run, control, pattern, partial(pruned, rotations)))

@@ -219,6 +219,12 @@ class LearnedRotations(nn.Module):
         rotations = {space: matrices() for space, matrices in self.spaces.items()}
         return rotations if self.order is None else {**rotations, "mlp": self.order}
 
+    @torch.no_grad()
+    def started(self) -> RotationSet:
+        """Where learning started."""
+        rotations = {space: matrices.start.clone() for space, matrices in self.spaces.items()}  # type: ignore[operator]
+        return rotations if self.order is None else {**rotations, "mlp": self.order}
+
     def restart(self, rotations: Mapping[str, Tensor]) -> None:
         """Start again from given rotations of the same spaces; fewer matrices of the residual stream are shared out.
 
