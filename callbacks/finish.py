@@ -42,8 +42,8 @@ class Finish(Ending):
     untouched model (neither fused nor untied), or `pca` for a slice; `random_rotation`, the same pruner in a
     random basis of the same spaces; `rotpruner`, in the learned one. `start`, if it is asked for, is the same pruner in
     the basis that learning started from, such as that of a permutation. Every row but the first is saved, loaded
-    again by plain `transformers` and evaluated in float32; `export/README.md` is a model card with all rows. Finished rows
-    survive an interruption.
+    again by plain `transformers` and evaluated in float32; `export/README.md` is a model card with all rows.
+    Finished rows survive an interruption.
 
     Args:
         texts: names or paths of test texts, none of which calibrated anything.
