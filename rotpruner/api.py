@@ -24,7 +24,7 @@ from rotpruner.perplexity import windows
 from rotpruner.pruners import Pruner, resolve_pruner
 from rotpruner.rotated_model import RotatedModel
 from rotpruner.rotation_artifact import Rotations
-from rotpruner.rotations import LearnedRotations, Placement, Start, basis_changes, residual_sites
+from rotpruner.rotations import LearnedRotations, Placement, Start, basis_changes, check_start, residual_sites
 from rotpruner.shortcuts import check_exportable
 from rotpruner.surrogates import Surrogate
 
@@ -92,6 +92,7 @@ def prune(
             `per_block` or a number of matrices leave products of theirs to be run with the model; `none` prunes the
             model as it is. Rotations of this model are where learning goes on; with no steps, they stay.
         spaces: which spaces rotate (of a slice, the residual stream alone), unless `rotate` says so; empty is `none`.
+            With `mlp`, whose features N:M patterns can order, the others start from permutations too.
         steps, lr: of learning, one sequence a step.
         num_sequences, seq_len: size of the calibration set, taken from the texts by `seed`.
         dtype: of the frozen weights while learning; the result is pruned in the model's own dtype.
@@ -146,6 +147,10 @@ def prune(
         placement = rotate
     if given is None and isinstance(parsed, Slice):
         spaces, start = ["residual"], "pca"
+    elif given is None and "mlp" in spaces:
+        start = "permutation"
+    if given is None:
+        check_start(start, spaces, parsed)
     rotations = LearnedRotations(model.config, spaces, start=start, placement=placement)
     if given is not None:
         rotations.restart(given)

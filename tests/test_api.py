@@ -93,6 +93,7 @@ def test_a_pruner_of_ones_own_is_named_by_its_import_path(tokenizer, texts):
         (dict(num_sequences=10_000), "10000"),
         (dict(seq_len=1), "seq_len 1"),
         (dict(spaces=("attic",)), "attic"),
+        (dict(spaces=("residual", "mlp"), pattern=0.5), "start permutation helps groups of N:M"),
         (dict(pruner="banana"), "banana"),
         (dict(rotate="banana"), "banana"),
         (dict(rotate="none", rotations_directory="kept"), "kept"),

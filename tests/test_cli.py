@@ -225,7 +225,8 @@ def test_fit_of_other_families(name, pruner, fit, tokenizer, tmp_path):
     model.save_pretrained(tmp_path / "dense")
     tokenizer.save_pretrained(tmp_path / "dense")
     spaces = ["--model.spaces", "[" + ", ".join(MODELS[name][2]) + "]"]
-    status, run = fit("--model.model", str(tmp_path / "dense"), "--model.pruner", pruner, *spaces)
+    start = ["--model.start", "permutation"]
+    status, run = fit("--model.model", str(tmp_path / "dense"), "--model.pruner", pruner, *spaces, *start)
     assert status == 0
     exported = AutoModelForCausalLM.from_pretrained(run / "export")
     assert type(exported) is type(model)

@@ -90,7 +90,7 @@ def test_checkpoints_hold_no_base_weights_and_load_without_unpickling(config, tm
     assert start(["-c", str(config), "--trainer.default_root_dir", str(tmp_path / "run")]) == 0
     checkpoint = torch.load(tmp_path / "run" / "checkpoints" / "last.ckpt", weights_only=True)
     assert {name.split(".")[1] for name in checkpoint["state_dict"]} == {"rotations"}
-    assert set(checkpoint["mask_rotations"]) == {"residual", "value_heads"}
+    assert set(checkpoint["mask_rotations"]) == {"residual", "value_heads", "mlp"}
     assert {"rng_state", "optimizer_states", "lr_schedulers"} <= set(checkpoint)
 
 
