@@ -180,13 +180,14 @@ def constraint_error(Q: Tensor, constraint: Constraint) -> float:
 
 
 def rotate_features(x: Tensor, Q: Tensor) -> Tensor:
-    """x · diag(Q₁, …, Q_B): features (…, R·B·n) by blocks (B, n, n).
+    """x · diag(Q₁, …, Q_B): features (…, R·B·n) by blocks (B, n, n), in the dtype of the features.
 
     When the features hold more heads than the rotation has blocks, each block serves R neighbouring
     heads: the query heads of one key-value head.
     """
     if is_order(Q):
         return x[..., Q]
+    Q = Q.to(x.dtype)
     blocks, n = Q.shape[0], Q.shape[-1]
     if blocks == 1 and x.shape[-1] == n:
         return x @ Q[0]
@@ -200,7 +201,7 @@ def rotate_weight(weight: Tensor, reads: Tensor | None, writes: Tensor | None) -
     if writes is not None and is_order(writes):
         weight, writes = weight[writes], None  # first, while no gradient runs through the weight
     if reads is not None:
-        weight = rotate_features(weight, reads if is_order(reads) else reads.to(weight.dtype))
+        weight = rotate_features(weight, reads)
     if writes is not None:
         Q = writes.to(weight.dtype)
         if Q.shape[0] == 1 and weight.shape[0] == Q.shape[-1]:
@@ -214,4 +215,4 @@ def rotate_bias(bias: Tensor | None, writes: Tensor | None) -> Tensor | None:
     """b' = b Q_B for b (O,)."""
     if bias is None or writes is None:
         return bias
-    return rotate_features(bias, writes if is_order(writes) else writes.to(bias.dtype))
+    return rotate_features(bias, writes)

@@ -27,16 +27,14 @@ from rotpruner.families import (
     block_linears,
     family_of,
     module_at,
-    residual_boundaries,
     residual_sublayers,
 )
 from rotpruner.fusion import fuse_block_norms
 from rotpruner.modeling_rotated import Shortcut
 from rotpruner.objectives import Objective
 from rotpruner.oneshot import LayerSparsity, check_layer_sparsity, layer_patterns, linears_to_watch
-from rotpruner.orthogonal import is_order, permutation_matrix, rotate_bias, rotate_features, rotate_weight
+from rotpruner.orthogonal import rotate_bias, rotate_features, rotate_weight
 from rotpruner.patterns import NM, Pattern, Slice
-from rotpruner.permutations import block_orders
 from rotpruner.pruners import Pruner
 from rotpruner.relaxation import Relaxation
 from rotpruner.rotations import (
@@ -47,9 +45,9 @@ from rotpruner.rotations import (
     basis_changes,
     residual_at,
     sides,
-    site_at,
 )
-from rotpruner.slicing import project, residual_moments, residual_pca, sliced_width
+from rotpruner.slicing import project, residual_moments, sliced_width
+from rotpruner.starts import permuted_start, principal_start
 from rotpruner.statistics import Moment, gather_moments
 from rotpruner.surrogates import Surrogate, check_surrogate
 from rotpruner.teacher import DenseStates, head_of, ready_to_learn
@@ -171,11 +169,11 @@ class RotatedModel(nn.Module):
     def _hook_residual_ends(self, base: PreTrainedModel) -> None:
         def enter(module: nn.Module, args: Any, output: Tensor) -> Tensor:
             Q = residual_at(base.config, self.basis.rotations, 0)
-            return output if Q is None else rotate_features(output, Q.to(output.dtype))
+            return output if Q is None else rotate_features(output, Q)
 
         def leave(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
             Q = residual_at(base.config, self.basis.rotations, -1)
-            return args if Q is None else (rotate_features(args[0], Q.mT.to(args[0].dtype)), *args[1:])
+            return args if Q is None else (rotate_features(args[0], Q.mT), *args[1:])
 
         family = family_of(base.config)
         for path in family.embeddings:
@@ -236,49 +234,18 @@ class RotatedModel(nn.Module):
 
     def start_from_statistics(self, start: Start) -> None:
         """After `calibrate`: put the rotations where a start that hangs on statistics has them."""
+        with torch.no_grad():
+            rotations = {space: Q.clone() for space, Q in self.rotations().items()}
         if start == "pca":
-            self.start_from_pca()
+            self.rotations.restart(principal_start(self.base.config, self.moments, rotations))
         elif start == "permutation":
-            self.start_from_permutations()
-
-    def start_from_pca(self) -> None:
-        """Turn the residual stream to its principal directions; the other spaces start at the identity.
-
-        Raises:
-            InputError: not every rotation of the residual stream is one of this model.
-        """
-        start = {space: Q.detach() for space, Q in self.rotations().items()}
-        sites = len(start["residual"])
-        start["residual"] = residual_pca(self.base.config, self.moments, sites).to(start["residual"])
-        self.rotations.restart(start)
-
-    @torch.no_grad()
-    def start_from_permutations(self) -> None:
-        """Deal the features of each space out to groups of M so that an N:M pattern keeps more; nothing else turns.
-
-        Features that no linear reads, those of queries and keys, stay in their order.
-        """
-        assert isinstance(self.pattern, NM), "an order matters to groups only"
-        start = {space: Q.detach().clone() for space, Q in self.rotations().items()}
-        for space, Q in start.items():
-            readers = [linear for linear in self.linears if linear.place.spec.reads == space]
-            for site in range(len(Q)) if readers else ():
-                own = [linear for linear in readers if self._site(linear.place, len(Q)) == site]
-                if not own:  # the last matrix of `per_block` serves the head alone
-                    continue
-                blocks, n = (1, Q.shape[-1]) if is_order(Q) else Q.shape[1:3]
-                importances = [
-                    self.pruner.importance(whole(linear.weight).float(), self.moments.get(linear.place.group))
-                    for linear in own
-                ]
-                orders = self.ranks.broadcast(block_orders(importances, blocks, n, self.pattern), 0)
-                Q[site] = orders[0] if is_order(Q) else permutation_matrix(orders)
-        self.rotations.restart(start)
-
-    def _site(self, place: BlockLinear, sites: int) -> int:
-        if place.spec.reads != "residual":
-            return place.layer
-        return site_at(place.boundary, sites, residual_boundaries(self.base.config))
+            assert isinstance(self.pattern, NM), "an order matters to groups only"
+            weights = {linear.place: linear.weight for linear in self.linears}
+            self.rotations.restart(
+                permuted_start(
+                    self.base.config, weights, self.moments, self.pruner, self.pattern, rotations, self.ranks
+                )
+            )
 
     def leave(self) -> None:
         """Let go of the last step's rotations and of their graph."""

@@ -172,8 +172,8 @@ class LearnedRotations(nn.Module):
         config: of the model.
         spaces: names of the spaces to rotate.
         map_name: how orthogonal matrices are parametrised.
-        start: `identity`, `random` with `seed`; `pca` and `permutation`: identity until `RotatedModel.start_from_pca`
-            or `start_from_permutations`.
+        start: `identity`, `random` with `seed`; `pca` and `permutation`: identity until
+            `RotatedModel.start_from_statistics`.
         placement: of the residual stream's matrices.
     """
 

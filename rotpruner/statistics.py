@@ -87,8 +87,7 @@ class Moment:
         H = self.blocks[0]
         if self.rotation is None:
             return H
-        Q = self.rotation if is_order(self.rotation) else self.rotation.to(H.dtype)
-        return rotate_features(rotate_features(H, Q).mT, Q)
+        return rotate_features(rotate_features(H, self.rotation).mT, self.rotation)
 
     def full(self) -> Tensor:
         """E[x xᵀ], (I, I). Gathered only for pruners with `needs = "full"`."""

@@ -215,7 +215,7 @@ def test_slices_of_every_placement_are_what_was_learned(placement, ids, tmp_path
     learned = LearnedRotations(model.config, ("residual",), start="pca", placement=placement)
     rotated = RotatedModel(copy.deepcopy(model), learned, resolve_pruner("wanda"), pattern)
     rotated.calibrate(ids.split(1))
-    rotated.start_from_pca()
+    rotated.start_from_statistics("pca")
     rotations = {space: Q.detach() for space, Q in learned().items()}
     with torch.no_grad():
         expected = rotated(ids).logits

@@ -78,7 +78,7 @@ def test_pca_keeps_what_a_low_rank_stream_holds():
     rotations = LearnedRotations(model.config, ["residual"], start="pca").double()
     masked = RotatedModel(model, rotations, MAGNITUDE, Slice(0.3))
     masked.calibrate(batches())
-    masked.start_from_pca()
+    masked.start_from_statistics("pca")
     assert (masked(ids).logits - expected).abs().max() < 1e-4
 
 

@@ -1,0 +1,75 @@
+"""Where learning starts, if calibration decides it: in principal directions, or in an order of features."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rotpruner.distributed import Ranks, whole
+from rotpruner.families import BlockLinear, residual_boundaries
+from rotpruner.orthogonal import is_order, permutation_matrix
+from rotpruner.patterns import NM
+from rotpruner.permutations import block_orders
+from rotpruner.pruners import Pruner
+from rotpruner.rotations import RotationSet, site_at
+from rotpruner.slicing import residual_pca
+from rotpruner.statistics import Moment
+
+
+def principal_start(config: Any, moments: Mapping[str, Moment], rotations: RotationSet) -> RotationSet:
+    """The same rotations, of which those of the residual stream turn it to its principal directions.
+
+    Args:
+        config: of the model.
+        moments: of the linears that read the residual stream, in the original basis (fused).
+        rotations: as they were.
+    """
+    Q = rotations["residual"]
+    return {**rotations, "residual": residual_pca(config, moments, len(Q)).to(Q)}
+
+
+@torch.no_grad()
+def permuted_start(
+    config: Any,
+    weights: Mapping[BlockLinear, Tensor],
+    moments: Mapping[str, Moment],
+    pruner: Pruner,
+    pattern: NM,
+    rotations: RotationSet,
+    ranks: Ranks,
+) -> RotationSet:
+    """Orders of the features of every space, of which N:M keeps more than of the model's own; nothing else turns.
+
+    Features that no linear reads, those of queries and keys and the end of the stream, stay as they were.
+
+    Args:
+        config: of the model.
+        weights: of all decoder linears, each (O, I), in the original basis (fused).
+        moments: that the pruner needs, in the same basis.
+        pruner, pattern: of what is kept.
+        rotations: as they were; they give the spaces and the shapes.
+        ranks: agree on what the first one finds.
+    """
+    found = {space: Q.clone() for space, Q in rotations.items()}
+    for space, Q in found.items():
+        readers: dict[int, list[BlockLinear]] = {}
+        for place in weights:
+            if place.spec.reads == space:
+                readers.setdefault(_site(config, place, len(Q)), []).append(place)
+        blocks, n = (1, Q.shape[-1]) if is_order(Q) else Q.shape[1:3]
+        for site, places in readers.items():
+            importances = [
+                pruner.importance(whole(weights[place]).float(), moments.get(place.group)) for place in places
+            ]
+            orders = ranks.broadcast(block_orders(importances, blocks, n, pattern), 0)
+            Q[site] = orders[0] if is_order(Q) else permutation_matrix(orders)
+    return found
+
+
+def _site(config: Any, place: BlockLinear, sites: int) -> int:
+    if place.spec.reads != "residual":
+        return place.layer
+    return site_at(place.boundary, sites, residual_boundaries(config))
