@@ -73,7 +73,7 @@ class Finish(Ending):
         """Prune in the learned space and as the controls do; export, evaluate and describe."""
         learned = self._learned
         name, pruner, pattern = module.model_name, module.pruner, module.pattern
-        tokenizer, batches = load_tokenizer(name), trainer.datamodule.tokens.split(1)  # type: ignore[attr-defined]
+        tokenizer, batches = load_tokenizer(name), trainer.datamodule.statistics_tokens.split(1)  # type: ignore[attr-defined]
         started = {space: Q.cpu() for space, Q in module.rotated.rotations.started().items()}
         drawn = random_rotations(module.rotated.base.config, module.spaces, module.seed, placement=module.placement)
         moments = {group: moment.to("cpu") for group, moment in module.rotated.moments.items()}
@@ -127,7 +127,7 @@ class Finish(Ending):
             learned_masks=self._masks is not None,
             layer_sparsity=module.layer_sparsity,
             calibration=data.calibration,
-            num_sequences=data.num_sequences,
+            num_sequences=data.statistics_sequences,
             seq_len=data.seq_len,
             steps=trainer.global_step,
             training_tokens=sequences * data.seq_len,

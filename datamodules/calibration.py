@@ -190,14 +190,16 @@ class CalibrationDataModule(lightning.LightningDataModule):
     ```yaml
     data:
       calibration: wikipedia_calibration  # any name or path that `datamodules.texts` lists
-      num_sequences: 128
+      num_sequences: 480
+      statistics_sequences: 128
       seq_len: 1024
       batch_size: 1  # `seed` and `model` are taken from the run's own
     ```
 
     Args:
         calibration: the text, a name or a path.
-        num_sequences: how many windows of the text are used.
+        num_sequences: how many windows of the text are learned from.
+        statistics_sequences: how many of them, the first ones, give the pruner its statistics; None takes all.
         seq_len: tokens in a window.
         batch_size: windows in a batch of one rank.
         seed: chooses the windows and the order of the batches.
@@ -208,6 +210,7 @@ class CalibrationDataModule(lightning.LightningDataModule):
         self,
         calibration: str = "wikipedia_calibration",
         num_sequences: int = 128,
+        statistics_sequences: int | None = None,
         seq_len: int = 1024,
         batch_size: int = 1,
         seed: int = 0,
@@ -215,10 +218,15 @@ class CalibrationDataModule(lightning.LightningDataModule):
     ) -> None:
         super().__init__()
         _check_sizes(num_sequences, seq_len, seed)
+        if statistics_sequences is not None and not 1 <= statistics_sequences <= num_sequences:
+            raise InputError(
+                f"statistics_sequences {statistics_sequences} is not between 1 and num_sequences {num_sequences}"
+            )
         CalibrationBatches(torch.empty(num_sequences, 0), batch_size)  # refuses a batch_size that cannot be
         check_text(calibration)
         self.calibration, self.model = calibration, model
         self.num_sequences, self.seq_len = num_sequences, seq_len
+        self.statistics_sequences = statistics_sequences or num_sequences
         self.batch_size, self.seed = batch_size, seed
         self._batches: CalibrationBatches | None = None
         self._saved: dict[str, int] | None = None
@@ -229,6 +237,11 @@ class CalibrationDataModule(lightning.LightningDataModule):
         sizes = {"num_sequences": self.num_sequences, "seq_len": self.seq_len, "seed": self.seed}
         tokenizer = load_tokenizer(self.model)
         return calibration_tokens(self.calibration, tokenizer, **sizes, tokenizer_name=self.model)
+
+    @property
+    def statistics_tokens(self) -> Tensor:
+        """(statistics_sequences, seq_len) int64: what the pruner sees."""
+        return self.tokens[: self.statistics_sequences]
 
     def prepare_data(self) -> None:
         """One process a node fills the cache."""

@@ -132,6 +132,7 @@ def read_setup(arguments: list[str], gpu: str, count: int) -> tuple[Setup, str]:
         seq_len=data.seq_len,
         batch_size=data.batch_size,
         num_sequences=data.num_sequences,
+        statistics_sequences=data.statistics_sequences or data.num_sequences,
         steps=_steps(trainer, data),
         gradient_checkpointing=model.gradient_checkpointing,
         optimizer_states=_states(optimizer),

@@ -226,7 +226,7 @@ class RotationModule(LightningModule):
 
     def on_fit_start(self) -> None:
         """Gather the calibration statistics, on all ranks together."""
-        tokens = self.trainer.datamodule.tokens  # type: ignore[attr-defined]
+        tokens = self.trainer.datamodule.statistics_tokens  # type: ignore[attr-defined]
         progress = partial(
             track,
             description=f"{'calibration':<28}",

@@ -96,7 +96,7 @@ def memory_plan(setup: Setup) -> MemoryPlan:
 
 def _host_phases(setup: Setup) -> Phases:
     P, c = setup.parameters, setup.checkpoint_size
-    states = 2 * setup.num_sequences * setup.seq_len * setup.config.hidden_size * c
+    states = 2 * setup.statistics_sequences * setup.seq_len * setup.config.hidden_size * c
     T, V = setup.seq_len, setup.config.vocab_size
     return {
         "loading": [
@@ -107,7 +107,7 @@ def _host_phases(setup: Setup) -> Phases:
             Term("model", P * c, f"P · {c} = {P:,} · {c}"),
             *([Term("statistics H", setup.statistics * 4, f"{setup.statistics:,} · 4"), _pca(setup)] if setup.sliced
               else [Term("inputs and outputs of a block", states,
-                    f"2 N T d · {c} = 2 · {setup.num_sequences} · {T} · {setup.config.hidden_size} · {c}")]),
+                    f"2 N T d · {c} = 2 · {setup.statistics_sequences} · {T} · {setup.config.hidden_size} · {c}")]),
         ],
         "perplexity": [
             Term("model in float32", P * 4, f"P · 4 = {P:,} · 4"),

@@ -58,6 +58,7 @@ class Setup:
         objective: what is minimised.
         dtype: of the frozen weights and activations.
         seq_len, batch_size, num_sequences, steps: of a rank.
+        statistics_sequences: how many of the sequences give the pruner its statistics.
         gradient_checkpointing: whether blocks are recomputed in the backward pass.
         optimizer_states: tensors that the optimiser keeps for each parameter; Adam has 2.
         keeps_unmasked: whether the surrogate keeps W' besides the masked weight (SR-STE does).
@@ -79,6 +80,7 @@ class Setup:
     seq_len: int = 1024
     batch_size: int = 1
     num_sequences: int = 128
+    statistics_sequences: int = 128
     steps: int = 100
     gradient_checkpointing: bool = False
     optimizer_states: int = 2
