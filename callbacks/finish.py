@@ -19,13 +19,14 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from callbacks.ending import Ending, Row
 from callbacks.terminal import console, track
 from rotpruner.artifacts import save_model, write_json
+from rotpruner.compensation import compensate
 from rotpruner.diagnostics import write_diagnostics
 from rotpruner.loading import load_model, load_tokenizer
 from rotpruner.model_card import Origin, pruner_name, write_card
 from rotpruner.oneshot import prune_model
 from rotpruner.patterns import Slice
 from rotpruner.rotation_artifact import Rotations
-from rotpruner.rotations import RotationSet, random_rotations
+from rotpruner.rotations import RotationSet, merge_rotations, random_rotations
 
 
 class Finish(Ending):
@@ -92,11 +93,15 @@ class Finish(Ending):
                 rotations,
                 known,
                 masks=self._masks if rotations is learned else None,
-                update=module.update,
                 layer_sparsity=module.layer_sparsity,
                 calibration_dtype=dtype,
                 progress=track,
             )
+            if module.compensate:
+                dense = load_model(name)
+                merge_rotations(dense, rotations or {})
+                length = compensate(model, dense, batches, calibration_dtype=dtype, progress=track)
+                console.print(f"weights updated by {length:.2f} of what was fitted")
             save_model(model, tokenizer, directory, replace=True)
 
         Rotations.of(learned, module.rotated.base).save_pretrained(run / "rotations", replace=True)
@@ -123,7 +128,7 @@ class Finish(Ending):
             pruner=None if isinstance(module.pattern, Slice) else pruner_name(module.pruner),
             basis="learned",
             spaces=module.spaces,
-            update=None if module.update is None else pruner_name(module.update),
+            update="compensation" if module.compensate else None,
             learned_masks=self._masks is not None,
             layer_sparsity=module.layer_sparsity,
             calibration=data.calibration,

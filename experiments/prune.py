@@ -16,6 +16,7 @@ from datamodules.evaluation import perplexities, tokenize_texts
 from datamodules.texts import check_text
 from experiments.arguments import Parser, add_device, at_least, report
 from rotpruner.artifacts import check_new_directory, save_model
+from rotpruner.compensation import check_compensation, compensate
 from rotpruner.errors import InputError
 from rotpruner.families import available_spaces
 from rotpruner.loading import check_pattern, check_seq_len, load_config, load_model, load_tokenizer, meta_model
@@ -31,7 +32,7 @@ from rotpruner.oneshot import (
 from rotpruner.patterns import Scope, Slice, parse_pattern
 from rotpruner.pruners import PRUNERS, resolve_pruner
 from rotpruner.rotation_artifact import Rotations
-from rotpruner.rotations import RotationSet, random_rotations
+from rotpruner.rotations import RotationSet, merge_rotations, random_rotations
 from rotpruner.shortcuts import online_cost
 from rotpruner.slicegpt import slice_per_block
 from rotpruner.slicing import sliced_width
@@ -50,6 +51,8 @@ def main(arguments: list[str]) -> None:
         raise InputError(f"pattern {pattern} needs a --pruner: {', '.join(PRUNERS)}, or an import path")
     pruner = resolve_pruner(options.pruner or "magnitude")
     update = None if options.update is None else resolve_pruner(options.update)
+    if options.compensate:
+        check_compensation(pattern)
     check_layer_sparsity(pattern, options.layer_sparsity)
     if options.output is not None:
         check_new_directory(options.output)
@@ -99,10 +102,17 @@ def main(arguments: list[str]) -> None:
             device=options.device,
             progress=track,
         )
+    length = None
+    if options.compensate:
+        dense = load_model(options.model)
+        merge_rotations(dense, rotations or {})
+        length = compensate(model, dense, batches, calibration_dtype=dtype, progress=track)
     seconds = round(time.perf_counter() - started, 1)
     result: dict[str, Any] = {"pattern": str(pattern), "sparsity": sparsity_of(model), "seconds": seconds}
     if isinstance(pattern, Slice):
         result["hidden_size"] = sliced_width(config, pattern)
+    if length is not None:
+        result["step_length"] = length
     result["parameters"] = parameters or parameter_count(model)
     if flops := online_cost(model).flops:
         result["online_flops"] = flops
@@ -133,7 +143,7 @@ def _origin(options: argparse.Namespace, rotations: RotationSet | None, rows: li
         pruner=options.pruner,
         basis=basis,
         spaces=["residual"] if basis == "pca" else list(rotations or ()),
-        update=options.update,
+        update=" and ".join([*filter(None, [options.update]), *["compensation"] * options.compensate]) or None,
         layer_sparsity=options.layer_sparsity,
         calibration=options.calibration,
         num_sequences=options.num_sequences,
@@ -150,6 +160,9 @@ def _command(options: argparse.Namespace) -> str:
     words, parser = ["python", "-m", "experiments", "prune"], _parser()
     for name, value in vars(options).items():
         if name not in ("json", "device") and value not in (None, [], parser.get_default(name)):
+            if value is True:
+                words.append(f"--{name}")
+                continue
             for each in value if isinstance(value, list) else [value]:
                 words += [f"--{name}", str(public(each))]
     return shlex.join(words)
@@ -169,6 +182,9 @@ def _parser() -> Parser:
     parser.add_argument("--seed", type=at_least(0), default=0, help="of the calibration and of random rotations")
     parser.add_argument("--rotations", help="learned rotations, a directory or hub name, or 'random'")
     parser.add_argument("--update", help="pruner whose weight update follows under the mask of --pruner, as sparsegpt")
+    parser.add_argument(
+        "--compensate", action="store_true", help="fit the kept weights to the dense model's stream, in closed form"
+    )
     parser.add_argument(
         "--placement",
         choices=("shared", "per_block"),

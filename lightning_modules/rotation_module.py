@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from lightning_modules.schedules import with_schedule
+from rotpruner.compensation import check_compensation
 from rotpruner.distributed import Ranks
 from rotpruner.errors import InputError
 from rotpruner.families import SPACES, check_space
@@ -103,7 +104,7 @@ class RotationModule(LightningModule):
         model: embedded name, local directory or hub name.
         pruner: short name or import path of a `Pruner` subclass.
         pattern: `N:M`, a sparsity, or `slice:FRACTION` of the residual directions (no pruner takes part in that).
-        update: pruner whose weight update follows once the rotations are learned, under their masks; none by default.
+        compensate: whether kept weights are updated, in closed form, once the rotations are learned, under their masks.
         scope: where an unstructured sparsity is counted.
         layer_sparsity: `uniform`, or `owl` to let blocks with many outliers keep more of an unstructured pattern.
         spaces: which spaces rotate.
@@ -133,7 +134,7 @@ class RotationModule(LightningModule):
         model: str = "smollm2-135m",
         pruner: str = "wanda",
         pattern: str | float = "2:4",
-        update: str | None = None,
+        compensate: bool = False,
         scope: Scope = "row",
         layer_sparsity: LayerSparsity = "uniform",
         spaces: list[str] = ["residual", "value_heads"],  # noqa: B006 - read by the command line, never changed
@@ -154,7 +155,9 @@ class RotationModule(LightningModule):
         self.strict_loading = False
         self.pruner = resolve_pruner(pruner)
         self.pattern = parse_pattern(pattern, scope)
-        self.update = None if update is None else resolve_pruner(update)
+        self.compensate = compensate
+        if compensate:
+            check_compensation(self.pattern)
         self.layer_sparsity = layer_sparsity
         self.model_name, self.spaces = model, spaces
         config = load_config(model)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from rotpruner import compensation
 from rotpruner.artifacts import check_new_directory, save_model
 from rotpruner.embedded import embedded_name
 from rotpruner.errors import InputError
@@ -24,7 +25,15 @@ from rotpruner.perplexity import windows
 from rotpruner.pruners import Pruner, resolve_pruner
 from rotpruner.rotated_model import RotatedModel
 from rotpruner.rotation_artifact import Rotations
-from rotpruner.rotations import LearnedRotations, Placement, Start, basis_changes, check_start, residual_sites
+from rotpruner.rotations import (
+    LearnedRotations,
+    Placement,
+    Start,
+    basis_changes,
+    check_start,
+    merge_rotations,
+    residual_sites,
+)
 from rotpruner.shortcuts import check_exportable
 from rotpruner.surrogates import Surrogate
 
@@ -74,6 +83,7 @@ def prune(
     spaces: Sequence[str] = ("residual", "value_heads"),
     steps: int = 100,
     lr: float = 2e-3,
+    compensate: bool = False,
     num_sequences: int = 64,
     seq_len: int = 1024,
     seed: int = 0,
@@ -94,6 +104,7 @@ def prune(
         spaces: which spaces rotate (of a slice, the residual stream alone), unless `rotate` says so; empty is `none`.
             With `mlp`, whose features N:M patterns can order, the others start from permutations too.
         steps, lr: of learning, one sequence a step.
+        compensate: whether the weights that stay are updated in closed form, see `rotpruner.compensation`.
         num_sequences, seq_len: size of the calibration set, taken from the texts by `seed`.
         dtype: of the frozen weights while learning; the result is pruned in the model's own dtype.
         rotations_directory: where the learned rotations are written as well; must not exist yet.
@@ -107,6 +118,8 @@ def prune(
     """
     resolved, parsed = resolve_pruner(pruner), parse_pattern(pattern, scope)
     check_pattern(model, parsed)
+    if compensate:
+        compensation.check_compensation(parsed)
     given = _check_rotate(rotate, model, parsed)
     if rotations_directory is not None:
         if not spaces or rotate == "none":
@@ -134,9 +147,12 @@ def prune(
         seq_len=seq_len,
         seed=seed,
         basis="pca" if sliced else "none",
+        update="compensation" if compensate else None,
     )
     if not spaces or rotate == "none":
         prune_model(pruned, resolved, parsed, rows.split(1))
+        if compensate:
+            compensation.compensate(pruned, copy.deepcopy(model).eval(), rows.split(1))
         return pruned
 
     start: Start = "identity"
@@ -164,6 +180,10 @@ def prune(
     if rotations_directory is not None:
         Rotations.of(learned, model).save_pretrained(rotations_directory)
     prune_model(pruned, resolved, parsed, rotations=learned, moments=rotated.moments)
+    if compensate:
+        dense: Any = copy.deepcopy(model).eval()
+        merge_rotations(dense, learned)
+        compensation.compensate(pruned, dense, rows.split(1))
     basis = "learned" if steps or given is not None else pruned.origin.basis
     pruned.origin = replace(
         pruned.origin, basis=basis, spaces=tuple(learned), steps=steps, training_tokens=steps * seq_len

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from rotpruner.families import family_of, module_at
 
 
-class _LastBlockReached(Exception):  # noqa: N818 - a signal, not an error
+class _Reached(Exception):  # noqa: N818 - a signal, not an error
     pass
 
 
@@ -81,7 +81,7 @@ class BlockReplay:
                     self.states.append(hidden_states)
                 self._arguments[layer].append(kwargs)
                 if layer == len(self.blocks) - 1:
-                    raise _LastBlockReached
+                    raise _Reached
                 return hidden_states
 
             block.forward = forward
@@ -90,7 +90,7 @@ class BlockReplay:
         held = [skip(layer, block) for layer, block in enumerate(self.blocks)]
         try:
             model(input_ids=input_ids, use_cache=False)
-        except _LastBlockReached:
+        except _Reached:
             pass
         finally:
             for block, own in zip(self.blocks, held, strict=True):
@@ -101,12 +101,47 @@ class BlockReplay:
     @torch.no_grad()
     def run(self, layer: int) -> list[Tensor]:
         """The outputs of a block for every batch, (sequences, seq_len, d) each."""
-        outputs = []
         with self._autocast:  # around the loop: it casts each weight once
-            for states, kwargs in zip(self.states, self._arguments[layer], strict=True):
-                output = self.blocks[layer](states.to(self._device), **_moved(kwargs, self._device))
-                outputs.append((output[0] if isinstance(output, tuple) else output).to(self._home))
-        return outputs
+            return [self._run_one(layer, batch) for batch in range(len(self.states))]
+
+    def _run_one(self, layer: int, batch: int) -> Tensor:
+        arguments = _moved(self._arguments[layer][batch], self._device)
+        output = self.blocks[layer](self.states[batch].to(self._device), **arguments)
+        return (output[0] if isinstance(output, tuple) else output).to(self._home)
+
+    @torch.no_grad()
+    def watch(self, layer: int, modules: Sequence[nn.Module], behind: bool = False) -> Iterator[list[Tensor]]:
+        """For every batch, what some modules of a block get, (sequences, seq_len, …) each.
+
+        Args:
+            layer: number of the block.
+            modules: in the order in which data flows through them; what comes behind the last one is not run,
+            behind: unless the block's output is wanted too, as the last item.
+        """
+        found: list[Tensor] = []
+
+        def hook(last: bool) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+            def keep(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+                found.append(args[0])
+                if last:
+                    raise _Reached
+
+            return keep
+
+        stops = [not behind and module is modules[-1] for module in modules]
+        handles = [module.register_forward_pre_hook(hook(last)) for module, last in zip(modules, stops, strict=True)]
+        try:
+            for batch in range(len(self.states)):
+                found.clear()
+                try:
+                    with self._autocast:
+                        found.append(self._run_one(layer, batch))
+                except _Reached:
+                    pass
+                yield list(found)
+        finally:
+            for handle in handles:
+                handle.remove()
 
     def advance(self, layer: int) -> None:
         """Go on to the next block with what this one gives now."""

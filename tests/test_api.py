@@ -7,6 +7,7 @@ import torch
 from conftest import sample_text, tiny_llama
 
 import rotpruner
+from rotpruner.families import linear_modules
 from rotpruner.oneshot import sparsity_of
 from rotpruner.pruners import Pruner
 
@@ -47,6 +48,19 @@ def test_prune_returns_a_pruned_copy_and_leaves_the_model_alone(tokenizer, texts
     assert all(torch.equal(before[name], weight) for name, weight in model.named_parameters())
     pruned.save_pretrained(tmp_path / "pruned")
     assert sparsity_of(rotpruner.load_model(str(tmp_path / "pruned"))) == 0.5
+
+
+@pytest.mark.parametrize("rotate", ["shared", "none"])
+def test_compensate_changes_weights_under_the_same_masks(rotate, tokenizer, texts):
+    settings = dict(rotate=rotate, steps=2, num_sequences=8, seq_len=32, dtype=torch.float32)
+    plain, updated = (
+        rotpruner.prune(tiny_llama(), tokenizer, texts, **settings, compensate=compensate)
+        for compensate in (False, True)
+    )
+    one, other = (linear_modules(model) for model in (plain, updated))
+    assert all(torch.equal(one[name].weight != 0, other[name].weight != 0) for name in one)
+    assert any(not torch.equal(one[name].weight, other[name].weight) for name in one)
+    assert updated.origin.update == "compensation"
 
 
 def test_prune_without_spaces_is_the_pruner_alone(tokenizer, texts):

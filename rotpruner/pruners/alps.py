@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from rotpruner.patterns import Pattern
-from rotpruner.pruners.reconstruction import ReconstructionPruner, damped_hessian
+from rotpruner.pruners.reconstruction import ReconstructionPruner, conjugate_gradients, damped_hessian, normalise
 from rotpruner.statistics import Moment
 
 #: ρ of the first step, and the number of steps between two looks at the support (section 3.2).
@@ -22,9 +22,6 @@ _STEPS_PER_PENALTY = 3
 
 #: (least share of the support that has changed, growth of ρ): the first row that fits holds.
 _PENALTY_GROWTH = ((0.1, 1.3), (0.005, 1.2), (0.0, 1.1))
-
-#: Conjugate gradients stop when every row's gradient is this small against its first, at W = 0.
-_TOLERANCE = 1e-4
 
 
 class ALPS(ReconstructionPruner):
@@ -49,21 +46,15 @@ class ALPS(ReconstructionPruner):
         assert moment is not None
         dtype = torch.promote_types(weight.dtype, torch.float32)
         key = (self.damping, dtype)
-        norms, H = moment.derive(("normalised", *key), lambda moment: _normalise(damped_hessian(moment, *key)))
+        norms, H = moment.derive(("normalised", *key), lambda moment: normalise(damped_hessian(moment, *key)))
         dense = weight.to(dtype) * norms
         if mask is None:
             eigen = moment.derive(("eigen", *key), lambda _: _eigen(H))
             start, mask = admm(dense, eigen, pattern, self.max_steps)
         else:
             start = dense * mask
-        pruned = conjugate_gradients(start, dense, H, mask, self.refinements)
+        pruned = conjugate_gradients(start, dense @ H, H, mask, self.refinements)
         return (pruned / norms).to(weight.dtype), mask
-
-
-def _normalise(H: Tensor) -> tuple[Tensor, Tensor]:
-    """√diag H, (I,), and H with diagonal 1, (I, I)."""
-    norms = H.diagonal().sqrt()
-    return norms, H / norms / norms[:, None]
 
 
 def _eigen(H: Tensor) -> tuple[Tensor, Tensor]:
@@ -108,32 +99,3 @@ def admm(dense: Tensor, eigen: tuple[Tensor, Tensor], pattern: Pattern, max_step
             penalty *= next(growth for least, growth in _PENALTY_GROWTH if share >= least)
             settled = mask
     return D, mask
-
-
-def conjugate_gradients(start: Tensor, dense: Tensor, H: Tensor, mask: Tensor, steps: int) -> Tensor:
-    """Lower tr((W − Ŵ) H (W − Ŵ)ᵀ) over the weights in the mask, every row its own problem (algorithm 2).
-
-    Args:
-        start: first W, (O, I), zero outside the mask.
-        dense: Ŵ, (O, I).
-        H: (I, I), with diagonal 1.
-        mask: (O, I) bool.
-        steps: at most.
-    """
-    target = dense @ H
-    enough = _TOLERANCE**2 * (target * mask).square().sum(1, keepdim=True)
-    W = start
-    direction = residual = (target - W @ H) * mask
-    size = residual.square().sum(1, keepdim=True)
-    for _ in range(steps):
-        if (size <= enough).all():
-            break
-        image = direction @ H
-        # A solved row has neither size nor curvature, and stays.
-        curvature = (direction * image).sum(1, keepdim=True)
-        length = torch.where(curvature > 0, size / curvature, 0)
-        W = W + length * direction
-        residual = residual - length * image * mask
-        previous, size = size, residual.square().sum(1, keepdim=True)
-        direction = residual + torch.where(previous > 0, size / previous, 0) * direction
-    return W

@@ -1,4 +1,4 @@
-"""What pruners share that rebuild a linear's output: the damped Hessian, its factor, and the OBS saliency.
+"""What those share that rebuild a linear's output: the damped Hessian, its factor, the OBS saliency, least squares.
 
 Shapes: O = output features, I = input features.
 """
@@ -15,6 +15,9 @@ from rotpruner.statistics import Moment
 
 #: How often the damping may grow tenfold before the Hessian is refused.
 _ATTEMPTS = 6
+
+#: Conjugate gradients stop when every row's gradient is this small against its first, at W = 0.
+_TOLERANCE = 1e-4
 
 
 class ReconstructionPruner(Pruner):
@@ -82,3 +85,39 @@ def obs_saliency(weight: Tensor, moment: Moment | None, damping: float) -> Tenso
     R = upper_factor(moment, damping, W.dtype)
     U = torch.linalg.solve_triangular(R, torch.eye(len(R), dtype=R.dtype, device=R.device), upper=True)
     return (W.square() / U.square().sum(0)).float()
+
+
+def normalise(H: Tensor) -> tuple[Tensor, Tensor]:
+    """√diag H, (I,), and H with diagonal 1, (I, I)."""
+    norms = H.diagonal().sqrt()
+    return norms, H / norms / norms[:, None]
+
+
+def conjugate_gradients(start: Tensor, target: Tensor, H: Tensor, mask: Tensor, steps: int) -> Tensor:
+    """Lower tr(W H Wᵀ) − 2 tr(B Wᵀ) over the weights in the mask, every row its own problem.
+
+    (Algorithm 2 of ALPS, Meng et al., 2024, arXiv:2406.07831, for which B = Ŵ H.)
+
+    Args:
+        start: first W, (O, I), zero outside the mask.
+        target: B, (O, I).
+        H: (I, I), with diagonal 1, which makes that its own Jacobi preconditioner.
+        mask: (O, I) bool.
+        steps: at most.
+    """
+    enough = _TOLERANCE**2 * (target * mask).square().sum(1, keepdim=True)
+    W = start
+    direction = residual = (target - W @ H) * mask
+    size = residual.square().sum(1, keepdim=True)
+    for _ in range(steps):
+        if (size <= enough).all():
+            break
+        image = direction @ H
+        # A solved row has neither size nor curvature, and stays.
+        curvature = (direction * image).sum(1, keepdim=True)
+        length = torch.where(curvature > 0, size / curvature, 0)
+        W = W + length * direction
+        residual = residual - length * image * mask
+        previous, size = size, residual.square().sum(1, keepdim=True)
+        direction = residual + torch.where(previous > 0, size / previous, 0) * direction
+    return W

@@ -1,0 +1,235 @@
+"""A closed-form weight update under given masks: the kept weights make up for what the others have done so far.
+
+Block by block, the weights that read the stream are fitted to the outputs of the dense model's linears, those that
+write it to the dense model's stream itself, so that each sublayer also takes back what its predecessors have missed.
+Both are least squares over the kept weights of a row, in statistics of what the updated predecessors give (as GPTAQ
+does for quantisation, Li et al., 2025, arXiv:2504.02692). All of it together overshoots: rotations were learned for
+the errors that the masks leave, and a calibration text is short. So the updates are taken as a direction, W + α ΔW,
+and a line search on sequences that were not fitted finds the α at which the pruned model is nearest to the dense one.
+
+Shapes: O = output features, I = input features, T = tokens of a batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from itertools import groupby, pairwise
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from rotpruner.errors import InputError
+from rotpruner.families import (
+    BlockLinear,
+    Sublayer,
+    available_spaces,
+    block_linears,
+    module_at,
+    residual_sublayers,
+)
+from rotpruner.objectives import Objective
+from rotpruner.patterns import Pattern, Slice
+from rotpruner.pruners.reconstruction import conjugate_gradients, damped_hessian, normalise
+from rotpruner.replay import BlockReplay
+from rotpruner.statistics import Moment
+from rotpruner.teacher import head_of
+
+#: The share of the sequences that is kept from the fit, for the line search.
+_HELD_OUT = 1 / 8
+
+#: Steps of conjugate gradients at most.
+_REFINEMENTS = 30
+
+
+@torch.no_grad()
+def compensate(
+    pruned: nn.Module,
+    dense: nn.Module,
+    batches: Sequence[Tensor],
+    *,
+    damping: float = 0.01,
+    calibration_dtype: torch.dtype | None = None,
+    progress: Callable[..., Any] = lambda items, description: items,
+) -> float:
+    """Update the decoder weights of a pruned model that are not zero, in place.
+
+    Args:
+        pruned: plain model whose decoder linears hold zeros.
+        dense: the same model before, in the same basis.
+        batches: calibration token ids, each (sequences, seq_len); the last eighth finds the step length.
+        damping: λ = damping · mean(diag H) holds a row's weights near those that it has.
+        calibration_dtype: of the matrix products of the two models; None is their own.
+        progress: wraps the iteration over blocks.
+
+    Returns:
+        The step length α; 0 if no update brings the pruned model nearer to the dense one.
+
+    Raises:
+        InputError: there are less than two batches.
+    """
+    if len(batches) < 2:
+        raise InputError("an update needs two calibration sequences, one to fit and one to try; give more")
+    tried = max(1, int(_HELD_OUT * len(batches)))
+    fitted, held_out = batches[:-tried], batches[-tried:]
+    weights = {place.name: module_at(pruned, place.name).weight for place in block_linears(pruned.config)}
+    before = {name: weight.clone() for name, weight in weights.items()}
+    _fit(pruned, dense, fitted, damping, calibration_dtype, progress)
+    updates = {name: weight - before[name] for name, weight in weights.items()}
+
+    distance = _distance_to(dense, held_out, calibration_dtype)
+
+    def at(length: float) -> float:
+        for name, weight in weights.items():
+            weight.copy_(before[name] + length * updates[name])
+        return distance(pruned)
+
+    best = line_search(at)
+    at(best)
+    return best
+
+
+def check_compensation(pattern: Pattern | Slice) -> None:
+    """Raise `InputError` if a pattern leaves no masks under which weights could be updated."""
+    if isinstance(pattern, Slice):
+        raise InputError(f"pattern {pattern} removes directions and leaves no masks to keep: leave compensate out")
+
+
+def line_search(loss: Callable[[float], float]) -> float:
+    """The step length in [0, 1] of least loss among 0, ½, 1 and the vertex of the parabola through these three."""
+    losses = {length: loss(length) for length in (0.0, 0.5, 1.0)}
+    start, middle, end = losses.values()
+    curvature = 2 * (start + end - 2 * middle)
+    if curvature > 0:
+        vertex = (3 * start + end - 4 * middle) / (2 * curvature)
+        if 0 < vertex < 1:
+            losses[vertex] = loss(vertex)
+    return min(losses, key=losses.__getitem__)
+
+
+def _distance_to(dense: Any, batches: Sequence[Tensor], dtype: torch.dtype | None) -> Callable[[Any], float]:
+    """Mean KL divergence of a model from the dense one, in nats a token of the batches."""
+
+    def states(model: Any, batch: Tensor) -> Tensor:
+        with torch.autocast(batch.device.type, dtype=dtype, enabled=dtype is not None):
+            return model.base_model(input_ids=batch, use_cache=False).last_hidden_state
+
+    objective = Objective(kl=1.0)
+    expected = [states(dense, batch) for batch in batches]
+
+    def distance(model: Any) -> float:
+        found = [
+            objective(states(model, batch), teacher, batch, head_of(model), head_of(dense))["kl"].item()
+            for batch, teacher in zip(batches, expected, strict=True)
+        ]
+        return sum(found) / len(found)
+
+    return distance
+
+
+@dataclass(frozen=True)
+class _Group:
+    """Linears of a block that read the same tensor.
+
+    Attributes:
+        places: of the linears.
+        writes: whether the one linear writes the stream, plainly, so that it can take back what the stream lacks.
+        behind: path of the norm that reads the stream next; None is the next block's.
+    """
+
+    places: list[BlockLinear]
+    writes: bool
+    behind: str | None
+
+    def watched(self, model: nn.Module) -> list[nn.Module]:
+        """What must be seen of it: its input and, if there is one, the norm behind it."""
+        names = [self.places[0].name, *([self.behind] if self.behind else [])]
+        return [module_at(model, name) for name in names]
+
+
+def _groups(config: Any, members: Sequence[BlockLinear]) -> list[_Group]:
+    """The groups of a block, in data-flow order."""
+    plain, sublayers = "residual" in available_spaces(config), residual_sublayers(config)
+    norms: dict[str, str | None] = {
+        sublayer.writer: following.norm for sublayer, following in pairwise([*sublayers, Sublayer("", "")])
+    }
+    found = []
+    for _, linears in groupby(members, key=lambda place: place.group):
+        places = list(linears)
+        spec, block = places[0].spec, places[0].name.removesuffix(places[0].spec.path)
+        writes = plain and spec.writes == "residual"
+        norm = norms.get(spec.path) if writes else None
+        found.append(_Group(places, writes, block + norm if norm else None))
+    return found
+
+
+def _fit(
+    pruned: nn.Module,
+    dense: nn.Module,
+    batches: Sequence[Tensor],
+    damping: float,
+    dtype: torch.dtype | None,
+    progress: Callable[..., Any],
+) -> None:
+    """One pass through the blocks; every group of linears sees what its updated predecessors give."""
+    config: Any = pruned.config
+    ahead, behind = BlockReplay(dense, batches, dtype), BlockReplay(pruned, batches, dtype)
+    blocks = [
+        (layer, list(members)) for layer, members in groupby(block_linears(config), key=lambda place: place.layer)
+    ]
+    for layer, members in progress(blocks, "updating block by block"):
+        groups = _groups(config, members)
+        modules = [module for group in groups for module in group.watched(dense)]
+        # What the dense block's modules get, in the same order, and its output.
+        expected = list(ahead.watch(layer, modules, behind=True))
+        first = 0
+        for group in groups:
+            own = group.watched(pruned)
+            stops = not group.writes or group.behind is not None
+            found = behind.watch(layer, own, behind=not stops)
+            last = first + 1 if group.behind else -1
+            pairs = ((items[first], items[last]) for items in expected)
+            _fit_group(pruned, dense, group, zip(pairs, found, strict=True), damping)
+            first += len(own)
+        ahead.states = [items[-1] for items in expected]
+        behind.advance(layer)
+
+
+def _fit_group(
+    pruned: nn.Module,
+    dense: nn.Module,
+    group: _Group,
+    batches: Iterable[tuple[tuple[Tensor, Tensor], list[Tensor]]],
+    damping: float,
+) -> None:
+    """Least squares for one group, with x̃ the inputs of the pruned model and x those of the dense one.
+
+    Readers: min ‖V x̃ − W x‖², hence B = W E[x x̃ᵀ]. Writers, whose sum with the stream is s̃ and should be s:
+    min ‖V x̃ − (V₀ x̃ + s − s̃)‖², hence B = V₀ E[x̃ x̃ᵀ] + E[(s − s̃) x̃ᵀ].
+
+    Args:
+        batches: ((x, s), [x̃, s̃]), each (sequences, seq_len, features); s and s̃ are used for writers only.
+    """
+    linears = [module_at(pruned, place.name) for place in group.places]
+    dtype = torch.promote_types(linears[0].weight.dtype, torch.float32)
+    V = torch.cat([linear.weight for linear in linears]).to(dtype)
+    H = cross = torch.zeros((), device=V.device)
+    tokens = 0
+    for (x, s), found in batches:
+        x_pruned = found[0].flatten(0, -2).to(dtype)
+        H = H + x_pruned.mT @ x_pruned
+        wanted = s - found[-1] if group.writes else x
+        cross = cross + wanted.flatten(0, -2).to(dtype).mT @ x_pruned
+        tokens += len(x_pruned)
+    H, cross = H / tokens, cross / tokens
+    if group.writes:
+        B = V @ H + cross
+    else:
+        B = torch.cat([module_at(dense, place.name).weight for place in group.places]).to(dtype) @ cross
+    damped = damped_hessian(Moment(H[None]), damping, H.dtype)
+    norms, unit = normalise(damped)
+    B = B + V * (damped - H).diagonal()  # the damping pulls to the weights as they are
+    fitted = conjugate_gradients(V * norms, B / norms, unit, V != 0, _REFINEMENTS) / norms
+    for linear, weight in zip(linears, fitted.split([len(linear.weight) for linear in linears]), strict=True):
+        linear.weight.copy_(weight)

@@ -1,0 +1,157 @@
+"""The closed-form update under given masks: its least squares, its line search, its commands."""
+
+from __future__ import annotations
+
+import copy
+import json
+
+import pytest
+import torch
+
+from experiments.__main__ import main
+from rotpruner.compensation import _distance_to, _fit, compensate, line_search
+from rotpruner.errors import InputError
+from rotpruner.families import available_spaces, block_linears, linear_modules, module_at, residual_sublayers
+from rotpruner.oneshot import prune_model
+from rotpruner.patterns import parse_pattern
+from rotpruner.pruners import resolve_pruner
+from rotpruner.rotations import merge_rotations, random_rotations
+from tests.tiny_models import MODELS, exact, tiny
+
+
+def batches(count: int = 16, seed: int = 0) -> tuple[torch.Tensor, ...]:
+    return torch.randint(0, 64, (count, 16), generator=torch.Generator().manual_seed(seed)).split(1)
+
+
+def pair(name: str, pattern: str = "2:4"):
+    """(pruned by Wanda, dense), float64."""
+    dense = exact(tiny(name))
+    pruned = copy.deepcopy(dense)
+    prune_model(pruned, resolve_pruner("wanda"), parse_pattern(pattern), batches())
+    return pruned, dense
+
+
+@pytest.mark.parametrize("name", MODELS)
+@torch.no_grad()
+def test_every_family_comes_nearer_and_keeps_its_masks(name):
+    pruned, dense = pair(name)
+    masks = {path: linear.weight != 0 for path, linear in linear_modules(pruned).items()}
+    distance = _distance_to(dense, batches()[-2:], None)
+    before = distance(pruned)
+    length = compensate(pruned, dense, batches())
+    assert 0 < length <= 1
+    assert distance(pruned) < before
+    for path, linear in linear_modules(pruned).items():
+        assert torch.equal(linear.weight != 0, masks[path]), path
+
+
+@pytest.mark.parametrize("name", ["llama-3", "opt"])
+@torch.no_grad()
+def test_every_row_is_the_least_squares_of_what_it_sees(name):
+    """Against `lstsq` over the kept weights: readers of the dense model's outputs, writers of its stream."""
+    pruned, dense = pair(name, "0.5")
+    before = copy.deepcopy(pruned)
+    _fit(pruned, dense, batches(), 1e-9, None, lambda items, description: items)
+    norm = residual_sublayers(dense.config)[1].norm
+    untouched = copy.deepcopy(dense)
+    # The first block: what comes later has other predecessors, but the same code.
+    for place in [place for place in block_linears(dense.config) if place.layer == 0]:
+        block = place.name.removesuffix(place.spec.path)
+        # What the row saw: predecessors updated, itself and its successors not.
+        seen = copy.deepcopy(before)
+        names = [other.name for other in block_linears(dense.config)]
+        for other in names[: names.index(place.group)]:
+            module_at(seen, other).weight.copy_(module_at(pruned, other).weight)
+        x = _inputs(seen, place.name)
+        W, V0, V = (module_at(model, place.name).weight for model in (dense, seen, pruned))
+        if place.spec.writes == "residual":
+            behind = block + norm if place.spec.path.endswith(("o_proj", "out_proj")) else None
+            target = x @ V0.mT + _stream(dense, behind) - _stream(seen, behind)
+        else:
+            target = _inputs(dense, place.name) @ W.mT
+        for row in range(0, len(V), 5):
+            kept = V0[row] != 0
+            solution = torch.linalg.lstsq(x[:, kept], target[:, row]).solution
+            errors = [(x[:, kept] @ weights - target[:, row]).square().sum() for weights in (V[row, kept], solution)]
+            assert errors[0] <= errors[1] * (1 + 1e-5)
+    for one, other in zip(dense.parameters(), untouched.parameters(), strict=True):
+        assert torch.equal(one, other)
+
+
+def _inputs(model, path: str) -> torch.Tensor:
+    found = []
+    handle = module_at(model, path).register_forward_pre_hook(lambda module, args: found.append(args[0]))
+    for ids in batches():
+        model(input_ids=ids)
+    handle.remove()
+    return torch.cat([x.flatten(0, -2) for x in found])
+
+
+def _stream(model, norm: str | None) -> torch.Tensor:
+    """What a norm gets, or the second block."""
+    if norm is not None:
+        return _inputs(model, norm)
+    states = [model(input_ids=ids, output_hidden_states=True).hidden_states[1] for ids in batches()]
+    return torch.cat([x.flatten(0, -2) for x in states])
+
+
+@torch.no_grad()
+def test_online_bases_are_made_up_for_too():
+    dense = exact(tiny("llama-2"))
+    rotations = random_rotations(dense.config, ("residual", "value_heads"), 0, torch.float64, "per_block")
+    merge_rotations(dense, rotations)
+    pruned = copy.deepcopy(dense)
+    prune_model(pruned, resolve_pruner("wanda"), parse_pattern("2:4"), batches())
+    distance = _distance_to(dense, batches()[-2:], None)
+    before = distance(pruned)
+    assert compensate(pruned, dense, batches()) > 0
+    assert distance(pruned) < before
+
+
+@torch.no_grad()
+def test_a_model_that_lost_nothing_stays():
+    dense = exact(tiny("smollm2"))
+    pruned = copy.deepcopy(dense)
+    compensate(pruned, dense, batches(4))
+    for one, other in zip(linear_modules(pruned).values(), linear_modules(dense).values(), strict=True):
+        torch.testing.assert_close(one.weight, other.weight, rtol=1e-6, atol=1e-9)
+
+
+@pytest.mark.parametrize("vertex", [0.1, 0.43, 0.9])
+def test_the_line_search_finds_the_vertex(vertex):
+    assert line_search(lambda length: 3 + 2 * (length - vertex) ** 2) == pytest.approx(vertex)
+
+
+@pytest.mark.parametrize(("slope", "best"), [(1.0, 0.0), (-1.0, 1.0), (0.0, 0.0)])
+def test_the_line_search_stays_in_its_range(slope, best):
+    assert line_search(lambda length: slope * length) == best
+    assert line_search(lambda length: slope * (length + length**2)) == best
+
+
+@torch.no_grad()
+def test_a_step_that_helps_nowhere_is_not_taken():
+    losses = {0.0: 1.0, 0.5: 1.1, 1.0: 2.0}
+    assert line_search(lambda length: losses.get(length, 1.01)) == 0
+
+
+def test_what_cannot_be_is_refused(capsys):
+    dense = tiny("llama-2")
+    with pytest.raises(InputError, match="two calibration sequences"):
+        compensate(copy.deepcopy(dense), dense, batches(1))
+    assert "residual" in available_spaces(dense.config)
+    arguments = ["prune", "--model", "smollm2-135m", "--pattern", "slice:0.3", "--compensate", "--output", "x"]
+    assert main(arguments) == 2
+    assert "leave compensate out" in capsys.readouterr().err
+
+
+def test_the_command_says_how_far_it_went(model_directory, text_file, test_text_file, tmp_path, capsys):
+    arguments = ["prune", "--model", str(model_directory), "--pruner", "wanda", "--pattern", "2:4", "--compensate"]
+    arguments += ["--calibration", str(text_file), "--num_sequences", "8", "--seq_len", "32"]
+    arguments += ["--output", str(tmp_path / "export"), "--text", str(test_text_file), "--json"]
+    assert main(arguments) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert 0 <= result["step_length"] <= 1
+    assert result["sparsity"] == pytest.approx(0.5)
+    card = (tmp_path / "export" / "README.md").read_text()
+    assert "compensation" in card
+    assert "--compensate" in card
