@@ -7,7 +7,7 @@ from typing import Any
 
 from callbacks.terminal import console
 from experiments.arguments import Parser, report
-from experiments.report_page import COLOURS, page
+from experiments.report_page import alone, page
 from experiments.report_plots import figures
 from experiments.report_runs import read_runs
 from rotpruner.artifacts import write_text
@@ -29,17 +29,10 @@ def main(arguments: list[str]) -> None:
     paths = []
     for name, (_, svg) in drawn.items():
         paths.append(plots / f"{name}.svg")
-        write_text(_alone(svg), paths[-1])
+        write_text(alone(svg), paths[-1])
     write_text(page(runs, drawn), options.output)
     console.print(f"{len(paths)} plots in {plots}")
     result: dict[str, Any] = {"output": str(options.output)}
     if options.json:
         result |= {"plots": [str(path) for path in paths], "runs": [run.label for run in runs]}
     report(result, options.json)
-
-
-def _alone(svg: str) -> str:
-    """A file of its own, with the colours that the page would have given it."""
-    style = f"<style>{COLOURS} :root {{ color: var(--ink); background: var(--ground); }}</style>"
-    start = svg.index(">") + 1
-    return '<?xml version="1.0" encoding="utf-8"?>\n' + svg[:start] + style + svg[start:]

@@ -104,3 +104,10 @@ def _settings(run: Run) -> str:
         f"<details><summary>{escape(run.label)}, commit {escape(str(run.results['commit']))}</summary>"
         f"<p>The same run again:</p><pre>{escape(run.command)}</pre><pre>{escape(config)}</pre></details>"
     )
+
+
+def alone(svg: str) -> str:
+    """An SVG element as a file of its own, with the colours that the page would have given it."""
+    style = f"<style>{COLOURS} :root {{ color: var(--ink); background: var(--ground); }}</style>"
+    start = svg.index(">") + 1
+    return '<?xml version="1.0" encoding="utf-8"?>\n' + svg[:start] + style + svg[start:]

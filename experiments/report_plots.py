@@ -5,17 +5,17 @@ from __future__ import annotations
 import io
 import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from experiments.report_runs import Run
+from experiments.report_runs import Curve, Run
 from rotpruner.diagnostics import block_means
 from rotpruner.errors import InputError
 
 try:
     import matplotlib
     from matplotlib.figure import Figure
-    from matplotlib.ticker import MaxNLocator
+    from matplotlib.ticker import LogFormatter, MaxNLocator, ScalarFormatter
 except ImportError as error:
     raise InputError("reports need matplotlib; install it with: pip install 'rotpruner[report]'") from error
 
@@ -75,6 +75,21 @@ _LAYERS = {
     "error": "Relative output error of the pruned linears, mean over a block",
     "kept_mass": "Kept mass: the share of saliency that the mask keeps, before and after rotation",
 }
+
+
+def line_plot(name: str, lines: Mapping[str, Curve], xlabel: str, ylabel: str) -> str:
+    """An SVG element of labelled lines with a marker at each point, their heights on a logarithmic scale."""
+
+    def draw(axes: Any) -> None:
+        marks = zip(lines.items(), _cycle(len(lines)), _cycle(len(lines), _MARKERS), strict=True)
+        for (label, points), colour, marker in marks:
+            axes.plot(*zip(*points, strict=True), color=colour, marker=marker, linewidth=1.2, label=label)
+        axes.set(xlabel=xlabel, ylabel=ylabel, yscale="log")
+        axes.yaxis.set_major_formatter(ScalarFormatter())
+        axes.yaxis.set_minor_formatter(LogFormatter(labelOnlyBase=False, minor_thresholds=(2, 0.5)))
+
+    with matplotlib.rc_context(_STYLE):
+        return _svg(name, draw)
 
 
 def _curve(runs: Sequence[Run], metric: str) -> Callable[[Any], None]:

@@ -17,7 +17,8 @@ from torch import Tensor
 from rotpruner.diagnostics import HEAT_MAP, LAYERS
 from rotpruner.errors import InputError
 
-Curve = list[tuple[int, float]]
+#: (x, y) of each point; x is a step where nothing else is said.
+Curve = list[tuple[float, float]]
 
 
 @dataclass(frozen=True)
@@ -85,7 +86,7 @@ def _read(directory: Path, label: str) -> Run:
         label,
         directory,
         results,
-        _curves(directory),
+        read_curves(directory),
         _json(layers)["linears"] if layers.is_file() else [],
         _heat_map(directory / HEAT_MAP),
     )
@@ -98,8 +99,8 @@ def _json(path: Path) -> Any:
         raise InputError(f"'{path}' is damaged ({error}); run the fit again") from error
 
 
-def _curves(directory: Path) -> dict[str, Curve]:
-    """Later logs win where a resumed run has repeated a step."""
+def read_curves(directory: Path) -> dict[str, Curve]:
+    """Metric → points of a run's CSV logs; later logs win where a resumed run has repeated a step."""
     found: dict[str, dict[int, float]] = {}
     logs = sorted((directory / "logs").glob("version_*/metrics.csv"), key=lambda path: path.stat().st_mtime_ns)
     for path in logs:

@@ -1,23 +1,31 @@
-"""`python -m experiments results`: write experiments/RESULTS.md from the stored results of sweeps."""
+"""`python -m experiments results`: write experiments/RESULTS.md and its plots from the stored results of sweeps."""
 
 from __future__ import annotations
 
 import json
 import math
+import os
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
 from experiments.arguments import Parser, report
+from experiments.report_page import alone
+from experiments.report_plots import line_plot
+from experiments.report_runs import Curve
 from rotpruner.artifacts import write_text
 from rotpruner.errors import InputError
+from rotpruner.patterns import Unstructured, parse_pattern
 
 Row = dict[str, Any]
 
+#: Text → label of a line → its points.
+Lines = dict[str, dict[str, Curve]]
+
 
 def main(arguments: list[str]) -> None:
-    """Print `{"output", "tables", "rows"}` after writing the tables."""
-    parser = Parser("results", "Write the tables of stored results.")
+    """Print `{"output", "tables", "rows", "plots"}` after writing the tables, and the plots into `results/plots`."""
+    parser = Parser("results", "Write the tables and plots of stored results.")
     parser.add_argument("--results", type=Path, default=Path("experiments/results"), help="directory of results")
     parser.add_argument("--output", type=Path, default=Path("experiments/RESULTS.md"))
     options = parser.parse_args(arguments)
@@ -26,15 +34,25 @@ def main(arguments: list[str]) -> None:
     if not sweeps:
         raise InputError(f"no results under '{options.results}'; make some with: python -m experiments sweep FILE")
     text, count = [HEADER], 0
-    for sweep in sweeps:
-        records = [(path.stem, _read(path)) for path in sorted(sweep.parent.glob("*.json")) if path != sweep]
-        text.append(table(_read(sweep), records))
+    steps: Lines = {}
+    sparsities: Lines = {}
+    for path in sweeps:
+        sweep = _read(path)
+        records = [(other.stem, _read(other)) for other in sorted(path.parent.glob("*.json")) if other != path]
+        text.append(table(sweep, records))
         count += len(records)
+        _add_steps(steps, path.parent.name, records)
+        _add_sparsities(sparsities, path.parent.name, sweep["columns"], records)
+    plots = options.results / "plots"
+    shown = [
+        *_plot(plots, "steps", steps, "step", options.output),
+        *_plot(plots, "sparsity", sparsities, "share of weights removed", options.output),
+    ]
     speeds = options.results / "inference.json"
     if speeds.is_file():
         text.append(_inference(_read(speeds)))
-    write_text("\n".join(text), options.output)
-    report({"output": str(options.output), "tables": len(sweeps), "rows": count}, options.json)
+    write_text("\n".join([*text, *shown]), options.output)
+    report({"output": str(options.output), "tables": len(sweeps), "rows": count, "plots": len(shown)}, options.json)
 
 
 HEADER = """# Results
@@ -55,12 +73,10 @@ def table(sweep: dict[str, Any], records: list[tuple[str, dict[str, Any]]]) -> s
     pooled: dict[tuple[str, ...], list[Row]] = {}
     columns = [column for column in sweep["columns"] if "seed" not in column]
     for name, record in records:
-        found = record["result"]
         if name == "dense":
-            dense = found["ppl"]
+            dense = record["result"]["ppl"]
             continue
-        # A fit holds rows of its own, the dense model and the controls among them.
-        kinds = {"": found} if "ppl" in found else found
+        kinds = _rows(record)
         dense = kinds["dense"]["ppl"] if "dense" in kinds else dense
         for kind, result in kinds.items():
             if kind != "dense":
@@ -90,6 +106,49 @@ def table(sweep: dict[str, Any], records: list[tuple[str, dict[str, Any]]]) -> s
     commands = "\n".join(f"{record['command']}" for _, record in records)
     details = f"<details><summary>commands</summary>\n\n```\n{commands}\n```\n\n</details>\n"
     return "\n".join([*lines, "", details])
+
+
+def _rows(record: dict[str, Any]) -> dict[str, Row]:
+    """The results of a record by their kind: a fit holds rows of its own, the dense model and the controls."""
+    found = record["result"]
+    return {"": found} if "ppl" in found else found
+
+
+def _add_steps(lines: Lines, sweep: str, records: list[tuple[str, dict[str, Any]]]) -> None:
+    """Perplexities that fits have logged on their way."""
+    for name, record in records:
+        for metric, points in record.get("curves", {}).items():
+            text = metric.removeprefix("ppl/")
+            lines.setdefault(text, {})[f"{sweep} {name}"] = [(step, value) for step, value in points]
+
+
+def _add_sparsities(lines: Lines, sweep: str, columns: list[str], records: list[tuple[str, dict[str, Any]]]) -> None:
+    """Perplexities of what differs in its unstructured sparsity alone, if there are two or more of them."""
+    found: Lines = {}
+    for _, record in records:
+        for kind, row in _rows(record).items():
+            pattern = row.get("pattern")
+            if pattern is None or not isinstance(parse_pattern(pattern), Unstructured):
+                continue
+            others = [_shown(record["row"].get(column, "")) for column in columns if "pattern" not in column]
+            label = " ".join(filter(None, [sweep, *others, kind]))
+            for text, value in row["ppl"].items():
+                found.setdefault(text, {}).setdefault(label, []).append((row["sparsity"], value))
+    for text, curves in found.items():
+        for label, points in curves.items():
+            if len(points) > 1:
+                lines.setdefault(text, {})[label] = sorted(points)
+
+
+def _plot(plots: Path, name: str, lines: Lines, xlabel: str, output: Path) -> list[str]:
+    """One file a text; the Markdown that shows them."""
+    shown = []
+    for text, curves in lines.items():
+        path = plots / f"{name}-{text}.svg"
+        write_text(alone(line_plot(f"{name}-{text}", curves, xlabel, f"perplexity on {text}")), path)
+        link = os.path.relpath(path, output.parent)
+        shown.append(f"![Perplexity on {text} against {xlabel}]({link})\n")
+    return shown
 
 
 def _inference(result: Row) -> str:

@@ -30,6 +30,7 @@ import yaml
 
 from callbacks.terminal import console
 from experiments.arguments import Parser
+from experiments.report_runs import read_curves
 from rotpruner.artifacts import write_json
 from rotpruner.errors import InputError
 from rotpruner.provenance import commit
@@ -65,10 +66,8 @@ def main(arguments: list[str]) -> None:
         if finished.returncode:
             failed.append(name)
             continue
-        write_json(
-            {"row": row, "command": _public(command), "commit": commit(), "result": _result(command, finished.stdout)},
-            target,
-        )
+        record = {"row": row, "command": _public(command), "commit": commit()}
+        write_json({**record, **_found(command, finished.stdout)}, target)
     if failed:
         raise InputError(f"rows that failed: {', '.join(failed)}; what they said stands above, run again to retry them")
 
@@ -146,9 +145,11 @@ def _public(command: list[str]) -> str:
     return shlex.join(re.sub(r"(?<![\w.])\.{0,2}/[^\s,\]]*", lambda path: Path(path[0]).name, word) for word in command)
 
 
-def _result(command: list[str], output: str) -> dict[str, Any]:
+def _found(command: list[str], output: str) -> dict[str, Any]:
+    """`result`, and of a training the `curves` of perplexity that it has logged on its way."""
     if command[0] not in ("fit", "recover"):
-        return json.loads(output)
+        return {"result": json.loads(output)}
     run = Path(command[command.index("--trainer.default_root_dir") + 1])
     found = json.loads((run / "results.json").read_text(encoding="utf-8"))
-    return {row["name"]: row for row in found["rows"]}
+    curves = {name: points for name, points in read_curves(run).items() if name.startswith("ppl/")}
+    return {"result": {row["name"]: row for row in found["rows"]}, "curves": curves}

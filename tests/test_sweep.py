@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
+from xml.etree import ElementTree
 
 import pytest
 import yaml
@@ -53,6 +54,25 @@ def test_gaps_are_counted_from_the_dense_row():
     ]
     text = table({"title": "T", "columns": ["pruner"]}, records)
     assert f"| a | 20.00 | {math.log(2):.3f} | 1.0 M | 0 M | 3 | 1 | abcdef0 |" in text
+
+
+def test_plots_show_steps_and_sparsities(tmp_path):
+    directory = tmp_path / "results" / "tiny"
+    directory.mkdir(parents=True)
+    (directory / "sweep.json").write_text(json.dumps({"title": "T", "columns": ["pruner", "pattern"]}))
+    for pattern in ("0.3", "0.5", "2:4"):
+        row = {**_row(20.0), "pattern": pattern, "sparsity": 0.5 if pattern == "2:4" else float(pattern)}
+        record = {"row": {"pruner": "magnitude", "pattern": pattern}, "command": "fit", "commit": "abcdef012"}
+        record |= {"result": {"rotpruner": row}, "curves": {"ppl/text": [[5, 40.0], [10, 20.0]]}}
+        (directory / f"{pattern.replace(':', 'of')}.json").write_text(json.dumps(record))
+    output = tmp_path / "RESULTS.md"
+    assert main(["results", "--results", str(tmp_path / "results"), "--output", str(output)]) == 0
+    assert "![Perplexity on text against step](results/plots/steps-text.svg)" in output.read_text()
+    steps, sparsity = ((tmp_path / f"results/plots/{name}-text.svg").read_text() for name in ("steps", "sparsity"))
+    assert all(f">tiny {name}<" in steps for name in ("0.3", "0.5", "2of4"))
+    assert sparsity.count(">tiny magnitude rotpruner<") == 1
+    for svg in (steps, sparsity):
+        ElementTree.fromstring(svg)
 
 
 def test_single_rows_change_arguments_of_any_form_one_at_a_time(tmp_path):
