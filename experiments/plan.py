@@ -75,6 +75,7 @@ def main(arguments: list[str]) -> None:
     memory = memory_plan(setup)
     capacity = _capacity(options.gpu)
     flops = step_flops(setup)
+    seconds, rates = _seconds(flops, setup, options.gpu)
     fits = memory.peak <= capacity
     result = {
         "model": name,
@@ -91,7 +92,7 @@ def main(arguments: list[str]) -> None:
             "host_phases": {name: _terms(terms) for name, terms in memory.host_phases.items()},
         },
         "flops": _terms(flops),
-        "seconds_per_step": _seconds(flops, setup, options.gpu),
+        "seconds_per_step": seconds,
         "disk": _terms(disk_space(setup)),
         "fits": fits,
         "changes": [] if fits else _changes(setup, options.gpu, capacity),
@@ -99,7 +100,7 @@ def main(arguments: list[str]) -> None:
     if options.json:
         print_json(result, True)
     else:
-        _show(result, setup, memory)
+        _show(result, setup, memory, rates)
 
 
 def read_setup(arguments: list[str], gpu: str, count: int) -> tuple[Setup, str]:
@@ -190,13 +191,16 @@ def _capacity(gpu: str) -> int:
     return int(GPUS[gpu].memory)
 
 
-def _seconds(flops: list[Term], setup: Setup, gpu: str) -> float | None:
-    """Of a step; None for a CPU, whose rates are not known."""
+def _seconds(flops: list[Term], setup: Setup, gpu: str) -> tuple[float | None, str]:
+    """Of a step, and their formula; None for a CPU, whose rates are not known."""
     if gpu == "cpu":
-        return None
+        return None, ""
     rates = GPUS[gpu]
     rate = rates.half if setup.s < 4 else rates.single
-    return sum(term.amount / (rates.single if term.name == "orthogonal map" else rate) for term in flops) / _EFFICIENCY
+    turning = sum(term.amount for term in flops if term.name == "orthogonal map")
+    rest = total(flops) - turning
+    parts = [f"{work / _TERA:.2f} / {peak / _TERA:g}" for work, peak in ((rest, rate), (turning, rates.single))]
+    return (rest / rate + turning / rates.single) / _EFFICIENCY, f"({' + '.join(parts)}) / {_EFFICIENCY}"
 
 
 def _terms(terms: list[Term]) -> list[dict[str, Any]]:
@@ -245,11 +249,12 @@ def _savings(setup: Setup) -> list[tuple[str, dict[str, Any], bool]]:
     ]
 
 
-def _show(result: dict[str, Any], setup: Setup, memory: MemoryPlan) -> None:
+def _show(result: dict[str, Any], setup: Setup, memory: MemoryPlan, rates: str) -> None:
     """For a person, on standard output."""
     hardware, worst = result["hardware"], largest(memory.phases)
     where = f"{hardware['count']} × {hardware['name']}" + ", weights sharded" * hardware["sharded"]
-    print(f"{result['model']}: {setup.parameters:,} parameters, {setup.trainable:,} of rotations learn")
+    print(f"{result['model']}: {setup.parameters:,} parameters, {setup.trainable:,} of rotations learn\n")
+    print(*setup.legend(), sep="\n")
     _table(f"resident, on each of {where}", memory.resident)
     _table(f"largest phase: {worst}", memory.phases[worst])
     others = [f"{name} {total(terms) / _GIB:.2f} GiB" for name, terms in memory.phases.items() if name != worst]
@@ -263,10 +268,13 @@ def _show(result: dict[str, Any], setup: Setup, memory: MemoryPlan) -> None:
     _table("disk", [Term(**term) for term in result["disk"]])
     if (seconds := result["seconds_per_step"]) is not None:
         print(
-            f"\ntime: {seconds:.2f} s a step at {_EFFICIENCY:.0%} of the peak rate (assumed); {setup.steps} steps take"
+            f"\ntime: {rates} = {seconds:.2f} s a step: TFLOP by peak TFLOP/s, the orthogonal map in single precision,"
         )
-        print(f"{seconds * setup.steps / 60:.0f} minutes, without calibration, mask refreshes and the end of the run")
+        print(f"at {_EFFICIENCY:.0%} of the peak (assumed); {setup.steps} steps take {seconds * setup.steps / 60:.0f} "
+              "minutes, without calibration, mask refreshes and the end of the run")  # fmt: skip
     verdict = "fits" if result["fits"] else "DOES NOT FIT; what would change that:"
+    if hardware["name"] == "cpu":
+        print(f"\npeak of learning: {memory.learning / _GIB:.2f} GiB, above what imports take")
     print(f"\npeak {memory.peak / _GIB:.2f} GiB of {hardware['bytes'] / _GIB:.0f} GiB: {verdict}")
     for change in result["changes"]:
         print(f"  {change['peak'] / _GIB:8.2f} GiB {'fits' if change['fits'] else 'too large':10} {change['change']}")

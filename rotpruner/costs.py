@@ -8,8 +8,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from rotpruner.families import family_of
-from rotpruner.rotations import head_dim, space_shape
-from rotpruner.sizes import Setup, Term
+from rotpruner.rotations import head_dim
+from rotpruner.sizes import Setup, Term, summed
 
 
 @dataclass(frozen=True)
@@ -37,13 +37,11 @@ class MapCost:
 
 MAP_COSTS = {
     # LU and its solution 8/3 n³, Q₀ times it 2 n³; backward 2 n³ each for Q₀, the solve and the outer product.
-    "cayley": MapCost(4, True, 5, 0, 0, 32, "32/3 n³ a matrix: solved, times Q₀, gradients"),
+    "cayley": MapCost(4, True, 5, 0, 0, 32, "solved, times Q₀, gradients"),
     # A polynomial of degree 18 takes 5 products, and in the backward pass of a matrix twice as wide (torch 2.13).
-    "exponential": MapCost(2, True, 1, 56, 0, 3 * 94, "up to 94 n³ a matrix: 5 products, of twice the width backward"),
+    "exponential": MapCost(2, True, 1, 56, 0, 3 * 94, "at most; 5 products, of twice the width backward"),
     # Q₀ P, its gradient; `CayleySGD` takes 5 products and a solve.
-    "manifold": MapCost(
-        1, False, 1, 0, 9, 50, "50/3 n³ a matrix: times Q₀, gradient, CayleySGD's solve and 5 products"
-    ),
+    "manifold": MapCost(1, False, 1, 0, 9, 50, "times Q₀, gradient, CayleySGD's solve and 5 products"),
 }
 
 
@@ -60,14 +58,14 @@ def step_flops(setup: Setup) -> list[Term]:
     attention = 2 * setup.layers * heads * setup.seq_len * tau  # queries by keys and weights by values, half of each
     again = 1 if setup.gradient_checkpointing else 0
     redone, repeated = (M - last, f" + {M - last:,}") if again else (0, "")
+    heads_work = f"2 · {setup.layers} · {heads} · {setup.seq_len} · {tau}"
     terms = [
         Term("linears", 2 * tau * (3 * M + redone),
              f"2 B T · (3 M{repeated}) = 2 · {tau} · (3 · {M:,}{repeated}): forward, two gradients"
              + ", all but the last of a block again" * again),
         Term("attention", int((3.5 + again) * attention),
-             f"{3.5 + again} · 2 L h e T · B T = {3.5 + again} · 2 · {setup.layers} · {heads} · {setup.seq_len} · {tau}"
-             ),
-        *_rotated_weights(setup, again),
+             f"{3.5 + again} · 2 L h e T · B T = {3.5 + again} · {heads_work}"),
+        _rotated_weights(setup, again),
         _orthogonal_map(setup),
     ]  # fmt: skip
     V, d = config.vocab_size, config.hidden_size
@@ -83,35 +81,35 @@ def step_flops(setup: Setup) -> list[Term]:
     formula = f"{passes} · 2 V d B T = {passes} · 2 · {V:,} · {d} · {tau}: pruned forward, again, gradient; dense twice"
     terms.append(Term("logits", passes * 2 * V * d * tau, formula))
     if setup.objective.needs_teacher:
-        share = min(1.0, setup.num_sequences / (setup.steps * setup.batch_size))
-        terms.append(Term("teacher", int(share * (linears + attention)),
-                          f"one forward pass in {share:.0%} of the steps: each sequence once"))  # fmt: skip
+        seen = setup.steps * setup.batch_size
+        once = min(setup.num_sequences, seen)
+        terms.append(Term("teacher", once * (linears + attention) // seen,
+                          f"share · (2 B T M + 2 L h e T · B T) = {once} / {seen} · (2 · {tau} · {M:,} + {heads_work})"
+                          ": forward, for each sequence once"))  # fmt: skip
     return terms
 
 
-def _rotated_weights(setup: Setup, again: int) -> list[Term]:
+def _rotated_weights(setup: Setup, again: int) -> Term:
     """W' = Q_Bᵀ W Q_A: a product a side, one for each gradient of Q, and one through the outer of two sides."""
-    forward = backward = 0
-    for place, outputs, inputs in setup.linears:
-        sides = [
-            2 * outputs * inputs * space_shape(setup.config, space)[2]
-            for space in (place.spec.reads, place.spec.writes)
-            if space in setup.spaces
-        ]
-        forward += sum(sides)
-        backward += sum(sides) + (sides[1] if len(sides) == 2 else 0)
-    total = (1 + again) * forward + backward
-    return [Term("rotated weights", total, "Σ 2 O I n for each side that rotates: forward, gradients"
-                 + ", recomputed" * again)]  # fmt: skip
+    amount, parts, times = 0, [], 2 + again
+    for place, outputs, inputs in setup.block:
+        reads, writes = setup.width(place.spec.reads), setup.width(place.spec.writes)
+        between = writes if reads else 0
+        widths = times * (reads + writes) + between
+        amount += 2 * setup.layers * outputs * inputs * widths
+        if widths:
+            parts.append(f"{outputs} · {inputs} · {widths}")
+    return Term("rotated weights", amount,
+                f"2 L Σ O I ({times} (n_A + n_B) + n_B if both rotate) = 2 · {setup.layers} · {summed(parts)}: "
+                "forward, gradients" + ", recomputed" * again)  # fmt: skip
 
 
 def _orthogonal_map(setup: Setup) -> Term:
-    cubes = 0
-    for space in setup.spaces:
-        sites, blocks, n = space_shape(setup.config, space, setup.placement)
-        cubes += sites * blocks * n**3
     cost = MAP_COSTS[setup.orthogonal_map]
-    return Term("orthogonal map", cubes * cost.flops // 3, f"{cost.why}, in the rotations' precision")
+    cubes = sum(count * n**3 for count, n in setup.matrices)
+    numbers = summed(f"{count} · {n}³" for count, n in setup.matrices)
+    formula = f"{cost.flops}/3 Σ matrices · n³ = {cost.flops} / 3 · {numbers}"
+    return Term("orthogonal map", cubes * cost.flops // 3, f"{formula}: {cost.why}, in the rotations' precision")
 
 
 def disk_space(setup: Setup) -> list[Term]:

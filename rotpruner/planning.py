@@ -13,8 +13,8 @@ from rotpruner.costs import MAP_COSTS
 from rotpruner.families import family_of, module_at
 from rotpruner.objectives import CHUNK
 from rotpruner.oneshot import parameter_count
-from rotpruner.rotations import head_dim, space_shape
-from rotpruner.sizes import Setup, Term, total
+from rotpruner.rotations import head_dim, mlp_width
+from rotpruner.sizes import Setup, Term, summed, total
 
 #: Bytes that libraries take at their first use. CPU: measured, code and scratch space of matrix products. GPU: the
 #: CUDA context and cuBLAS workspaces, from what is commonly seen; not measured here.
@@ -73,7 +73,8 @@ def memory_plan(setup: Setup) -> MemoryPlan:
         *_weights(setup),
         *_masks(setup),
         Term("statistics H", setup.statistics * r,
-             f"Σ over inputs of I · n · r = {setup.statistics:,} · {r}; n = width of what rotates them"),
+             f"L Σ I · n · r = {setup.layers} · {summed(f'{inputs} · {n}' for inputs, n in setup.moments)} · {r}: "
+             "for each input of a block, n the width of what rotates it"),
         _rotations(setup),
         Term("optimiser states", setup.optimizer_states * k * r,
              f"{setup.optimizer_states} k r = {setup.optimizer_states} · {k:,} · {r}"),
@@ -100,12 +101,14 @@ def _host_phases(setup: Setup) -> Phases:
     T, V = setup.seq_len, setup.config.vocab_size
     return {
         "loading": [
-            Term("weights", P * setup.s, f"P · s = {P:,} · {setup.s}"),
+            Term("weights", setup.ranks * P * setup.s,
+                 f"ranks · P · s = {setup.ranks} · {P:,} · {setup.s}: each rank loads them, here all on one host"),
             Term("checkpoint file, mapped", P * c, f"P · {c} = {P:,} · {c}"),
         ],
         "controls pruned": [
             Term("model", P * c, f"P · {c} = {P:,} · {c}"),
-            *([Term("statistics H", setup.statistics * 4, f"{setup.statistics:,} · 4"), _pca(setup)] if setup.sliced
+            *([Term("statistics H", setup.statistics * 4, f"L Σ I · n · 4 = {setup.statistics:,} · 4"), _pca(setup)]
+              if setup.sliced
               else [Term("inputs and outputs of a block", states,
                     f"2 N T d · {c} = 2 · {setup.statistics_sequences} · {T} · {setup.config.hidden_size} · {c}")]),
         ],
@@ -130,7 +133,8 @@ def _weights(setup: Setup) -> list[Term]:
     return [
         Term("frozen weights", rest + share,
              f"(P − P_blocks) s + P_blocks s / ranks = {P - blocks:,} · {s} + {blocks:,} · {s} / {setup.ranks}"),
-        Term("gathered blocks", 2 * block, f"2 blocks at once: 2 · {blocks // setup.layers:,} · {s}"),
+        Term("gathered blocks", 2 * block,
+             f"2 P_blocks s / L = 2 · {blocks:,} · {s} / {setup.layers}: this one and the next"),
     ]  # fmt: skip
 
 
@@ -150,10 +154,12 @@ def _teacher_states(setup: Setup) -> Term:
 def _map(setup: Setup) -> Term:
     """What the backward pass needs: of Q = Q₀ (I − A/2)⁻¹ (I + A/2) the LU factors, two more and Q itself."""
     cost, K = MAP_COSTS[setup.orthogonal_map], setup.rotation_entries
-    index = sum(8 * space_shape(setup.config, space)[2] ** 2 for space in setup.spaces) if cost.indices else 0
-    return Term("orthogonal map", cost.kept * K * setup.r + index,
-                f"{cost.kept} K r + Σ 8 n² = {cost.kept} · {K:,} · {setup.r} + {index:,} "
-                f"({setup.orthogonal_map}; indices of the triangle, int64)")  # fmt: skip
+    index = sum(8 * n**2 for _, n in setup.matrices) if cost.indices else 0
+    symbols, numbers, kept = f"{cost.kept} K r", f"{cost.kept} · {K:,} · {setup.r}", f"{setup.orthogonal_map}"
+    if index:
+        symbols, kept = f"{symbols} + Σ 8 n²", f"{kept}, and indices of the triangle, int64"
+        numbers = f"{numbers} + 8 · {summed(f'{n}²' for _, n in setup.matrices)}"
+    return Term("orthogonal map", cost.kept * K * setup.r + index, f"{symbols} = {numbers}: {kept}")
 
 
 def _map_backward(setup: Setup) -> Term:
@@ -161,8 +167,8 @@ def _map_backward(setup: Setup) -> Term:
     held, cost, r = _map(setup), MAP_COSTS[setup.orthogonal_map], setup.r
     K, largest = setup.rotation_entries, setup.largest_space
     return Term("orthogonal map, backward", held.amount + (cost.backward * K + cost.backward_one * largest) * r,
-                f"as above + ({cost.backward} K + {cost.backward_one} K_space) r = "
-                f"({cost.backward} · {K:,} + {cost.backward_one} · {largest:,}) · {r}")  # fmt: skip
+                f"what is kept + ({cost.backward} K + {cost.backward_one} K_space) r = "
+                f"{held.amount:,} + ({cost.backward} · {K:,} + {cost.backward_one} · {largest:,}) · {r}")  # fmt: skip
 
 
 def _step(setup: Setup) -> Term:
@@ -185,39 +191,45 @@ def _outliers(setup: Setup) -> Term:
     return Term("saliencies of a block", 8 * block, f"2 · 4 · M / L = 8 · {block:,}: of each linear, and as one")
 
 
-def rotated_weights(setup: Setup) -> int:
-    """Bytes of rotated weights that the backward pass through all blocks needs.
+def rotated_weights(setup: Setup) -> tuple[int, str]:
+    """Bytes of rotated weights that the backward pass through one block needs, and their formula.
 
     Each linear keeps its masked weight, a permuted copy if it reads rotated heads, and what lies between if both
     of its sides rotate, with Q_B in the model's precision if that is the residual's.
     """
-    size = 0
-    for place, outputs, inputs in setup.linears:
+    d, entries, parts = setup.config.hidden_size, 0, []
+    for place, outputs, inputs in setup.block:
         reads, writes = place.spec.reads in setup.spaces, place.spec.writes in setup.spaces
         by_head = reads and place.spec.reads != "residual"
-        size += (1 + by_head + (reads and writes) + setup.keeps_unmasked) * outputs * inputs * setup.s
+        copies = 1 + by_head + (reads and writes) + setup.keeps_unmasked
+        entries += copies * outputs * inputs
+        parts.append(f"{copies} · {outputs} · {inputs}")
         if reads and place.spec.writes == "residual" and writes and setup.s < setup.r:
-            size += setup.config.hidden_size**2 * setup.s
-    return size
+            entries += d**2
+            parts.append(f"{d}²")
+    return entries * setup.s, f"{summed(parts)} · {setup.s}"
 
 
 def block_activations(setup: Setup) -> tuple[int, str]:
     """Bytes of activations that the backward pass through one block needs, for one token, and their formula."""
     config, s = setup.config, setup.s
     d, h, e = config.hidden_size, config.num_attention_heads, head_dim(config)
-    g = getattr(config, "num_key_value_heads", None) or h
+    g, f = setup.key_value_heads, mlp_width(config)
     family = family_of(config)
     block = module_at(setup.model, f"{family.blocks}.0")
     names = [type(module).__name__ for module in block.modules()]
     # RMSNorm of transformers keeps its input in float32; torch's LayerNorm keeps it as it is.
     copies = sum(s if name == "LayerNorm" else max(4, s) for name in names if name.endswith("Norm"))
     outputs = len({spec.norm for spec in family.linears if spec.norm})
-    f = next(inputs for place, _, inputs in setup.linears if place.spec.reads == "mlp")
     # Gated: gate, its activation, up, their product. Plain: what the activation gives, which is what ReLU keeps.
     mlp = 4 if sum(spec.writes == "mlp" for spec in family.linears) == 2 else 1
     size = mlp * f * s + d * copies + outputs * d * s + (2 * h + 2 * g) * e * s + 4 * h
     formula = f"{mlp} f s + norms' inputs {copies} d + {outputs} d s + (2h + 2g) e s + 4h, with "
     return size, formula + f"f = {f}, d = {d}, h = {h}, g = {g}, e = {e}, s = {s}"
+
+
+_COPIES = "Σ copies · O · I · s"
+_WHICH = ": masked, by head, between two sides"
 
 
 def _kept(setup: Setup) -> list[Term]:
@@ -229,16 +241,18 @@ def _kept(setup: Setup) -> list[Term]:
         # Under gradient checkpointing those of one block at a time, of at most two sublayers.
         changes = min(2, setup.basis_changes) if setup.gradient_checkpointing else setup.basis_changes
         each = tokens * d * s + d * d * s
-        terms.append(Term("basis changes", changes * each, f"{changes} · (B T d s + d² s) = {changes} · {each:,}"))
+        formula = f"{changes} · (B T d s + d² s) = {changes} · ({tokens} · {d} · {s} + {d}² · {s})"
+        terms.append(Term("basis changes", changes * each, formula))
     if setup.gradient_checkpointing:
         size = setup.layers * tokens * d * s
         return [*terms, Term("blocks' inputs", size, f"L B T d s = {setup.layers} · {tokens} · {d} · {s}")]
     per_token, formula = block_activations(setup)
     size = setup.layers * tokens * per_token
+    weights, sizes = rotated_weights(setup)
     return [
         *terms,
         Term("activations", size, f"L B T · a = {setup.layers} · {tokens} · {per_token:,}; a = {formula}"),
-        Term("rotated weights", rotated_weights(setup), "Σ (1 + heads read + both sides rotate) · O · I · s"),
+        Term("rotated weights", setup.layers * weights, f"L {_COPIES} = {setup.layers} · {sizes}{_WHICH}"),
     ]
 
 
@@ -247,13 +261,12 @@ def _recomputed(setup: Setup) -> list[Term]:
     if not setup.gradient_checkpointing:
         return []
     per_token, formula = block_activations(setup)
-    weights = rotated_weights(setup) // setup.layers
+    weights, sizes = rotated_weights(setup)
     return [
-        Term(
-            "one block's activations", setup.tokens * per_token, f"B T · a = {setup.tokens} · {per_token:,}; {formula}"
-        ),
-        Term("one block's rotated weights", weights, "Σ (1 + heads read + both sides rotate) · O · I · s over a block"),
-    ]
+        Term("one block's activations", setup.tokens * per_token,
+             f"B T · a = {setup.tokens} · {per_token:,}; a = {formula}"),
+        Term("one block's rotated weights", weights, f"{_COPIES} = {sizes}{_WHICH}"),
+    ]  # fmt: skip
 
 
 def _logits(setup: Setup) -> Term:
@@ -277,6 +290,6 @@ def _refresh(setup: Setup) -> Term:
         return Term("rotations of the moment", K * r, f"K r = {K:,} · {r}; no masks are chosen")
     widest = max(inputs for _, _, inputs in setup.linears)
     factors = 3 * r * widest**2 if setup.pruner.needs == "full" else 0
-    tail = f" + 3 · {r} · {widest}² (moment, its factor and inverse)" if factors else ""
+    tail = f" + 3 · {r} · {widest}²: moment, its factor and inverse" if factors else ""
     return Term("mask refresh", 12 * setup.largest + K * r + factors,
                 f"12 · O · I of the largest linear + K r = 12 · {setup.largest:,} + {K:,} · {r}{tail}")  # fmt: skip

@@ -3,7 +3,7 @@
 Symbols of all formulas: P parameters, M weights of decoder linears, L blocks, T tokens a sequence, B sequences a
 batch, d width of the residual stream, f of the MLP, h query and g key-value heads of width e, V vocabulary, s bytes of
 an element of the frozen model, r bytes of an element of the rotations, K entries of all rotations and k free
-parameters in them.
+parameters in them. A decoder linear has O outputs and I inputs, a rotation of its side is n wide.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from rotpruner.oneshot import LayerSparsity, parameter_count
 from rotpruner.orthogonal import MapName
 from rotpruner.patterns import NM, Pattern, Slice
 from rotpruner.pruners import Pruner
-from rotpruner.rotations import LearnedRotations, Placement, Start, basis_changes, head_dim, space_shape
+from rotpruner.rotations import LearnedRotations, Placement, Start, basis_changes, head_dim, mlp_width, space_shape
 from rotpruner.slicing import sliced_width
 
 
@@ -35,6 +35,12 @@ class Term:
     name: str
     amount: int
     formula: str
+
+
+def summed(parts: Iterable[str]) -> str:
+    """Summands of a formula, in parentheses if there are several."""
+    found = list(parts)
+    return f"({' + '.join(found)})" if len(found) > 1 else "".join(found) or "0"
 
 
 def total(terms: Iterable[Term]) -> int:
@@ -127,23 +133,60 @@ class Setup:
 
     @property
     def _entries(self) -> list[int]:
-        shapes = [space_shape(self.config, space, self.placement) for space in self.spaces]
-        return [sites * blocks * n * n for sites, blocks, n in shapes]
+        return [count * n * n for count, n in self.matrices]
 
     @cached_property
-    def statistics(self) -> int:
-        """Entries of all moments: diagonal blocks as wide as what rotates them, one for each group of linears."""
-        entries = 0
-        for place, _, inputs in self.linears:
+    def matrices(self) -> list[tuple[int, int]]:
+        """For each space its number of matrices and their width n."""
+        shapes = [space_shape(self.config, space, self.placement) for space in self.spaces]
+        return [(sites * blocks, n) for sites, blocks, n in shapes]
+
+    @cached_property
+    def block(self) -> list[tuple[BlockLinear, int, int]]:
+        """The linears of the first block; the others are like it."""
+        return [found for found in self.linears if found[0].layer == 0]
+
+    def width(self, space: str) -> int:
+        """n of what rotates a side of a linear, 0 if nothing does."""
+        return space_shape(self.config, space)[2] if space in self.spaces else 0
+
+    @cached_property
+    def moments(self) -> list[tuple[int, int]]:
+        """I and n of a block's moments: diagonal blocks as wide as what rotates them, one for each group of linears."""
+        found = []
+        for place, _, inputs in self.block:
             if place.name != place.group:
                 continue
             if self.sliced:  # directions are removed by what all readers of the stream see, whatever the pruner
-                entries += inputs**2 if place.spec.reads == "residual" else 0
+                found += [(inputs, inputs)] if place.spec.reads == "residual" else []
             elif self.pruner.needs != "nothing":
-                rotates = place.spec.reads in self.spaces
-                width = space_shape(self.config, place.spec.reads)[2] if rotates else 1
-                entries += inputs * (inputs if self.pruner.needs == "full" else width)
-        return entries
+                found.append((inputs, inputs if self.pruner.needs == "full" else self.width(place.spec.reads) or 1))
+        return found
+
+    @property
+    def statistics(self) -> int:
+        """Entries of all moments."""
+        return self.layers * sum(inputs * n for inputs, n in self.moments)
+
+    @property
+    def key_value_heads(self) -> int:
+        """g."""
+        return getattr(self.config, "num_key_value_heads", None) or self.config.num_attention_heads
+
+    def legend(self) -> list[str]:
+        """The symbols of all formulas with this fit's numbers, for a person who follows the arithmetic."""
+        config = self.config
+        sizes = summed(f"{outputs} · {inputs}" for _, outputs, inputs in self.block)
+        names = ", ".join(place.spec.path.rpartition(".")[2] for place, _, _ in self.block)
+        weights = sum(outputs * inputs for _, outputs, inputs in self.linears)
+        return [
+            f"L = {self.layers}, d = {config.hidden_size}, f = {mlp_width(config)}, h = {config.num_attention_heads}, "
+            f"g = {self.key_value_heads}, e = {head_dim(config)}, V = {config.vocab_size:,}, T = {self.seq_len}, "
+            f"B = {self.batch_size}, s = {self.s} bytes, r = {self.r} bytes",
+            f"P = {self.parameters:,}, among them M = L Σ O · I = {self.layers} · {sizes} = {weights:,}: {names}",
+            f"K = Σ matrices · n² = {summed(f'{count} · {n}²' for count, n in self.matrices)} = "
+            f"{self.rotation_entries:,}, of which k = {self.trainable:,} are free",
+        ]
 
     @property
     def sliced(self) -> bool:

@@ -1,4 +1,4 @@
-"""Calibrating on shards of C4's form takes the memory of a piece of them, reads them once, and by one process only."""
+"""Fits on shards of C4's form take the memory of a piece of them; of several that start at once, one reads them."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from pathlib import Path
 from queue import Queue
 
 import pytest
-from conftest import sample_text
+from conftest import sample_text, tiny_llama
+from lightning import Callback
 from peak_memory import needs_linux, resident
-from processes import PROCESSES
+from processes import PROCESSES, fit
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from datamodules import calibration, texts
-from datamodules.calibration import calibration_tokens
 
 MIB = 2**20
 SHARDS = 4
@@ -48,48 +48,65 @@ def write_shards(root: Path, megabytes: int) -> Path:
     return root
 
 
-def tokenizer() -> PreTrainedTokenizerFast:
-    """Fast for its size: tokens of about twenty characters."""
+def write_model(directory: Path) -> Path:
+    """A tiny model with a tokenizer that is fast for its size: tokens of about twenty characters."""
     cut = " (?=[abi])"
     vocabulary = {"?": 0}
     for part in re.split(cut, sample_text(40_000)):
         vocabulary.setdefault(part, len(vocabulary))
     found = Tokenizer(models.WordLevel(vocabulary, unk_token="?"))
     found.pre_tokenizer = pre_tokenizers.Split(Regex(cut), "removed")
-    return PreTrainedTokenizerFast(tokenizer_object=found)
+    PreTrainedTokenizerFast(tokenizer_object=found).save_pretrained(directory)
+    tiny_llama(vocab_size=len(vocabulary), max_position_embeddings=256).save_pretrained(directory)
+    return directory
 
 
 @dataclass(frozen=True)
 class Found:
-    """What one start saw: whether it read the text, its tokens' checksum, its peak of memory above its start, bytes."""
+    """What one fit saw: whether it read the text, its tokens' checksum, its peak of memory above its start, bytes."""
 
     built: bool
     digest: str
     peak: int
 
 
-def calibrate(source: str, root: str, cache: str, results: Queue[Found]) -> None:
-    """One process's start; `c4` is at `root`."""
-    os.environ["ROTPRUNER_CACHE"] = cache
+class Tokens(Callback):
+    """The checksum of what a fit learns on."""
+
+    def on_train_end(self, trainer, pl_module):
+        self.digest = hashlib.sha256(trainer.datamodule.tokens.numpy().tobytes()).hexdigest()
+
+
+def learn(source: str, root: str, place: Path, results: Queue[Found]) -> None:
+    """One process's fit of two steps; `c4` is at `root`."""
+    os.environ["ROTPRUNER_CACHE"] = str(place / "cache")
     texts.HUB["c4"] = replace(texts.HUB["c4"], path=root)
     read, reads = texts.stream, []
     calibration.stream = lambda *given, **settings: reads.append(given) or read(*given, **settings)
-    tokens_of = tokenizer()
+    settings = {
+        "--model.model": place / "model",
+        "--data.calibration": source,
+        "--data.seq_len": 256,
+        "--trainer.max_steps": 2,
+        "--trainer.accelerator": "cpu",
+        "--trainer.default_root_dir": place / f"run-{os.getpid()}",
+        "--trainer.enable_checkpointing": "false",
+        "--trainer.enable_progress_bar": "false",
+        "--trainer.enable_model_summary": "false",
+    }
+    tokens = Tokens()
     Path("/proc/self/clear_refs").write_text("5")
     before = resident("VmHWM")
-    sizes = {"num_sequences": 128, "seq_len": 256, "seed": 0}
-    tokens = calibration_tokens(source, tokens_of, **sizes, tokenizer_name="")
-    assert tokens.shape == (128, 256)
-    digest = hashlib.sha256(tokens.numpy().tobytes()).hexdigest()
-    results.put(Found(bool(reads), digest, resident("VmHWM") - before))
+    fit([str(item) for pair in settings.items() for item in pair], [tokens])
+    results.put(Found(bool(reads), tokens.digest, resident("VmHWM") - before))
 
 
-def start(processes: int, *given: str) -> list[Found]:
+def start(processes: int, *given: object) -> list[Found]:
     results = PROCESSES.Queue()
-    started = [PROCESSES.Process(target=calibrate, args=(*given, results), daemon=True) for _ in range(processes)]
+    started = [PROCESSES.Process(target=learn, args=(*given, results), daemon=True) for _ in range(processes)]
     for process in started:
         process.start()
-    found = [results.get(timeout=200) for _ in started]
+    found = [results.get(timeout=400) for _ in started]
     for process in started:
         process.join()
     return found
@@ -101,14 +118,15 @@ def start(processes: int, *given: str) -> list[Found]:
     ("form", "small", "large"),
     [
         ("stream", 64, 200),  # 64: what fills the shuffle buffer and the reader's blocks
-        ("directory", 16, 80),  # of which each byte is tokenised
+        ("directory", 16, 200),  # of which each byte is tokenised
     ],
 )
 def test_large_sets_of_shards_take_no_more_memory_than_small_ones(form, small, large, tmp_path):
     def run(processes: int, megabytes: int) -> list[Found]:
         root = tmp_path / f"{megabytes}"
-        return start(processes, f"{root}/en" if form == "directory" else "c4", str(root), str(tmp_path / "cache"))
+        return start(processes, f"{root}/en" if form == "directory" else "c4", str(root), tmp_path)
 
+    write_model(tmp_path / "model")
     for megabytes in (small, large):
         write_shards(tmp_path / f"{megabytes}", megabytes)
     (first,) = run(1, small)

@@ -56,6 +56,13 @@ def test_every_python_block_of_the_documentation_runs(page, model_directory, tex
         assert sparsity_of(found["pruned"]) == 0.5
 
 
+def test_every_file_that_is_named_exists():
+    folders = "callbacks|datamodules|docs|experiments|lightning_modules|rotpruner|tests"
+    for page in (ROOT / "README.md", *(ROOT / "docs").rglob("*.md")):
+        named = re.findall(rf"\b(?:{folders})/[\w./-]+\.(?:json|md|py|yaml)\b", page.read_text())
+        assert not [name for name in named if not (ROOT / name).is_file()], page
+
+
 @pytest.mark.slow
 def test_the_site_builds_and_fetches_nothing_from_elsewhere(tmp_path):
     command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(tmp_path / "site")]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import os
+import re
 import subprocess
 import sys
 from collections import defaultdict
@@ -117,7 +118,7 @@ def test_activations_and_rotated_weights_are_what_autograd_keeps(family, spaces,
     ends = setup.config.hidden_size * (4 + 2 * setup.s)  # the states of teacher and pupil are the objective's
     assert (long - short) / 64 == pytest.approx(setup.layers * per_token + ends, rel=0.04)
     cayley = next(term for term in memory_plan(setup).phases["logits"] if term.name == "orthogonal map")
-    assert 2 * short - long == pytest.approx(rotated_weights(setup) + cayley.amount, rel=0.12)
+    assert 2 * short - long == pytest.approx(setup.layers * rotated_weights(setup)[0] + cayley.amount, rel=0.12)
 
 
 @pytest.mark.parametrize(
@@ -301,8 +302,47 @@ def test_llama2_7b_by_hand(plan):
     assert found["seconds_per_step"] > 0
     linears = next(term["amount"] for term in found["flops"] if term["name"] == "linears")
     assert linears == 2 * 2048 * (4 * M - L * d * f)  # recomputed, but for the last linear of each block
-    for terms in (found["memory"]["resident"], *found["memory"]["phases"].values(), found["flops"], found["disk"]):
-        assert all(term["formula"] and term["amount"] >= 0 for term in terms)
+
+
+def calculated(formula: str) -> float:
+    """The numbers of `symbols = numbers: remark`."""
+    numbers = re.split(r"[:;,] ", formula.split(" = ", 1)[1])[0].replace(",", "")
+    for written, meant in {"·": "*", "−": "-", "²": "**2", "³": "**3"}.items():
+        numbers = numbers.replace(written, meant)
+    return eval(numbers, {"__builtins__": {}})
+
+
+SLICE = ["--model.pattern", "slice:0.25", "--model.spaces", "[residual]", "--model.start", "pca"]
+SHARDS = ["--count", "8", "--trainer.strategy", "lightning.pytorch.strategies.ModelParallelStrategy"]
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("llama2-7b", []),
+        ("llama3-8b", []),
+        ("llama3-70b", SHARDS),
+        ("llama3-8b", ["--model.gradient_checkpointing", "false", "--model.surrogate.name", "sr_ste"]),
+        ("llama3-8b", ["--model.pruner", "sparsegpt", "--model.placement", "per_block"]),
+        ("llama3-8b", ["--model.orthogonal_map", "exponential"]),
+        ("llama3-8b", ["--model.pattern", "0.5", "--model.layer_sparsity", "owl"]),
+        ("llama3-8b", SLICE),
+    ],
+    ids=["7b", "8b", "70b", "sr_ste", "sparsegpt", "exponential", "owl", "slice"],
+)
+def test_the_numbers_of_every_formula_give_its_amount(name, options, plan):
+    found = plan(name, *options)
+    memory, terms = found["memory"], [*found["flops"], *found["disk"]]
+    for part in (
+        memory["resident"],
+        memory["kept_by_host"],
+        *memory["phases"].values(),
+        *memory["host_phases"].values(),
+    ):
+        terms += part
+    for term in terms:
+        if term["name"] != "runtime":  # of libraries: no formula has it
+            assert calculated(term["formula"]) == pytest.approx(term["amount"], rel=1e-9, abs=1), term
 
 
 def test_what_does_not_fit_is_told_what_to_change(plan):
@@ -319,8 +359,7 @@ def test_what_does_not_fit_is_told_what_to_change(plan):
     shared = [change for change in huge["changes"] if "--count" in change["change"] and change["fits"]]
     assert not huge["fits"]
     assert "h200-141gb" in shared[0]["change"]
-    strategy = ["--trainer.strategy", "lightning.pytorch.strategies.ModelParallelStrategy"]
-    sharded = plan("llama3-70b", "--gpu", "h200-141gb", "--count", "8", *strategy)
+    sharded = plan("llama3-70b", "--gpu", "h200-141gb", *SHARDS)
     assert sharded["hardware"]["sharded"]
     assert sharded["fits"]
 
@@ -333,12 +372,16 @@ def test_the_plan_for_a_person_shows_the_same_numbers(plan, capsys, tmp_path):
     assert f"{found['parameters']:,} parameters" in text
     assert f"peak {found['memory']['peak'] / 2**30:.2f} GiB of 80 GiB: fits" in text
     assert f"2 · {found['parameters']:,}" in text or f"{found['parameters']:,} · 2" in text
+    lines = "\n".join(re.findall("^(?:P|K|time:) .*", text, re.M))
+    results = re.findall(r"([\d(][\d ·+,²/.()]*) = ([\d,.]*\d)", lines)
+    assert len(results) == 3, "M, K and the seconds of a step"
+    for numbers, result in results:
+        assert calculated(f" = {numbers}") == pytest.approx(float(result.replace(",", "")), rel=0.01)
 
 
 def test_slices_and_manifolds_by_hand(plan):
     d, L, K = 4096, 32, 4096**2
-    slice_ = ["--model.pattern", "slice:0.25", "--model.spaces", "[residual]", "--model.start", "pca"]
-    found = plan("llama3-8b", *slice_)
+    found = plan("llama3-8b", *SLICE)
     terms = {term["name"]: term["amount"] for term in found["memory"]["resident"]}
     assert "masks" not in terms
     assert terms["statistics H"] == 4 * 2 * L * d * d

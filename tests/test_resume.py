@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import shutil
 import signal
 from pathlib import Path
 
@@ -12,6 +13,8 @@ from processes import SignalAt, start
 from safetensors.torch import load_file
 
 from experiments.__main__ import main
+from rotpruner.errors import InputError
+from rotpruner.loading import load_model
 
 STEPS = 12
 HOOKS = ("on_train_batch_start", "on_before_optimizer_step", "on_before_zero_grad", "on_train_batch_end")
@@ -125,6 +128,19 @@ def test_nothing_of_a_checkpoint_is_unpickled_by_the_command_line(shards, config
     torch.save({"state_dict": Marker(tmp_path / "mark")}, checkpoint / "meta.pt" if shards else checkpoint)
     assert main(["fit", *arguments]) == 2
     assert "last.ckpt' is damaged" in capsys.readouterr().err.replace("\n", "")
+    assert not (tmp_path / "mark").exists()
+
+
+def test_a_model_in_a_bin_file_loads_without_unpickling(model_directory, tmp_path):
+    shutil.copytree(model_directory, tmp_path / "bin")
+    (tmp_path / "bin" / "model.safetensors").unlink()
+    weights = load_model(model_directory).state_dict()
+    torch.save(weights, tmp_path / "bin" / "pytorch_model.bin")
+    for name, weight in load_model(tmp_path / "bin").state_dict().items():
+        assert torch.equal(weight, weights[name]), name
+    torch.save({**weights, "more": Marker(tmp_path / "mark")}, tmp_path / "bin" / "pytorch_model.bin")
+    with pytest.raises(InputError, match="cannot load"):
+        load_model(tmp_path / "bin")
     assert not (tmp_path / "mark").exists()
 
 

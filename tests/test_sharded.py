@@ -113,6 +113,12 @@ def test_checkpoints_go_on_under_any_number_of_ranks(files, parallel_config, tmp
         back()
         assert start_ranks(["fit", *alone(parallel_config, tmp_path / "ended")], target=command, ranks=1) == [2]
 
+    shutil.rmtree(tmp_path / "ended")
+    ending = SignalAt(5, "on_before_optimizer_step", signal.SIGTERM)
+    assert start_ranks([*arguments, *place], ending, ranks=1) == [128 + signal.SIGTERM]
+    assert start_ranks(arguments) == [0, 0]
+    assert_alike(recorded(tmp_path / "ended"), recorded(tmp_path / "whole"), 1e-4)
+
 
 def test_a_sharded_fit_is_resumed_and_exported_as_a_plain_checkpoint(parallel_config, test_text_file, tmp_path):
     run = tmp_path / "run"
