@@ -128,6 +128,7 @@ def read_setup(arguments: list[str], gpu: str, count: int) -> tuple[Setup, str]:
         orthogonal_map=model.orthogonal_map,
         start=model.start,
         layer_sparsity=model.layer_sparsity,
+        compensate=model.compensate,
         objective=objective,
         dtype=getattr(torch, model.base_dtype),
         seq_len=data.seq_len,

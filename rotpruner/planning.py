@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from rotpruner.costs import MAP_COSTS
-from rotpruner.families import family_of, module_at
+from rotpruner.families import family_of, module_at, residual_sublayers
 from rotpruner.objectives import CHUNK
 from rotpruner.oneshot import parameter_count
 from rotpruner.rotations import head_dim, mlp_width
@@ -99,7 +99,8 @@ def _host_phases(setup: Setup) -> Phases:
     P, c = setup.parameters, setup.checkpoint_size
     states = 2 * setup.statistics_sequences * setup.seq_len * setup.config.hidden_size * c
     T, V = setup.seq_len, setup.config.vocab_size
-    return {
+    updates = {"weights updated": _compensation(setup, states)} if setup.compensate else {}
+    return updates | {
         "loading": [
             Term("weights", setup.ranks * P * setup.s,
                  f"ranks · P · s = {setup.ranks} · {P:,} · {setup.s}: each rank loads them, here all on one host"),
@@ -117,6 +118,22 @@ def _host_phases(setup: Setup) -> Phases:
             Term("logits", 2 * T * V * 4, f"2 · T · V · 4 = 2 · {T} · {V:,} · 4"),
         ],
     }  # fmt: skip
+
+
+def _compensation(setup: Setup, states: int) -> list[Term]:
+    P, c, d = setup.parameters, setup.checkpoint_size, setup.config.hidden_size
+    N, T = setup.statistics_sequences, setup.seq_len
+    M = sum(outputs * inputs for _, outputs, inputs in setup.linears)
+    # What each group of a block's linears gets, and the stream behind each sublayer.
+    inputs = {place.group: inputs for place, _, inputs in setup.linears if place.layer == 0}
+    width = sum(inputs.values()) + len(residual_sublayers(setup.config)) * d
+    return [
+        Term("pruned and dense model", 2 * P * c, f"2 P · {c} = 2 · {P:,} · {c}"),
+        Term("decoder weights before, and updates", 2 * M * c, f"2 M · {c} = 2 · {M:,} · {c}"),
+        Term("inputs of a block of both", 2 * states, f"4 N T d · {c} = 4 · {N} · {T} · {d} · {c}"),
+        Term("inputs of a dense block's linears", N * T * width * c,
+             f"N T · {width:,} · {c} = {N} · {T} · {width:,} · {c}"),
+    ]  # fmt: skip
 
 
 def _masks(setup: Setup) -> list[Term]:

@@ -326,9 +326,10 @@ SHARDS = ["--count", "8", "--trainer.strategy", "lightning.pytorch.strategies.Mo
         ("llama3-8b", ["--model.pruner", "sparsegpt", "--model.placement", "per_block"]),
         ("llama3-8b", ["--model.orthogonal_map", "exponential"]),
         ("llama3-8b", ["--model.pattern", "0.5", "--model.layer_sparsity", "owl"]),
+        ("llama3-8b", ["--model.compensate", "true"]),
         ("llama3-8b", SLICE),
     ],
-    ids=["7b", "8b", "70b", "sr_ste", "sparsegpt", "exponential", "owl", "slice"],
+    ids=["7b", "8b", "70b", "sr_ste", "sparsegpt", "exponential", "owl", "compensate", "slice"],
 )
 def test_the_numbers_of_every_formula_give_its_amount(name, options, plan):
     found = plan(name, *options)
