@@ -100,7 +100,7 @@ class Finish(Ending):
             if module.compensate:
                 dense = load_model(name)
                 merge_rotations(dense, rotations or {})
-                length = compensate(model, dense, batches, calibration_dtype=dtype, progress=track)
+                length = compensate(model, dense, batches[: module.compensate], calibration_dtype=dtype, progress=track)
                 console.print(f"weights updated by {length:.2f} of what was fitted")
             save_model(model, tokenizer, directory, replace=True)
 

@@ -51,8 +51,7 @@ def main(arguments: list[str]) -> None:
         raise InputError(f"pattern {pattern} needs a --pruner: {', '.join(PRUNERS)}, or an import path")
     pruner = resolve_pruner(options.pruner or "magnitude")
     update = None if options.update is None else resolve_pruner(options.update)
-    if options.compensate:
-        check_compensation(pattern)
+    check_compensation(options.compensate, options.num_sequences, pattern)
     check_layer_sparsity(pattern, options.layer_sparsity)
     if options.output is not None:
         check_new_directory(options.output)
@@ -106,7 +105,7 @@ def main(arguments: list[str]) -> None:
     if options.compensate:
         dense = load_model(options.model)
         merge_rotations(dense, rotations or {})
-        length = compensate(model, dense, batches, calibration_dtype=dtype, progress=track)
+        length = compensate(model, dense, batches[: options.compensate], calibration_dtype=dtype, progress=track)
     seconds = round(time.perf_counter() - started, 1)
     result: dict[str, Any] = {"pattern": str(pattern), "sparsity": sparsity_of(model), "seconds": seconds}
     if isinstance(pattern, Slice):
@@ -143,7 +142,7 @@ def _origin(options: argparse.Namespace, rotations: RotationSet | None, rows: li
         pruner=options.pruner,
         basis=basis,
         spaces=["residual"] if basis == "pca" else list(rotations or ()),
-        update=" and ".join([*filter(None, [options.update]), *["compensation"] * options.compensate]) or None,
+        update=" and ".join([*filter(None, [options.update]), *["compensation"] * bool(options.compensate)]) or None,
         layer_sparsity=options.layer_sparsity,
         calibration=options.calibration,
         num_sequences=options.num_sequences,
@@ -160,9 +159,6 @@ def _command(options: argparse.Namespace) -> str:
     words, parser = ["python", "-m", "experiments", "prune"], _parser()
     for name, value in vars(options).items():
         if name not in ("json", "device") and value not in (None, [], parser.get_default(name)):
-            if value is True:
-                words.append(f"--{name}")
-                continue
             for each in value if isinstance(value, list) else [value]:
                 words += [f"--{name}", str(public(each))]
     return shlex.join(words)
@@ -183,7 +179,11 @@ def _parser() -> Parser:
     parser.add_argument("--rotations", help="learned rotations, a directory or hub name, or 'random'")
     parser.add_argument("--update", help="pruner whose weight update follows under the mask of --pruner, as sparsegpt")
     parser.add_argument(
-        "--compensate", action="store_true", help="fit the kept weights to the dense model's stream, in closed form"
+        "--compensate",
+        type=at_least(0),
+        default=0,
+        metavar="SEQUENCES",
+        help="fit the kept weights to the dense model's stream, in closed form, on so many calibration sequences",
     )
     parser.add_argument(
         "--placement",

@@ -127,13 +127,11 @@ def _settings(pairs: list[str]) -> dict[str, Any]:
 
 
 def _flags(arguments: dict[str, Any], repeat: bool = True) -> list[str]:
-    """Command-line options; lists become repeated options and true a bare one, or both are of YAML form."""
+    """Command-line options; lists become repeated options, or one of YAML form."""
     flags: list[str] = []
     for key, value in arguments.items():
         if isinstance(value, list) and repeat:
             flags += [item for each in value for item in (f"--{key}", str(each))]
-        elif value is True and repeat:
-            flags.append(f"--{key}")
         else:
             text = yaml.safe_dump(value, default_flow_style=True, width=10**6)
             flags += [f"--{key}", text.split("\n...")[0].strip("\n'")]

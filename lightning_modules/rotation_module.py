@@ -104,7 +104,8 @@ class RotationModule(LightningModule):
         model: embedded name, local directory or hub name.
         pruner: short name or import path of a `Pruner` subclass.
         pattern: `N:M`, a sparsity, or `slice:FRACTION` of the residual directions (no pruner takes part in that).
-        compensate: whether kept weights are updated, in closed form, once the rotations are learned, under their masks.
+        compensate: how many calibration sequences the kept weights are fitted on, in closed form, once the rotations
+            are learned, see `rotpruner.compensation`; 0 leaves them as they are.
         scope: where an unstructured sparsity is counted.
         layer_sparsity: `uniform`, or `owl` to let blocks with many outliers keep more of an unstructured pattern.
         spaces: which spaces rotate.
@@ -134,7 +135,7 @@ class RotationModule(LightningModule):
         model: str = "smollm2-135m",
         pruner: str = "wanda",
         pattern: str | float = "2:4",
-        compensate: bool = False,
+        compensate: int = 0,
         scope: Scope = "row",
         layer_sparsity: LayerSparsity = "uniform",
         spaces: list[str] = ["residual", "value_heads"],  # noqa: B006 - read by the command line, never changed
@@ -156,8 +157,7 @@ class RotationModule(LightningModule):
         self.pruner = resolve_pruner(pruner)
         self.pattern = parse_pattern(pattern, scope)
         self.compensate = compensate
-        if compensate:
-            check_compensation(self.pattern)
+        check_compensation(compensate, None, self.pattern)
         self.layer_sparsity = layer_sparsity
         self.model_name, self.spaces = model, spaces
         config = load_config(model)
@@ -189,7 +189,9 @@ class RotationModule(LightningModule):
             raise InputError("surrogate gumbel learns masks, which ModelParallelStrategy does not share out; use ddp")
         if self.surrogate.anneals and self.trainer.max_steps == self.trainer.max_epochs == -1:
             raise InputError(f"surrogate {self.surrogate.name} anneals over the run, which has no end; set max_steps")
-        check_seq_len(self._config, self.trainer.datamodule.seq_len)  # type: ignore[attr-defined]
+        data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
+        check_compensation(self.compensate, data.statistics_sequences, self.pattern)
+        check_seq_len(self._config, data.seq_len)
 
     def configure_model(self) -> None:
         """Load the base model and put it under rotations, once; sharded if the strategy has a device mesh."""

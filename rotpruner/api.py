@@ -83,7 +83,7 @@ def prune(
     spaces: Sequence[str] = ("residual", "value_heads"),
     steps: int = 100,
     lr: float = 2e-3,
-    compensate: bool = False,
+    compensate: int = 0,
     num_sequences: int = 64,
     seq_len: int = 1024,
     seed: int = 0,
@@ -104,7 +104,8 @@ def prune(
         spaces: which spaces rotate (of a slice, the residual stream alone), unless `rotate` says so; empty is `none`.
             With `mlp`, whose features N:M patterns can order, the others start from permutations too.
         steps, lr: of learning, one sequence a step.
-        compensate: whether the weights that stay are updated in closed form, see `rotpruner.compensation`.
+        compensate: how many of the sequences the weights that stay are fitted on, in closed form, see
+            `rotpruner.compensation`; 0 leaves them as they are.
         num_sequences, seq_len: size of the calibration set, taken from the texts by `seed`.
         dtype: of the frozen weights while learning; the result is pruned in the model's own dtype.
         rotations_directory: where the learned rotations are written as well; must not exist yet.
@@ -118,8 +119,7 @@ def prune(
     """
     resolved, parsed = resolve_pruner(pruner), parse_pattern(pattern, scope)
     check_pattern(model, parsed)
-    if compensate:
-        compensation.check_compensation(parsed)
+    compensation.check_compensation(compensate, num_sequences, parsed)
     given = _check_rotate(rotate, model, parsed)
     if rotations_directory is not None:
         if not spaces or rotate == "none":
@@ -152,7 +152,7 @@ def prune(
     if not spaces or rotate == "none":
         prune_model(pruned, resolved, parsed, rows.split(1))
         if compensate:
-            compensation.compensate(pruned, copy.deepcopy(model).eval(), rows.split(1))
+            compensation.compensate(pruned, copy.deepcopy(model).eval(), rows[:compensate].split(1))
         return pruned
 
     start: Start = "identity"
@@ -183,7 +183,7 @@ def prune(
     if compensate:
         dense: Any = copy.deepcopy(model).eval()
         merge_rotations(dense, learned)
-        compensation.compensate(pruned, dense, rows.split(1))
+        compensation.compensate(pruned, dense, rows[:compensate].split(1))
     basis = "learned" if steps or given is not None else pruned.origin.basis
     pruned.origin = replace(
         pruned.origin, basis=basis, spaces=tuple(learned), steps=steps, training_tokens=steps * seq_len

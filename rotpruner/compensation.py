@@ -58,7 +58,7 @@ def compensate(
     Args:
         pruned: plain model whose decoder linears hold zeros.
         dense: the same model before, in the same basis.
-        batches: calibration token ids, each (sequences, seq_len); the last eighth finds the step length.
+        batches: two or more of calibration token ids, each (sequences, seq_len); the last eighth finds the step length.
         damping: λ = damping · mean(diag H) holds a row's weights near those that it has.
         calibration_dtype: of the matrix products of the two models; None is their own.
         progress: wraps the iteration over blocks.
@@ -66,11 +66,8 @@ def compensate(
     Returns:
         The step length α; 0 if no update brings the pruned model nearer to the dense one.
 
-    Raises:
-        InputError: there are less than two batches.
     """
-    if len(batches) < 2:
-        raise InputError("an update needs two calibration sequences, one to fit and one to try; give more")
+    assert len(batches) >= 2, "one batch to fit and one to try"
     tried = max(1, int(_HELD_OUT * len(batches)))
     fitted, held_out = batches[:-tried], batches[-tried:]
     weights = {place.name: module_at(pruned, place.name).weight for place in block_linears(pruned.config)}
@@ -90,10 +87,18 @@ def compensate(
     return best
 
 
-def check_compensation(pattern: Pattern | Slice) -> None:
-    """Raise `InputError` if a pattern leaves no masks under which weights could be updated."""
+def check_compensation(sequences: int, available: int | None, pattern: Pattern | Slice) -> None:
+    """Raise `InputError` if kept weights cannot be updated on so many of the available sequences; 0 is no update."""
+    if sequences == 0:
+        return
     if isinstance(pattern, Slice):
         raise InputError(f"pattern {pattern} removes directions and leaves no masks to keep: leave compensate out")
+    if sequences < 2:
+        raise InputError(
+            f"compensate {sequences}: an update needs a sequence to fit and one to try, give 2 or more, or 0"
+        )
+    if available is not None and sequences > available:
+        raise InputError(f"compensate {sequences} is more than the {available} calibration sequences; give fewer")
 
 
 def line_search(loss: Callable[[float], float]) -> float:

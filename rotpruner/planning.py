@@ -99,7 +99,7 @@ def _host_phases(setup: Setup) -> Phases:
     P, c = setup.parameters, setup.checkpoint_size
     states = 2 * setup.statistics_sequences * setup.seq_len * setup.config.hidden_size * c
     T, V = setup.seq_len, setup.config.vocab_size
-    updates = {"weights updated": _compensation(setup, states)} if setup.compensate else {}
+    updates = {"weights updated": _compensation(setup)} if setup.compensate else {}
     return updates | {
         "loading": [
             Term("weights", setup.ranks * P * setup.s,
@@ -120,9 +120,9 @@ def _host_phases(setup: Setup) -> Phases:
     }  # fmt: skip
 
 
-def _compensation(setup: Setup, states: int) -> list[Term]:
+def _compensation(setup: Setup) -> list[Term]:
     P, c, d = setup.parameters, setup.checkpoint_size, setup.config.hidden_size
-    N, T = setup.statistics_sequences, setup.seq_len
+    N, T = setup.compensate, setup.seq_len
     M = sum(outputs * inputs for _, outputs, inputs in setup.linears)
     # What each group of a block's linears gets, and the stream behind each sublayer.
     inputs = {place.group: inputs for place, _, inputs in setup.linears if place.layer == 0}
@@ -130,7 +130,7 @@ def _compensation(setup: Setup, states: int) -> list[Term]:
     return [
         Term("pruned and dense model", 2 * P * c, f"2 P · {c} = 2 · {P:,} · {c}"),
         Term("decoder weights before, and updates", 2 * M * c, f"2 M · {c} = 2 · {M:,} · {c}"),
-        Term("inputs of a block of both", 2 * states, f"4 N T d · {c} = 4 · {N} · {T} · {d} · {c}"),
+        Term("inputs of a block of both", 4 * N * T * d * c, f"4 N T d · {c} = 4 · {N} · {T} · {d} · {c}"),
         Term("inputs of a dense block's linears", N * T * width * c,
              f"N T · {width:,} · {c} = {N} · {T} · {width:,} · {c}"),
     ]  # fmt: skip

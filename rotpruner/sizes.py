@@ -61,7 +61,7 @@ class Setup:
         orthogonal_map: how their matrices are parametrised.
         start: of the rotations.
         layer_sparsity: how blocks share the pattern.
-        compensate: whether kept weights are updated at the end.
+        compensate: how many sequences the kept weights are fitted on at the end.
         objective: what is minimised.
         dtype: of the frozen weights and activations.
         seq_len, batch_size, num_sequences, steps: of a rank.
@@ -82,7 +82,7 @@ class Setup:
     orthogonal_map: MapName = "cayley"
     start: Start = "identity"
     layer_sparsity: LayerSparsity = "uniform"
-    compensate: bool = False
+    compensate: int = 0
     objective: Objective = Objective()  # noqa: RUF009 - frozen
     dtype: torch.dtype = torch.bfloat16
     seq_len: int = 1024

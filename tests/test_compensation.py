@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from experiments.__main__ import main
-from rotpruner.compensation import _distance_to, _fit, compensate, line_search
+from rotpruner.compensation import _distance_to, _fit, check_compensation, compensate, line_search
 from rotpruner.errors import InputError
-from rotpruner.families import available_spaces, block_linears, linear_modules, module_at, residual_sublayers
+from rotpruner.families import block_linears, linear_modules, module_at, residual_sublayers
 from rotpruner.oneshot import prune_model
 from rotpruner.patterns import parse_pattern
 from rotpruner.pruners import resolve_pruner
@@ -135,17 +135,20 @@ def test_a_step_that_helps_nowhere_is_not_taken():
 
 
 def test_what_cannot_be_is_refused(capsys):
-    dense = tiny("llama-2")
-    with pytest.raises(InputError, match="two calibration sequences"):
-        compensate(copy.deepcopy(dense), dense, batches(1))
-    assert "residual" in available_spaces(dense.config)
-    arguments = ["prune", "--model", "smollm2-135m", "--pattern", "slice:0.3", "--compensate", "--output", "x"]
+    pattern = parse_pattern("2:4")
+    check_compensation(0, 1, pattern)
+    check_compensation(8, 8, pattern)
+    with pytest.raises(InputError, match="give 2 or more"):
+        check_compensation(1, 8, pattern)
+    with pytest.raises(InputError, match="more than the 8 calibration sequences"):
+        check_compensation(9, 8, pattern)
+    arguments = ["prune", "--model", "smollm2-135m", "--pattern", "slice:0.3", "--compensate", "8", "--output", "x"]
     assert main(arguments) == 2
     assert "leave compensate out" in capsys.readouterr().err
 
 
 def test_the_command_says_how_far_it_went(model_directory, text_file, test_text_file, tmp_path, capsys):
-    arguments = ["prune", "--model", str(model_directory), "--pruner", "wanda", "--pattern", "2:4", "--compensate"]
+    arguments = ["prune", "--model", str(model_directory), "--pruner", "wanda", "--pattern", "2:4", "--compensate", "8"]
     arguments += ["--calibration", str(text_file), "--num_sequences", "8", "--seq_len", "32"]
     arguments += ["--output", str(tmp_path / "export"), "--text", str(test_text_file), "--json"]
     assert main(arguments) == 0
@@ -154,4 +157,4 @@ def test_the_command_says_how_far_it_went(model_directory, text_file, test_text_
     assert result["sparsity"] == pytest.approx(0.5)
     card = (tmp_path / "export" / "README.md").read_text()
     assert "compensation" in card
-    assert "--compensate" in card
+    assert "--compensate 8" in card

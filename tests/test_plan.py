@@ -326,7 +326,7 @@ SHARDS = ["--count", "8", "--trainer.strategy", "lightning.pytorch.strategies.Mo
         ("llama3-8b", ["--model.pruner", "sparsegpt", "--model.placement", "per_block"]),
         ("llama3-8b", ["--model.orthogonal_map", "exponential"]),
         ("llama3-8b", ["--model.pattern", "0.5", "--model.layer_sparsity", "owl"]),
-        ("llama3-8b", ["--model.compensate", "true"]),
+        ("llama3-8b", ["--model.compensate", "32"]),
         ("llama3-8b", SLICE),
     ],
     ids=["7b", "8b", "70b", "sr_ste", "sparsegpt", "exponential", "owl", "compensate", "slice"],
