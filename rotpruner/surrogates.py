@@ -196,7 +196,7 @@ def check_surrogate(surrogate: Surrogate, pattern: Pattern | Slice, pruner: Prun
         if pruner.needs == "full":
             raise InputError(
                 f"surrogate sigmoid follows the saliency that chooses the masks, and {type(pruner).__name__} chooses "
-                "them while it updates the weights; take wanda, ria or magnitude, and name this one as the update"
+                "them while it updates the weights; take wanda, ria or magnitude"
             )
     if surrogate.name == "gumbel":
         if not isinstance(pattern, NM):
