@@ -79,8 +79,8 @@ class Finish(Ending):
         drawn = random_rotations(module.rotated.base.config, module.spaces, module.seed, placement=module.placement)
         moments = {group: moment.to("cpu") for group, moment in module.rotated.moments.items()}
 
-        def pruned(rotations: dict[str, Tensor] | None, directory: Path) -> None:
-            model = load_model(name)
+        def pruned(rotations: dict[str, Tensor] | None, directory: Path) -> Row:
+            model, found = load_model(name), Row()
             # Learned masks keep the statistics that they were learned with. Controls, and pruners that rebuild the
             # outputs of what they have pruned, get those of pruned predecessors.
             known = moments if rotations is learned and not pruner.rebuilds else None
@@ -101,11 +101,12 @@ class Finish(Ending):
                 dense = load_model(name)
                 merge_rotations(dense, rotations or {})
                 length = compensate(model, dense, batches[: module.compensate], calibration_dtype=dtype, progress=track)
-                console.print(f"weights updated by {length:.2f} of what was fitted")
+                found["step_length"] = length
             save_model(model, tokenizer, directory, replace=True)
+            return found
 
         Rotations.of(learned, module.rotated.base).save_pretrained(run / "rotations", replace=True)
-        rows = [self._row(run, "dense", None, lambda directory: None, load_model(name, torch.float32))]
+        rows = [self._row(run, "dense", None, lambda directory: {}, load_model(name, torch.float32))]
         for control, rotations in (("pruner", None), ("start", started), ("random_rotation", drawn)):
             if control in self.controls:
                 control = "pca" if control == "pruner" and isinstance(pattern, Slice) else control
@@ -148,22 +149,23 @@ class Finish(Ending):
         run: Path,
         name: str,
         pattern: Any,
-        build: Callable[[Path], None],
+        build: Callable[[Path], Row],
         model: PreTrainedModel | None = None,
         seconds: float = 0.0,
     ) -> Row:
-        """Build, reload, evaluate; or read what an interrupted finish has left of it."""
+        """Build, reload, evaluate; or read what an interrupted finish has left of it. `build` may add to the row."""
         kept = run / "rows" / f"{name}.json"
         if kept.is_file():
             return json.loads(kept.read_text(encoding="utf-8"))
         started = time.perf_counter()
         with tempfile.TemporaryDirectory(dir=run) as scratch:
             directory = run / "export" if name == "rotpruner" else Path(scratch) / name
+            found: Row = {}
             if model is None:
                 console.print(f"{name}: prune, save, load again")
-                build(directory)
+                found = build(directory)
                 model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
             seconds += time.perf_counter() - started
-            row = self.evaluated(name, pattern, model, seconds)
+            row = self.evaluated(name, pattern, model, seconds) | found
         write_json(row, kept)
         return row

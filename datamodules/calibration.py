@@ -199,22 +199,22 @@ class CalibrationDataModule(lightning.LightningDataModule):
     Args:
         calibration: the text, a name or a path.
         num_sequences: how many windows of the text are learned from.
-        statistics_sequences: how many of them, the first ones, give the pruner its statistics; None takes all.
         seq_len: tokens in a window.
         batch_size: windows in a batch of one rank.
         seed: chooses the windows and the order of the batches.
         model: whose tokenizer is used: an embedded or hub name, or a local directory.
+        statistics_sequences: how many of the windows, the first ones, give the pruner its statistics; None takes all.
     """
 
     def __init__(
         self,
         calibration: str = "wikipedia_calibration",
         num_sequences: int = 128,
-        statistics_sequences: int | None = None,
         seq_len: int = 1024,
         batch_size: int = 1,
         seed: int = 0,
         model: str = "smollm2-135m",
+        statistics_sequences: int | None = None,
     ) -> None:
         super().__init__()
         _check_sizes(num_sequences, seq_len, seed)

@@ -335,3 +335,13 @@ def test_arguments_are_checked_before_any_work(cache, argument, value, message):
     with pytest.raises(InputError, match=message):
         CalibrationDataModule(**{argument: value})
     assert not cache.exists()
+
+
+def test_statistics_may_take_fewer_sequences(text_file, model_directory):
+    settings = dict(calibration=str(text_file), num_sequences=6, seq_len=16, model=str(model_directory))
+    data = CalibrationDataModule(**settings, statistics_sequences=2)
+    assert torch.equal(data.statistics_tokens, data.tokens[:2])
+    assert torch.equal(CalibrationDataModule(**settings).statistics_tokens, data.tokens)
+    for count in (0, 7):
+        with pytest.raises(InputError, match=f"statistics_sequences {count} is not between 1 and num_sequences 6"):
+            CalibrationDataModule(**settings, statistics_sequences=count)

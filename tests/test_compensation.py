@@ -7,6 +7,8 @@ import json
 
 import pytest
 import torch
+from test_cli import fit_arguments
+from tiny_models import MODELS, exact, tiny
 
 from experiments.__main__ import main
 from rotpruner.compensation import _distance_to, _fit, check_compensation, compensate, line_search
@@ -16,7 +18,6 @@ from rotpruner.oneshot import prune_model
 from rotpruner.patterns import parse_pattern
 from rotpruner.pruners import resolve_pruner
 from rotpruner.rotations import merge_rotations, random_rotations
-from tests.tiny_models import MODELS, exact, tiny
 
 
 def batches(count: int = 16, seed: int = 0) -> tuple[torch.Tensor, ...]:
@@ -158,3 +159,17 @@ def test_the_command_says_how_far_it_went(model_directory, text_file, test_text_
     card = (tmp_path / "export" / "README.md").read_text()
     assert "compensation" in card
     assert "--compensate 8" in card
+
+
+def test_a_fit_updates_all_its_rows_under_their_masks(model_directory, text_file, test_text_file, tmp_path, capsys):
+    run = tmp_path / "run"
+    arguments = ["fit", "-c", "experiments/configs/quickstart.yaml"]
+    arguments += fit_arguments(model_directory, text_file, test_text_file, run)
+    assert main([*arguments, "--model.compensate", "100000"]) == 2
+    assert "calibration sequences; give fewer" in capsys.readouterr().err
+    assert main([*arguments, "--model.compensate", "4"]) == 0
+    results = json.loads((run / "results.json").read_text())
+    pruned = [row for row in results["rows"] if row["name"] != "dense"]
+    assert [row["name"] for row in pruned] == ["pruner", "random_rotation", "rotpruner"]
+    assert all(row["sparsity"] == 0.5 and 0 <= row["step_length"] <= 1 for row in pruned)
+    assert "compensation" in (run / "export" / "README.md").read_text()
