@@ -24,6 +24,7 @@ from rotpruner.objectives import Objective
 from rotpruner.patterns import Slice, parse_pattern
 from rotpruner.planning import MemoryPlan, largest, memory_plan
 from rotpruner.pruners import resolve_pruner
+from rotpruner.rotated_model import check_offload
 from rotpruner.rotations import turns
 from rotpruner.sizes import Setup, Term, total
 from rotpruner.surrogates import Surrogate
@@ -33,23 +34,25 @@ _EFFICIENCY = 0.4  # of the peak rate that large models usually reach in trainin
 
 @dataclass(frozen=True)
 class Hardware:
-    """Memory in bytes and peak rates in operations a second, by the makers' data sheets, without sparsity."""
+    """Memory in bytes, peak rates in operations a second and bytes a second from the host to it, by the makers' data
+    sheets, without sparsity."""
 
     memory: float
     half: float
     single: float
+    link: float
 
 
-_GIB, _TERA = 2**30, 1e12
+_GIB, _TERA, _GIGA = 2**30, 1e12, 1e9
 
 GPUS = {
-    "v100-32gb": Hardware(32 * _GIB, 125 * _TERA, 15.7 * _TERA),
-    "rtx4090-24gb": Hardware(24 * _GIB, 165 * _TERA, 82.6 * _TERA),
-    "l40s-48gb": Hardware(48 * _GIB, 362 * _TERA, 91.6 * _TERA),
-    "a100-40gb": Hardware(40 * _GIB, 312 * _TERA, 19.5 * _TERA),
-    "a100-80gb": Hardware(80 * _GIB, 312 * _TERA, 19.5 * _TERA),
-    "h100-80gb": Hardware(80 * _GIB, 989 * _TERA, 67 * _TERA),
-    "h200-141gb": Hardware(141 * _GIB, 989 * _TERA, 67 * _TERA),
+    "v100-32gb": Hardware(32 * _GIB, 125 * _TERA, 15.7 * _TERA, 16 * _GIGA),
+    "rtx4090-24gb": Hardware(24 * _GIB, 165 * _TERA, 82.6 * _TERA, 32 * _GIGA),
+    "l40s-48gb": Hardware(48 * _GIB, 362 * _TERA, 91.6 * _TERA, 32 * _GIGA),
+    "a100-40gb": Hardware(40 * _GIB, 312 * _TERA, 19.5 * _TERA, 32 * _GIGA),
+    "a100-80gb": Hardware(80 * _GIB, 312 * _TERA, 19.5 * _TERA, 32 * _GIGA),
+    "h100-80gb": Hardware(80 * _GIB, 989 * _TERA, 67 * _TERA, 64 * _GIGA),
+    "h200-141gb": Hardware(141 * _GIB, 989 * _TERA, 67 * _TERA, 64 * _GIGA),
 }
 
 
@@ -119,6 +122,8 @@ def read_setup(arguments: list[str], gpu: str, count: int) -> tuple[Setup, str]:
     surrogate = Surrogate(**_plain(model.surrogate))
     if surrogate.anneals:
         raise InputError(f"plan knows no formulas of surrogate {surrogate.name}; ask for sr_ste, which takes less")
+    sharded = count > 1 and _shards(trainer.strategy)
+    check_offload(model.offload, model.gradient_checkpointing, sharded)
     setup = Setup(
         config=config,
         pruner=resolve_pruner(model.pruner),
@@ -137,10 +142,11 @@ def read_setup(arguments: list[str], gpu: str, count: int) -> tuple[Setup, str]:
         statistics_sequences=data.statistics_sequences or data.num_sequences,
         steps=_steps(trainer, data),
         gradient_checkpointing=model.gradient_checkpointing,
+        offload=model.offload,
         optimizer_states=_states(optimizer),
         keeps_unmasked=surrogate.name == "sr_ste" and not isinstance(pattern, Slice),
         ranks=count,
-        sharded=count > 1 and _shards(trainer.strategy),
+        sharded=sharded,
         device="cpu" if gpu == "cpu" else "gpu",
     )
     return setup, model.model
@@ -201,7 +207,13 @@ def _seconds(flops: list[Term], setup: Setup, gpu: str) -> tuple[float | None, s
     turning = sum(term.amount for term in flops if term.name == "orthogonal map")
     rest = total(flops) - turning
     parts = [f"{work / _TERA:.2f} / {peak / _TERA:g}" for work, peak in ((rest, rate), (turning, rates.single))]
-    return (rest / rate + turning / rates.single) / _EFFICIENCY, f"({' + '.join(parts)}) / {_EFFICIENCY}"
+    seconds, formula = (rest / rate + turning / rates.single) / _EFFICIENCY, f"({' + '.join(parts)}) / {_EFFICIENCY}"
+    if setup.fetches:
+        # Forward and in the recomputation. A copy waits for the work before it, as they share a stream.
+        copied = 2 * setup.decoder_weights * setup.s
+        seconds += copied / rates.link
+        formula += f" + {copied / _GIGA:.2f} / {rates.link / _GIGA:g}"
+    return seconds, formula
 
 
 def _terms(terms: list[Term]) -> list[dict[str, Any]]:
@@ -217,12 +229,12 @@ def _changes(setup: Setup, gpu: str, capacity: int) -> list[dict[str, Any]]:
         found.append({"change": change, "peak": peak, "fits": peak <= room})
         return peak <= room
 
-    together, names = setup, list[str]()
-    for change, settings, useful in _savings(setup):
+    together, names = setup, dict[str, None]()
+    for changes, settings, useful in _savings(setup):
         if useful:
-            weigh(change, replace(setup, **settings), capacity)
-            together, names = replace(together, **settings), [*names, change]
-    if len(names) > 1:
+            weigh(" ".join(changes), replace(setup, **settings), capacity)
+            together, names = replace(together, **settings), names | dict.fromkeys(changes)
+    if len(found) > 1:
         weigh(" ".join(names), together, capacity)
     if gpu == "cpu":
         return found
@@ -231,22 +243,27 @@ def _changes(setup: Setup, gpu: str, capacity: int) -> list[dict[str, Any]]:
             weigh(f"--gpu {name}", setup, int(hardware.memory))
     for name in [gpu, *(other for other in GPUS if GPUS[other].memory > capacity)]:
         for ranks in (2, 4, 8, 16, 32):
-            shared = replace(setup, ranks=ranks, sharded=True)
+            shared = replace(setup, ranks=ranks, sharded=True, offload=False)
             if memory_plan(shared).peak <= GPUS[name].memory or ranks == 32:
-                weigh(f"--gpu {name} --count {ranks}, and a ModelParallelStrategy", shared, int(GPUS[name].memory))
+                change = f"--gpu {name} --count {ranks}, and a ModelParallelStrategy"
+                weigh(change + " without offload" * setup.offload, shared, int(GPUS[name].memory))
                 break
     return found
 
 
-def _savings(setup: Setup) -> list[tuple[str, dict[str, Any], bool]]:
+def _savings(setup: Setup) -> list[tuple[list[str], dict[str, Any], bool]]:
     """Options of `fit`, what they change, and whether that can help here."""
     half, needed = setup.seq_len // 2, setup.sliced or setup.start == "pca"
+    recompute = [] if setup.gradient_checkpointing else ["--model.gradient_checkpointing true"]
+    recomputed = {"gradient_checkpointing": True}
+    waits = setup.device == "gpu" and not setup.sharded and not setup.offload
     return [
-        ("--model.base_dtype bfloat16", {"dtype": torch.bfloat16}, setup.s > 2),
-        ("--model.gradient_checkpointing true", {"gradient_checkpointing": True}, not setup.gradient_checkpointing),
-        ("--data.batch_size 1", {"batch_size": 1}, setup.batch_size > 1),
-        (f"--data.seq_len {half}", {"seq_len": half}, half >= 512),
-        ("--model.spaces [value_heads]", {"spaces": ("value_heads",)}, "residual" in setup.spaces and not needed),
+        (["--model.base_dtype bfloat16"], {"dtype": torch.bfloat16}, setup.s > 2),
+        (recompute, recomputed, bool(recompute)),
+        ([*recompute, "--model.offload true"], {**recomputed, "offload": True}, waits),
+        (["--data.batch_size 1"], {"batch_size": 1}, setup.batch_size > 1),
+        ([f"--data.seq_len {half}"], {"seq_len": half}, half >= 512),
+        (["--model.spaces [value_heads]"], {"spaces": ("value_heads",)}, "residual" in setup.spaces and not needed),
     ]
 
 
@@ -271,6 +288,8 @@ def _show(result: dict[str, Any], setup: Setup, memory: MemoryPlan, rates: str) 
         print(
             f"\ntime: {rates} = {seconds:.2f} s a step: TFLOP by peak TFLOP/s, the orthogonal map in single precision,"
         )
+        if setup.fetches:
+            print("and GB copied from the host, forward and again backward, by the link's peak GB/s; products")
         print(f"at {_EFFICIENCY:.0%} of the peak (assumed); {setup.steps} steps take {seconds * setup.steps / 60:.0f} "
               "minutes, without calibration, mask refreshes and the end of the run")  # fmt: skip
     verdict = "fits" if result["fits"] else "DOES NOT FIT; what would change that:"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from functools import partial
 from typing import Any, Literal
 
@@ -26,7 +27,7 @@ from rotpruner.optimizers import CayleySGD
 from rotpruner.orthogonal import MapName, orthogonality_error
 from rotpruner.patterns import Pattern, Scope, Slice, parse_pattern
 from rotpruner.pruners import resolve_pruner
-from rotpruner.rotated_model import RotatedModel
+from rotpruner.rotated_model import RotatedModel, check_offload
 from rotpruner.rotation_artifact import Rotations
 from rotpruner.rotations import (
     LearnedRotations,
@@ -119,6 +120,8 @@ class RotationModule(LightningModule):
         objective: what is minimised.
         base_dtype: of the frozen weights and the activations; rotations are float32 (float64 with float64).
         gradient_checkpointing: recompute each block in the backward pass; slower, much smaller.
+        offload: keep the decoder weights in main memory and bring each to the device when its linear runs; slower,
+            much smaller on the device, and with `gradient_checkpointing` only.
         optimizer: of the rotations.
         lr_scheduler: `cosine` falls to zero at the run's last step; any other scheduler steps once an
             optimiser step.
@@ -147,6 +150,7 @@ class RotationModule(LightningModule):
         objective: Objective = Objective(),  # noqa: B008 - frozen
         base_dtype: BaseDtype = "bfloat16",
         gradient_checkpointing: bool = False,
+        offload: bool = False,
         optimizer: OptimizerCallable = lambda parameters: torch.optim.Adam(parameters, lr=2e-3),
         lr_scheduler: LRSchedulerCallable | Literal["constant", "cosine"] = "cosine",
         seed: int = 0,
@@ -158,6 +162,7 @@ class RotationModule(LightningModule):
         self.pattern = parse_pattern(pattern, scope)
         self.compensate = compensate
         check_compensation(compensate, None, self.pattern)
+        check_offload(offload, gradient_checkpointing)
         self.layer_sparsity = layer_sparsity
         self.model_name, self.spaces = model, spaces
         config = load_config(model)
@@ -174,7 +179,7 @@ class RotationModule(LightningModule):
         self.init_rotations = init_rotations
         self.surrogate, self.objective = surrogate, objective
         self.base_dtype = getattr(torch, base_dtype)
-        self.gradient_checkpointing = gradient_checkpointing
+        self.gradient_checkpointing, self.offload = gradient_checkpointing, offload
         self._optimizer, self._lr_scheduler = optimizer, lr_scheduler
         self._restored_mask_rotations: dict[str, Tensor] | None = None
 
@@ -187,6 +192,7 @@ class RotationModule(LightningModule):
             )
         if self.device_mesh is not None and self.surrogate.name == "gumbel":
             raise InputError("surrogate gumbel learns masks, which ModelParallelStrategy does not share out; use ddp")
+        check_offload(self.offload, self.gradient_checkpointing, self.device_mesh is not None)
         if self.surrogate.anneals and self.trainer.max_steps == self.trainer.max_epochs == -1:
             raise InputError(f"surrogate {self.surrogate.name} anneals over the run, which has no end; set max_steps")
         data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
@@ -197,7 +203,9 @@ class RotationModule(LightningModule):
         """Load the base model and put it under rotations, once; sharded if the strategy has a device mesh."""
         if hasattr(self, "rotated"):
             return
-        base = load_model(self.model_name, self.base_dtype)
+        # Lightning has new tensors made on the GPU, which need not hold all of these.
+        with torch.device("cpu") if self.offload else nullcontext():
+            base = load_model(self.model_name, self.base_dtype)
         rotations = LearnedRotations(
             base.config, self.spaces, self.orthogonal_map, self.start, self.seed, self.placement
         )
@@ -218,6 +226,7 @@ class RotationModule(LightningModule):
             self.layer_sparsity,
             Ranks.world(),
             self.seed,
+            self.offload,
         )
         # DDP would send all masks from the first rank to the others at every step; they are alike by construction.
         masks = [f"rotated.base.{linear.place.name}.mask" for linear in self.rotated.linears]

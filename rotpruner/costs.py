@@ -48,7 +48,7 @@ MAP_COSTS = {
 def step_flops(setup: Setup) -> list[Term]:
     """Operations of one optimiser step on one device; all in the model's precision but those of "orthogonal map"."""
     config, tau = setup.config, setup.tokens
-    M = sum(outputs * inputs for _, outputs, inputs in setup.linears)
+    M = setup.decoder_weights
     linears = 2 * M * tau
     # PyTorch stops recomputing a block at its last product, whose result nothing needs.
     last = sum(

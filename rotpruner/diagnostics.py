@@ -142,7 +142,7 @@ def masked_share(rotated: RotatedModel) -> list[dict[str, Any]]:
             mask = linear.mask
             if mask is None:
                 continue
-            weight = rotate_weight(whole(linear.weight), *sides(config, rotations, linear.place))
+            weight = rotate_weight(whole(linear.weight, mask.device), *sides(config, rotations, linear.place))
             saliency = rotated.pruner.saliency(weight, turned)
             row = {"name": linear.place.name, "layer": linear.place.layer, "weights": mask.numel()}
             rows.append({**row, "sparsity": 1 - mask.double().mean().item(), "kept_mass": kept_mass(saliency, mask)})

@@ -83,9 +83,10 @@ class Ranks:
         dist.destroy_process_group(patient)
 
 
-def whole(tensor: Tensor) -> Tensor:
-    """A tensor with all its shards, gathered from all ranks if it is sharded."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+def whole(tensor: Tensor, device: torch.device | None = None) -> Tensor:
+    """A tensor with all its shards, gathered from all ranks if it is sharded; on a device, if one is given."""
+    found = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+    return found.to(device or found.device)
 
 
 #: What gloo, NCCL and torch's store say where a process that they talk to is gone.

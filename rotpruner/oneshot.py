@@ -218,7 +218,9 @@ def layer_patterns(
     moments = gather_model_moments(model, wanda, (), batches, ranks)
 
     def saliency(linear: BlockLinear) -> Tensor:
-        return wanda.saliency(whole(module_at(model, linear.name).weight), moments[linear.group]).flatten()
+        moment = moments[linear.group]
+        weight = whole(module_at(model, linear.name).weight, moment.blocks.device)
+        return wanda.saliency(weight, moment).flatten()
 
     blocks = groupby(block_linears(model.config), key=lambda linear: linear.layer)
     saliencies = (torch.cat([saliency(linear) for linear in members]) for _, members in blocks)

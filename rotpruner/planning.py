@@ -85,14 +85,16 @@ def memory_plan(setup: Setup) -> MemoryPlan:
         "blocks, backward": [*_kept(setup), *_recomputed(setup), _map(setup), _weight_gradients(setup)],
         "rotations, backward": [_map_backward(setup)],
         "optimiser step": [_step(setup)],
-        "mask refresh": [_refresh(setup)],
+        "mask refresh": [_refresh(setup), *_fetched_linear(setup)],
     }
     if setup.start == "pca":
         phases["principal directions"] = [_pca(setup)]
     if setup.layer_sparsity == "owl":
-        phases["outlier ratios"] = [_outliers(setup)]
-    teacher = [_teacher_states(setup)] if setup.objective.needs_teacher else []
-    return MemoryPlan(resident, phases, teacher, _host_phases(setup), setup.device)
+        phases["outlier ratios"] = [_outliers(setup), *_fetched_linear(setup)]
+    kept_by_host = [_teacher_states(setup)] if setup.objective.needs_teacher else []
+    if setup.offload:
+        kept_by_host.append(_offloaded(setup))
+    return MemoryPlan(resident, phases, kept_by_host, _host_phases(setup), setup.device)
 
 
 def _host_phases(setup: Setup) -> Phases:
@@ -123,7 +125,7 @@ def _host_phases(setup: Setup) -> Phases:
 def _compensation(setup: Setup) -> list[Term]:
     P, c, d = setup.parameters, setup.checkpoint_size, setup.config.hidden_size
     N, T = setup.compensate, setup.seq_len
-    M = sum(outputs * inputs for _, outputs, inputs in setup.linears)
+    M = setup.decoder_weights
     # What each group of a block's linears gets, and the stream behind each sublayer.
     inputs = {place.group: inputs for place, _, inputs in setup.linears if place.layer == 0}
     width = sum(inputs.values()) + len(residual_sublayers(setup.config)) * d
@@ -137,12 +139,14 @@ def _compensation(setup: Setup) -> list[Term]:
 
 
 def _masks(setup: Setup) -> list[Term]:
-    masks = sum(outputs * inputs for _, outputs, inputs in setup.linears)
+    masks = setup.decoder_weights
     return [] if setup.sliced else [Term("masks", masks, f"M · 1 = {masks:,} · 1, boolean")]
 
 
 def _weights(setup: Setup) -> list[Term]:
-    P, s = setup.parameters, setup.s
+    P, s, M = setup.parameters, setup.s, setup.decoder_weights
+    if setup.offload:
+        return [Term("frozen weights", (P - M) * s, f"(P − M) s = ({P:,} − {M:,}) · {s}: all but the decoder linears'")]
     if not setup.sharded:
         return [Term("frozen weights", P * s, f"P · s = {P:,} · {s}")]
     blocks = parameter_count(module_at(setup.model, family_of(setup.config).blocks))
@@ -153,6 +157,34 @@ def _weights(setup: Setup) -> list[Term]:
         Term("gathered blocks", 2 * block,
              f"2 P_blocks s / L = 2 · {blocks:,} · {s} / {setup.layers}: this one and the next"),
     ]  # fmt: skip
+
+
+def _offloaded(setup: Setup) -> Term:
+    """For a GPU in pinned memory, of which PyTorch takes a power of two for each weight."""
+    ranks, s = setup.ranks, setup.s
+    if not setup.fetches:
+        M = setup.decoder_weights
+        return Term("decoder weights", ranks * M * s, f"ranks · M · s = {ranks} · {M:,} · {s}")
+    pinned = [1 << (outputs * inputs * s - 1).bit_length() for _, outputs, inputs in setup.block]
+    return Term("decoder weights", ranks * setup.layers * sum(pinned),
+                f"ranks · L Σ O · I · s = {ranks} · {setup.layers} · {summed(f'{size:,}' for size in pinned)}: "
+                "pinned, each rounded up to a power of two")  # fmt: skip
+
+
+def _fetched_block(setup: Setup) -> list[Term]:
+    """Offloaded weights wait on the device from a block's recomputation until its gradients are there."""
+    if not setup.fetches:
+        return []
+    sizes = summed(f"{outputs} · {inputs}" for _, outputs, inputs in setup.block)
+    return [Term("one block's own weights", setup.decoder_weights // setup.layers * setup.s,
+                 f"Σ O · I · s = {sizes} · {setup.s}: as they came from the host")]  # fmt: skip
+
+
+def _fetched_linear(setup: Setup) -> list[Term]:
+    if not setup.fetches:
+        return []
+    formula = f"O · I · s of the largest linear = {setup.largest:,} · {setup.s}: as it came from the host"
+    return [Term("a linear's own weight", setup.largest * setup.s, formula)]
 
 
 def _rotations(setup: Setup) -> Term:
@@ -204,7 +236,7 @@ def _pca(setup: Setup) -> Term:
 
 
 def _outliers(setup: Setup) -> Term:
-    block = sum(outputs * inputs for _, outputs, inputs in setup.linears) // setup.layers
+    block = setup.decoder_weights // setup.layers
     return Term("saliencies of a block", 8 * block, f"2 · 4 · M / L = 8 · {block:,}: of each linear, and as one")
 
 
@@ -283,6 +315,7 @@ def _recomputed(setup: Setup) -> list[Term]:
         Term("one block's activations", setup.tokens * per_token,
              f"B T · a = {setup.tokens} · {per_token:,}; a = {formula}"),
         Term("one block's rotated weights", weights, f"{_COPIES} = {sizes}{_WHICH}"),
+        *_fetched_block(setup),
     ]  # fmt: skip
 
 

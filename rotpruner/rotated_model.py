@@ -22,6 +22,7 @@ from transformers import PreTrainedModel
 
 from rotpruner.concentration import concentration_entropy, lost_mass
 from rotpruner.distributed import Ranks, whole
+from rotpruner.errors import InputError
 from rotpruner.families import (
     BlockLinear,
     block_linears,
@@ -67,22 +68,52 @@ Masked = Callable[[BlockLinear, Tensor, Tensor], Tensor]
 
 
 class RotatedLinear(nn.Linear):
-    """A frozen decoder linear that runs in the basis of the moment: y = x (masked(Q_Bᵀ W Q_A, M))ᵀ + b Q_B."""
+    """A frozen decoder linear that runs in the basis of the moment: y = x (masked(Q_Bᵀ W Q_A, M))ᵀ + b Q_B.
+
+    Args:
+        linear: whose weight and bias it takes over.
+        place: of the linear.
+        basis: of the model, of the moment.
+        masked: applies the mask.
+        offload: leave the weight in main memory; it comes to where the input is at every call.
+    """
 
     mask: Tensor | None
 
-    def __init__(self, linear: nn.Linear, place: BlockLinear, basis: Basis, masked: Masked) -> None:
+    def __init__(
+        self, linear: nn.Linear, place: BlockLinear, basis: Basis, masked: Masked, offload: bool = False
+    ) -> None:
         super().__init__(linear.in_features, linear.out_features, bias=False, device="meta")
         self.weight, self.bias = linear.weight, linear.bias
+        if offload:
+            # No parameter any more: what moves, saves or synchronises a module passes it by.
+            del self.weight
+            weight = linear.weight.detach().cpu()
+            # Pinned memory is copied faster, and the host does not wait for it.
+            self.weight = weight.pin_memory() if torch.cuda.is_available() else weight
         self.place, self.basis, self.masked = place, basis, masked
         self.register_buffer("mask", None, persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
         reads, writes = sides(self.basis.config, self.basis.rotations, self.place)
-        weight = rotate_weight(self.weight, reads, writes)
+        weight = rotate_weight(self.weight.to(x.device, non_blocking=True), reads, writes)
         if self.basis.pruned and self.mask is not None:
             weight = self.masked(self.place, weight, self.mask)
         return F.linear(x, weight, rotate_bias(self.bias, writes))
+
+
+def check_offload(offload: bool, gradient_checkpointing: bool, sharded: bool = False) -> None:
+    """Raise `InputError` if weights in main memory would not help, or are to be spread over devices as well."""
+    if offload and not gradient_checkpointing:
+        raise InputError(
+            "offload keeps decoder weights in main memory, but without recomputation the backward pass would keep all "
+            "that has come to the device: set gradient_checkpointing to true"
+        )
+    if offload and sharded:
+        raise InputError(
+            "offload keeps whole decoder weights in each process's main memory, and ModelParallelStrategy would shard "
+            "them over devices: leave one of them out, or take ddp"
+        )
 
 
 class _BasisChange(Shortcut):
@@ -107,13 +138,16 @@ class RotatedModel(nn.Module):
         surrogate: how the gradient passes them.
         objective: what is minimised.
         gradient_checkpointing: recompute each block, and its rotated weights, in the backward pass.
+        offload: keep the decoder linears' weights in main memory, whence they come one linear at a time, forward and
+            again in the recomputation; needs `gradient_checkpointing`.
         layer_sparsity: `uniform`, or `owl` to let blocks with many outliers keep more.
         ranks: processes that hold a copy each, or shards of one. They share calibration and the choice of masks;
             losses and their gradients are each rank's own.
         seed: of the noise of a surrogate that has any.
 
     Raises:
-        InputError: the pattern has no sparsity that blocks could share out, or does not go with the surrogate.
+        InputError: the pattern has no sparsity that blocks could share out, or does not go with the surrogate; or
+            `offload` is set without `gradient_checkpointing`.
     """
 
     def __init__(
@@ -128,9 +162,11 @@ class RotatedModel(nn.Module):
         layer_sparsity: LayerSparsity = "uniform",
         ranks: Ranks | None = None,
         seed: int = 0,
+        offload: bool = False,
     ) -> None:
         super().__init__()
         check_layer_sparsity(pattern, layer_sparsity)
+        check_offload(offload, gradient_checkpointing)
         self.layer_sparsity = layer_sparsity
         surrogate = surrogate or Surrogate()
         self.rotations = rotations
@@ -154,14 +190,15 @@ class RotatedModel(nn.Module):
         base.requires_grad_(False)
         weights = {place: module_at(base, place.name).weight for place in block_linears(base.config)}
         self.relaxation = Relaxation(base.config, surrogate, pruner, pattern, weights, seed)
-        self.linears = self._replace_linears(base)
+        del weights  # each goes as soon as its pinned copy has taken its place
+        self.linears = self._replace_linears(base, offload)
         self._hook_shortcuts(base, rotations.sites)
         self.base = ready_to_learn(base, gradient_checkpointing)
 
-    def _replace_linears(self, base: PreTrainedModel) -> list[RotatedLinear]:
+    def _replace_linears(self, base: PreTrainedModel, offload: bool) -> list[RotatedLinear]:
         replaced = []
         for place in block_linears(base.config):
-            linear = RotatedLinear(module_at(base, place.name), place, self.basis, self.relaxation.masked)
+            linear = RotatedLinear(module_at(base, place.name), place, self.basis, self.relaxation.masked, offload)
             base.set_submodule(place.name, linear)
             replaced.append(linear)
         return replaced
@@ -307,6 +344,7 @@ class RotatedModel(nn.Module):
     ) -> Iterator[tuple[RotatedLinear, Tensor]]:
         """The masks of at most one group of linears a rank: all ranks choose at the same time, then tell the others."""
         own: dict[RotatedLinear, Tensor] = {}
+        device = self.base.device
         for source, group in enumerate(groups):
             for linear in group:
                 weight = whole(linear.weight)  # sharded weights come together one at a time, on all ranks
@@ -319,12 +357,12 @@ class RotatedModel(nn.Module):
             if moment is None and linear.place.group in self.moments:
                 moment = self.moments[linear.place.group].rotate(reads)
             pattern = self.patterns[linear.place.layer]
-            own[linear] = self.pruner.mask(rotate_weight(weight, reads, writes), moment, pattern)
+            own[linear] = self.pruner.mask(rotate_weight(whole(weight, device), reads, writes), moment, pattern)
         for source, group in enumerate(groups):
             for linear in group:
                 mask = own.get(linear)
                 if mask is None:
-                    mask = torch.empty(linear.weight.shape, dtype=torch.bool, device=linear.weight.device)
+                    mask = torch.empty(linear.weight.shape, dtype=torch.bool, device=device)
                 yield linear, self.ranks.broadcast(mask.contiguous(), source)
 
     # -- what is minimised -----------------------------------------------------------------------
@@ -372,7 +410,8 @@ class RotatedModel(nn.Module):
         masses: list[Tensor] = []
         for linear in group:
             reads, writes = sides(config, rotations, linear.place)
-            importance = self.pruner.importance(rotate_weight(whole(linear.weight), reads, writes), moment)
+            weight = rotate_weight(whole(linear.weight, self.base.device), reads, writes)
+            importance = self.pruner.importance(weight, moment)
             entropies += concentration_entropy(importance, reads is not None, writes is not None)
             masses.append(lost_mass(importance, self.patterns[linear.place.layer]))
         empty = masses[0].new_zeros(0)

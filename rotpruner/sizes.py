@@ -67,6 +67,7 @@ class Setup:
         seq_len, batch_size, num_sequences, steps: of a rank.
         statistics_sequences: how many of the sequences give the pruner its statistics.
         gradient_checkpointing: whether blocks are recomputed in the backward pass.
+        offload: whether the decoder linears' weights wait in main memory; with gradient checkpointing, unsharded.
         optimizer_states: tensors that the optimiser keeps for each parameter; Adam has 2.
         keeps_unmasked: whether the surrogate keeps W' besides the masked weight (SR-STE does).
         ranks: GPUs that share the work.
@@ -91,6 +92,7 @@ class Setup:
     statistics_sequences: int = 128
     steps: int = 100
     gradient_checkpointing: bool = False
+    offload: bool = False
     optimizer_states: int = 2
     keeps_unmasked: bool = False
     ranks: int = 1
@@ -115,6 +117,16 @@ class Setup:
     def parameters(self) -> int:
         """P, tied ones counted once."""
         return parameter_count(self.model)
+
+    @cached_property
+    def decoder_weights(self) -> int:
+        """M."""
+        return sum(outputs * inputs for _, outputs, inputs in self.linears)
+
+    @property
+    def fetches(self) -> bool:
+        """Whether offloaded weights are copied to a device; a CPU uses them where they are."""
+        return self.offload and self.device == "gpu"
 
     @cached_property
     def trainable(self) -> int:
@@ -180,12 +192,12 @@ class Setup:
         config = self.config
         sizes = summed(f"{outputs} · {inputs}" for _, outputs, inputs in self.block)
         names = ", ".join(place.spec.path.rpartition(".")[2] for place, _, _ in self.block)
-        weights = sum(outputs * inputs for _, outputs, inputs in self.linears)
         return [
             f"L = {self.layers}, d = {config.hidden_size}, f = {mlp_width(config)}, h = {config.num_attention_heads}, "
             f"g = {self.key_value_heads}, e = {head_dim(config)}, V = {config.vocab_size:,}, T = {self.seq_len}, "
             f"B = {self.batch_size}, s = {self.s} bytes, r = {self.r} bytes",
-            f"P = {self.parameters:,}, among them M = L Σ O · I = {self.layers} · {sizes} = {weights:,}: {names}",
+            f"P = {self.parameters:,}, among them M = L Σ O · I = {self.layers} · {sizes} = {self.decoder_weights:,}: "
+            f"{names}",
             f"K = Σ matrices · n² = {summed(f'{count} · {n}²' for count, n in self.matrices)} = "
             f"{self.rotation_entries:,}, of which k = {self.trainable:,} are free",
         ]

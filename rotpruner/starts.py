@@ -62,7 +62,7 @@ def permuted_start(
         blocks, n = (1, Q.shape[-1]) if is_order(Q) else Q.shape[1:3]
         for site, places in readers.items():
             importances = [
-                pruner.importance(whole(weights[place]).float(), moments.get(place.group)) for place in places
+                pruner.importance(whole(weights[place], Q.device).float(), moments.get(place.group)) for place in places
             ]
             orders = ranks.broadcast(block_orders(importances, blocks, n, pattern), 0)
             Q[site] = orders[0] if is_order(Q) else permutation_matrix(orders)

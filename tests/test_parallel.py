@@ -38,11 +38,14 @@ def logged(run: Path) -> dict[str, list[float]]:
     return found
 
 
-@pytest.mark.parametrize("pruner", ["wanda", pytest.param("sparsegpt", marks=pytest.mark.slow)])
-def test_two_ranks_learn_what_one_process_learns(pruner, parallel_config, tmp_path):
+@pytest.mark.parametrize(
+    ("pruner", "offload"), [("wanda", True), pytest.param("sparsegpt", False, marks=pytest.mark.slow)]
+)
+def test_two_ranks_learn_what_one_process_learns(pruner, offload, parallel_config, tmp_path):
     choice = ["--model.pruner", pruner]
+    waiting = ["--model.gradient_checkpointing", "true", "--model.offload", "true"] if offload else []
     assert start([*alone(parallel_config, tmp_path / "one"), *choice], exact=True) == 0
-    assert start_ranks([*together(parallel_config, tmp_path / "two"), *choice], exact=True) == [0, 0]
+    assert start_ranks([*together(parallel_config, tmp_path / "two"), *choice, *waiting], exact=True) == [0, 0]
     first, second = (recorded(tmp_path / "two", rank) for rank in (0, 1))
     assert_alike(first, recorded(tmp_path / "one"), 1e-9)
     assert_alike(second, first, 0)

@@ -122,31 +122,32 @@ def test_activations_and_rotated_weights_are_what_autograd_keeps(family, spaces,
 
 
 @pytest.mark.parametrize(
-    ("pruner", "pattern", "orthogonal_map"),
+    ("pruner", "pattern", "orthogonal_map", "offload"),
     [
-        ("magnitude", "2:4", "cayley"),
-        ("wanda", "2:4", "cayley"),
-        ("sparsegpt", "2:4", "exponential"),
-        ("wanda", "2:4", "manifold"),
-        ("magnitude", "slice:0.25", "cayley"),
-        ("wanda", "slice:0.25", "manifold"),
+        ("magnitude", "2:4", "cayley", False),
+        ("wanda", "2:4", "cayley", True),
+        ("sparsegpt", "2:4", "exponential", False),
+        ("wanda", "2:4", "manifold", False),
+        ("magnitude", "slice:0.25", "cayley", False),
+        ("wanda", "slice:0.25", "manifold", False),
     ],
 )
-def test_resident_terms_are_what_the_model_holds(pruner, pattern, orthogonal_map):
+def test_resident_terms_are_what_the_model_holds(pruner, pattern, orthogonal_map, offload):
     spaces = ("residual",) if pattern.startswith("slice") else ("residual", "value_heads")
-    rotated = rotated_model(
-        model_of("llama"), torch.bfloat16, spaces, pruner=pruner, pattern=pattern, orthogonal_map=orthogonal_map
-    )
+    choices = dict(pruner=pruner, pattern=pattern, orthogonal_map=orthogonal_map)
+    waiting = dict(gradient_checkpointing=offload, offload=offload)
+    rotated = rotated_model(model_of("llama"), torch.bfloat16, spaces, **choices, **waiting)
     kind = CayleySGD if orthogonal_map == "manifold" else torch.optim.Adam
     optimizer = kind(rotated.rotations.parameters())
     rotated.loss(torch.arange(64)[None], torch.tensor([3]))["loss"].backward()
     optimizer.step()
     states = 1 if orthogonal_map == "manifold" else 2
     choices = dict(pattern=rotated.pattern, orthogonal_map=orthogonal_map, optimizer_states=states)
-    plan = memory_plan(setup_of(rotated, spaces, 64, num_sequences=9, steps=1, **choices))
+    plan = memory_plan(setup_of(rotated, spaces, 64, num_sequences=9, steps=1, **choices, **waiting))
     terms = {term.name: term.amount for term in (*plan.resident, *plan.kept_by_host)}
     held = {
         "frozen weights": list(rotated.base.parameters()),
+        "decoder weights": [linear.weight for linear in rotated.linears if offload],
         "masks": [linear.mask for linear in rotated.linears if linear.mask is not None],
         "statistics H": [moment.blocks for moment in rotated.moments.values()],
         "teacher states": list(rotated._dense_states.kept.values()),
@@ -313,6 +314,7 @@ def calculated(formula: str) -> float:
 
 
 SLICE = ["--model.pattern", "slice:0.25", "--model.spaces", "[residual]", "--model.start", "pca"]
+OFFLOAD = ["--model.gradient_checkpointing", "true", "--model.offload", "true"]
 SHARDS = ["--count", "8", "--trainer.strategy", "lightning.pytorch.strategies.ModelParallelStrategy"]
 
 
@@ -327,9 +329,25 @@ SHARDS = ["--count", "8", "--trainer.strategy", "lightning.pytorch.strategies.Mo
         ("llama3-8b", ["--model.orthogonal_map", "exponential"]),
         ("llama3-8b", ["--model.pattern", "0.5", "--model.layer_sparsity", "owl"]),
         ("llama3-8b", ["--model.compensate", "32"]),
+        ("llama3-8b", OFFLOAD),
+        ("llama3-8b", [*OFFLOAD, "--gpu", "cpu"]),
+        ("llama3-8b", [*OFFLOAD, "--model.pattern", "0.5", "--model.layer_sparsity", "owl"]),
         ("llama3-8b", SLICE),
     ],
-    ids=["7b", "8b", "70b", "sr_ste", "sparsegpt", "exponential", "owl", "compensate", "slice"],
+    ids=[
+        "7b",
+        "8b",
+        "70b",
+        "sr_ste",
+        "sparsegpt",
+        "exponential",
+        "owl",
+        "compensate",
+        "offload",
+        "offload on a cpu",
+        "offload and owl",
+        "slice",
+    ],
 )
 def test_the_numbers_of_every_formula_give_its_amount(name, options, plan):
     found = plan(name, *options)
@@ -363,6 +381,30 @@ def test_what_does_not_fit_is_told_what_to_change(plan):
     sharded = plan("llama3-70b", "--gpu", "h200-141gb", *SHARDS)
     assert sharded["hardware"]["sharded"]
     assert sharded["fits"]
+
+
+def test_offload_by_hand(plan):
+    d, f, L, s = 4096, 14336, 32, 2
+    block = 2 * d * (d + 1024) + 3 * d * f
+    without = plan("llama3-8b", "--gpu", "rtx4090-24gb", "--model.gradient_checkpointing", "false")
+    found = plan("llama3-8b", "--gpu", "rtx4090-24gb", *OFFLOAD)
+    memory, weights = found["memory"], 2 * 128256 * d + (2 * L + 1) * d
+    terms = {term["name"]: term["amount"] for term in memory["resident"]}
+    assert terms["frozen weights"] == s * weights
+    phase = {term["name"]: term["amount"] for term in memory["phases"]["blocks, backward"]}
+    assert phase["one block's own weights"] == s * block
+    host = {term["name"]: term["amount"] for term in memory["kept_by_host"]}
+    assert host["decoder weights"] == L * (2 * 2**25 + 2 * 2**23 + 3 * 2**27), "up to powers of two"
+    assert memory["host"] > host["decoder weights"]
+    changes = {change["change"]: change["peak"] for change in without["changes"]}
+    assert changes["--model.gradient_checkpointing true --model.offload true"] == memory["peak"]
+    copied = plan("llama3-8b", *OFFLOAD)["seconds_per_step"] - plan("llama3-8b", *OFFLOAD[:2])["seconds_per_step"]
+    assert copied == pytest.approx(2 * s * L * block / 64e9)
+
+    twice = plan("llama3-8b", *OFFLOAD, "--count", "2", "--trainer.strategy", "ddp")["memory"]["kept_by_host"]
+    assert twice[-1]["amount"] == 2 * host["decoder weights"]
+    cpu = [plan("llama3-8b", "--gpu", "cpu", *options)["memory"]["learning"] for options in (OFFLOAD, OFFLOAD[:2])]
+    assert cpu[0] == cpu[1], "main memory holds them either way"
 
 
 def test_the_plan_for_a_person_shows_the_same_numbers(plan, capsys, tmp_path):
@@ -441,6 +483,8 @@ def test_optimizers_and_spaces_count(plan):
         (["--model.orthogonal_map", "manifold"], ["manifold", "CayleySGD"]),
         (["--model.layer_sparsity", "owl"], ["owl", "2:4"]),
         (["--model.surrogate.name", "gumbel"], ["gumbel"]),
+        (["--model.gradient_checkpointing", "false", "--model.offload", "true"], ["offload", "gradient_checkpointing"]),
+        ([*OFFLOAD, *SHARDS], ["offload", "ModelParallelStrategy"]),
         (["--data.seq_len", "100000"], ["100000", "4096"]),
         (["--model.model", "/no/model"], ["/no/model"]),
         (["--model.banana", "1"], ["banana"]),

@@ -77,9 +77,14 @@ def test_sigmoid_learns_on_shards_what_it_learns_on_one_process(parallel_config,
     assert_alike(recorded(tmp_path / "two"), recorded(tmp_path / "one"), 1e-7)
 
 
-def test_masks_that_learn_are_refused_on_shards(parallel_config, tmp_path):
+@pytest.mark.parametrize(
+    "choice",
+    [["--model.surrogate.name", "gumbel"], ["--model.offload", "true", "--model.gradient_checkpointing", "true"]],
+    ids=["masks that learn", "offload"],
+)
+def test_what_cannot_be_sharded_is_refused(choice, parallel_config, tmp_path):
     arguments = together(sharded(parallel_config, False), tmp_path / "run")
-    assert start_ranks(["fit", *arguments, "--model.surrogate.name", "gumbel"], target=command) == [2, 2]
+    assert start_ranks(["fit", *arguments, *choice], target=command) == [2, 2]
     assert not (tmp_path / "run" / "config.yaml").exists()
 
 
