@@ -96,6 +96,21 @@ class Ending(Callback, ABC):
             "online_flops": online_cost(model).flops,
         }
 
+    def described(self, trainer: Trainer) -> Row:
+        """What model cards say of every training and its evaluation, by `Origin`'s names."""
+        data: Any = trainer.datamodule  # type: ignore[attr-defined]
+        sequences = trainer.global_step * trainer.accumulate_grad_batches * trainer.world_size * data.batch_size
+        first = f"the first {self.max_tokens:,} tokens" if self.max_tokens is not None else "all tokens"
+        return {
+            "calibration": data.calibration,
+            "seq_len": data.seq_len,
+            "steps": trainer.global_step,
+            "training_tokens": sequences * data.seq_len,
+            "evaluation": f"in float32 over windows of {self.seq_len:,} tokens that do not overlap, "
+            f"{first} of each text",
+            "config": self.config,
+        }
+
     def record(self, run: Path, rows: list[Row]) -> None:
         """Write `results.json`, which makes the run a finished one, and show it."""
         results = {"rows": rows, "config": self.config, "commit": commit()}

@@ -120,9 +120,6 @@ class Finish(Ending):
         shutil.rmtree(run / "rows")
 
     def _origin(self, trainer: Trainer, module: Any, rows: list[Row]) -> Origin:
-        data: Any = trainer.datamodule  # type: ignore[attr-defined]
-        sequences = trainer.global_step * trainer.accumulate_grad_batches * trainer.world_size * data.batch_size
-        first = f"the first {self.max_tokens:,} tokens" if self.max_tokens is not None else "all tokens"
         return Origin(
             base_model=module.model_name,
             pattern=str(module.pattern),
@@ -132,16 +129,11 @@ class Finish(Ending):
             update="compensation" if module.compensate else None,
             learned_masks=self._masks is not None,
             layer_sparsity=module.layer_sparsity,
-            calibration=data.calibration,
-            num_sequences=data.statistics_sequences,
-            seq_len=data.seq_len,
-            steps=trainer.global_step,
-            training_tokens=sequences * data.seq_len,
+            num_sequences=trainer.datamodule.statistics_sequences,  # type: ignore[attr-defined]
             seed=module.seed,
             rows=rows,
-            evaluation=f"in float32 over windows of {self.seq_len:,} tokens that do not overlap, {first} of each text",
             command="python -m experiments fit -c config.yaml" if self.config else None,
-            config=self.config,
+            **self.described(trainer),
         )
 
     def _row(

@@ -10,7 +10,9 @@ from lightning import Trainer
 
 from callbacks.ending import Ending
 from rotpruner.artifacts import save_model
-from rotpruner.loading import load_model, load_tokenizer
+from rotpruner.loading import load_config, load_model, load_tokenizer
+from rotpruner.model_card import Origin, write_card
+from rotpruner.oneshot import pattern_of
 
 
 class RecoveryFinish(Ending):
@@ -24,7 +26,7 @@ class RecoveryFinish(Ending):
     ```
 
     Its rows: `dense`, the teacher; `pruned`, the model before; `recovered`. All are evaluated in float32, the last one
-    as it was saved and loaded again.
+    as it was saved and loaded again. `export/README.md` is a model card with all rows.
 
     Args:
         texts: names or paths of test texts, none of which trained or calibrated anything.
@@ -48,4 +50,16 @@ class RecoveryFinish(Ending):
         for name, source in sources.items():
             spent = seconds if name == "recovered" else 0.0
             rows.append(self.evaluated(name, None, load_model(source, torch.float32), spent))
+        origin = Origin(
+            base_model=module.teacher,
+            pattern=pattern_of(module.recovery.pruned),
+            basis="recovery",
+            pruned=module.model_name,
+            num_sequences=trainer.datamodule.num_sequences,  # type: ignore[attr-defined]
+            seed=module.seed,
+            rows=rows,
+            command="python -m experiments recover -c config.yaml" if self.config else None,
+            **self.described(trainer),
+        )
+        write_card(run / "export", origin, load_config(module.teacher))
         self.record(run, rows)

@@ -17,7 +17,9 @@ from rotpruner.errors import InputError
 def main(arguments: list[str]) -> None:
     """Print `{"output", "plots": [paths], "runs": [labels]}` after writing the page and the plots beside it."""
     parser = Parser("report", "Write one HTML page that compares finished runs, and its plots as SVG files beside it.")
-    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run directory of a fit that has ended")
+    parser.add_argument(
+        "runs", nargs="+", type=Path, metavar="RUN", help="directory of a fit or recovery that has ended"
+    )
     parser.add_argument("--output", type=Path, default=Path("report.html"), help="page to write; replaced if it exists")
     options = parser.parse_args(arguments)
     if options.output.suffix != ".html" or options.output.is_dir():

@@ -58,7 +58,8 @@ def page(runs: Sequence[Run], figures: Mapping[str, tuple[str, str]]) -> str:
 <h2>Results</h2>
 <div class="scroll">{_table(runs)}</div>
 <p class="note">dense: the model as it came; pruner: the same pruner without rotation; random_rotation: in a basis that
-nobody learned; rotpruner: in the learned basis. G = ln ppl − ln ppl(dense), nats per token; less is better.</p>
+nobody learned; rotpruner: in the learned basis; recovered: after sparse recovery, pruned: before it. G = ln ppl −
+ln ppl(dense), nats per token; less is better.</p>
 <h2>Figures</h2>
 <div class="figures">
 {drawn}
@@ -83,7 +84,7 @@ def _table(runs: Sequence[Run]) -> str:
                 gap, ppl = run.gap(row, text), row["ppl"].get(text)
                 cells += ["" if ppl is None else f"{ppl:,.2f}", "" if math.isnan(gap) else f"{gap:.3f}"]
             cells += [f"{row['parameters'] / 1e6:,.1f} M", f"{row['seconds']:,.0f}"]
-            classes = "first " * (index == 0) + "learned" * (row["name"] == "rotpruner")
+            classes = "first " * (index == 0) + "learned" * (row["name"] in ("rotpruner", "recovered"))
             lines.append(f'<tr class="{classes}">' + "".join(f"<td>{escape(cell)}</td>" for cell in cells) + "</tr>")
     return "\n".join(lines) + "</tbody></table>"
 

@@ -45,7 +45,8 @@ class Run:
     def command(self) -> str:
         """The command that makes this run again, elsewhere."""
         config = shlex.quote(str(self.directory / "config.yaml"))
-        return f"python -m experiments fit -c {config} --trainer.default_root_dir NEW_DIRECTORY"
+        command = "recover" if "teacher" in self.results["config"].get("model", {}) else "fit"
+        return f"python -m experiments {command} -c {config} --trainer.default_root_dir NEW_DIRECTORY"
 
     def gap(self, row: dict[str, Any], text: str) -> float:
         """G = ln ppl − ln ppl of the dense model, in nats per token; NaN where either cannot be had."""
@@ -77,7 +78,7 @@ def read_runs(directories: Sequence[Path]) -> list[Run]:
 def _read(directory: Path, label: str) -> Run:
     path = directory / "results.json"
     if not path.is_file():
-        raise InputError(f"run '{directory}' has no results.json; give the directory of a fit that has ended")
+        raise InputError(f"run '{directory}' has no results.json; give the directory of a run that has ended")
     results = _json(path)
     if not isinstance(results, dict) or not results.get("rows"):
         raise InputError(f"'{path}' holds no rows; run the fit again")

@@ -22,6 +22,7 @@ _METHODS = {
     "pca": "One-shot, in the basis of the residual stream's principal directions.",
     "random": "One-shot, in a random basis that nobody learned: a control, not a good model.",
     "learned": "In a basis learned by the loss of the pruned model; its rotations are merged into the weights.",
+    "recovery": "The weights that pruning had left were trained to the dense model's predictions; zeros stayed zero.",
 }
 #: Of every row of results, what it is.
 _ROWS = {
@@ -31,6 +32,7 @@ _ROWS = {
     "random_rotation": "control: the same pruner in a random basis",
     "rotpruner": "this model",
     "pruned": "this model",
+    "recovered": "this model",
 }
 
 
@@ -42,7 +44,8 @@ class Origin:
         base_model: name or path of the dense model.
         pattern: what was removed, as `2:4`, `0.5` or `slice:0.3`.
         pruner: short name or import path; None for a slice.
-        basis: `none`, `pca`, `random` or `learned`.
+        basis: `none`, `pca`, `random` or `learned`; `recovery` if weights were trained in whatever basis they were in.
+        pruned: of a recovery, the checkpoint that it began with.
         spaces: which spaces rotate.
         update: pruner whose weight update followed, if any.
         learned_masks: whether the pruner's masks were only where learning began.
@@ -60,6 +63,7 @@ class Origin:
     pattern: str
     pruner: str | None = None
     basis: str = "none"
+    pruned: str | None = None
     spaces: Sequence[str] = ()
     update: str | None = None
     learned_masks: bool = False
@@ -156,7 +160,7 @@ def model_card(
         commit, versions: of the code.
     """
     hub_name = embedded.ORIGINS.get(origin.base_model, (origin.base_model,))[0]
-    online = any(row.get("online_flops") for row in origin.rows if _ROWS.get(row["name"]) == "this model")
+    online = any(row.get("online_flops") for row in origin.rows if _roles(origin).get(row["name"]) == "this model")
     kind = "sliced" if origin.pattern.startswith("slice") else "sparse"
     tags = ["rotpruner", "pruning", kind, origin.pattern, *([origin.pruner] if origin.pruner else [])]
     matter = ModelCardData(
@@ -183,8 +187,13 @@ def model_card(
     return "\n\n".join(parts) + "\n"
 
 
+def _roles(origin: Origin) -> dict[str, str]:
+    """What each row is to this model."""
+    return _ROWS | ({"pruned": "the same before recovery"} if origin.pruned else {})
+
+
 def _title(origin: Origin) -> str:
-    by = f" by {origin.pruner}" if origin.pruner else ""
+    by = f" by {origin.pruner}" if origin.pruner else ", recovered" if origin.pruned else ""
     return f"{origin.base_model.split('/')[-1]}, {origin.pattern}{by}"
 
 
@@ -199,7 +208,10 @@ def _facts(origin: Origin, hub_name: str, license: Mapping[str, str]) -> list[tu
         if origin.learned_masks:
             facts.append(("masks", "learned together with the rotations, from the pruner's on"))
         facts.append(("sparsity of the blocks", origin.layer_sparsity))
-    facts.append(("rotated spaces", ", ".join(origin.spaces) or "none"))
+    if origin.pruned:
+        facts.append(("pruned model", f"`{origin.pruned}`, whose own card says how it was pruned"))
+    else:
+        facts.append(("rotated spaces", ", ".join(origin.spaces) or "none"))
     tokens = f"{origin.num_sequences} × {origin.seq_len:,} = {origin.num_sequences * origin.seq_len:,} tokens"
     facts.append(("calibration", f"{origin.calibration}: {tokens}" if origin.num_sequences else "none"))
     learning = f"{origin.steps} steps, {origin.training_tokens:,} tokens" if origin.steps else "none"
@@ -216,7 +228,7 @@ def _numbers(origin: Origin) -> list[str]:
     for row in origin.rows:
         ppl = [f"{row['ppl'][text]:,.2f}" if text in row.get("ppl", {}) else "" for text in texts]
         sizes = [f"{row['parameters'] / 1e6:,.1f} M", f"{row['seconds']:,.0f}"]
-        cells.append((row["name"], _ROWS.get(row["name"], ""), f"{row['sparsity']:.4f}", *ppl, *sizes))
+        cells.append((row["name"], _roles(origin).get(row["name"], ""), f"{row['sparsity']:.4f}", *ppl, *sizes))
     head = ("", "", "sparsity", *(f"perplexity, {text}" for text in texts), "parameters", "seconds")
     parts = [_table(head, cells)]
     if origin.evaluation and texts:
@@ -224,6 +236,8 @@ def _numbers(origin: Origin) -> list[str]:
     elif not texts:
         parts.append("Perplexity was not measured.")
     found = {row["name"] for row in origin.rows}
+    if origin.pruned:  # its control, the same after pruning without rotations, is another run
+        return parts
     missing = [row for row in ("dense", "pruner or pca", "random_rotation") if not found & set(row.split(" or "))]
     if missing and origin.basis == "learned":
         parts.append(f"Not measured in this run: {', '.join(missing)}.")

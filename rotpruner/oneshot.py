@@ -16,7 +16,7 @@ from rotpruner.families import BlockLinear, block_linears, family_of, linear_mod
 from rotpruner.fusion import fuse_block_norms
 from rotpruner.loading import check_pattern
 from rotpruner.owl import outlier_sparsities
-from rotpruner.patterns import Pattern, Slice, Unstructured
+from rotpruner.patterns import NM, Pattern, Slice, Unstructured
 from rotpruner.pruners import Pruner, resolve_pruner
 from rotpruner.pruners.base import Needs
 from rotpruner.replay import BlockReplay, visiting
@@ -231,6 +231,17 @@ def sparsity_of(model: nn.Module) -> float:
     """Share of exact zeros in the decoder linears."""
     weights = [module.weight for module in linear_modules(model).values()]
     return sum(int((weight == 0).sum()) for weight in weights) / sum(weight.numel() for weight in weights)
+
+
+def pattern_of(model: nn.Module) -> str:
+    """The strictest of 1:4, 2:4 and 4:8 that all decoder linears keep to, else their share of zeros, as in `0.5`."""
+    weights = [module.weight for module in linear_modules(model).values()]
+    for pattern in (NM(1, 4), NM(2, 4), NM(4, 8)):
+        if all(weight.shape[1] % pattern.m == 0 for weight in weights):
+            kept = (pattern.rivals(weight != 0).sum(-1).max() for weight in weights)
+            if all(most <= pattern.n for most in kept):
+                return str(pattern)
+    return f"{sparsity_of(model):.2g}"
 
 
 def parameter_count(model: Any) -> int:

@@ -5,12 +5,14 @@ from __future__ import annotations
 import copy
 import json
 import math
+import re
 from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
 import yaml
+from huggingface_hub import metadata_load
 from safetensors.torch import load_file
 from tiny_models import exact, tiny
 
@@ -20,7 +22,7 @@ from rotpruner.errors import InputError
 from rotpruner.families import linear_modules
 from rotpruner.loading import load_model
 from rotpruner.objectives import Objective
-from rotpruner.oneshot import prune_model, sparsity_of
+from rotpruner.oneshot import pattern_of, prune_model, sparsity_of
 from rotpruner.patterns import parse_pattern
 from rotpruner.pruners import resolve_pruner
 from rotpruner.recovery import SparseRecovery
@@ -136,10 +138,35 @@ def test_recover_exports_what_it_learned_and_shows_it_again(recover, capsys):
     assert (dense["sparsity"], pruned["sparsity"], recovered["sparsity"]) == (0, 0.5, 0.5)
     assert recovered["ppl"] != pruned["ppl"]
     assert sparsity_of(load_model(run / "export")) == 0.5
+    card = (run / "export" / "README.md").read_text()
+    assert metadata_load(run / "export" / "README.md")["base_model"] == "tiny"
+    assert metadata_load(run / "export" / "README.md")["tags"] == ["rotpruner", "pruning", "sparse", "2:4"]
+    for fact in (
+        "# tiny, 2:4, recovered",
+        "`pruned`, whose own card says how it was pruned",
+        "4 × 32 = 128 tokens",
+        "6 steps, 192 tokens",
+        "| pruned | the same before recovery |",
+        "| recovered | this model |",
+        f"{recovered['ppl']['other_words']:,.2f}",
+        "experiments recover -c config.yaml",
+    ):
+        assert fact in card, fact
+    assert "control" not in card
+    assert str(run.parent) not in card
+    assert main(["report", str(run), "--output", str(run.parent / "report.html")]) == 0
+    assert re.search(r"experiments recover -c \S*run/config\.yaml", (run.parent / "report.html").read_text())
     capsys.readouterr()
     with pytest.raises(SystemExit, match="0"):
         recover("run")
     assert "is finished" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("pattern", ["1:4", "2:4", "4:8", "0.5"])
+def test_the_pattern_of_a_pruned_model_is_seen(pattern):
+    model = tiny("smollm2")
+    prune_model(model, resolve_pruner("magnitude"), parse_pattern(pattern))
+    assert pattern_of(model) == pattern
 
 
 def test_an_interrupted_recovery_goes_on_to_the_same_weights(recover, monkeypatch):
