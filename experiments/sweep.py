@@ -144,9 +144,9 @@ def _public(command: list[str]) -> str:
 
 
 def _found(command: list[str], output: str) -> dict[str, Any]:
-    """`result`, and of a training the `curves` of perplexity that it has logged on its way."""
+    """`result`, without a local path, and of a training the `curves` of perplexity that it has logged on its way."""
     if command[0] not in ("fit", "recover"):
-        return {"result": json.loads(output)}
+        return {"result": {name: value for name, value in json.loads(output).items() if name != "output"}}
     run = Path(command[command.index("--trainer.default_root_dir") + 1])
     found = json.loads((run / "results.json").read_text(encoding="utf-8"))
     curves = {name: points for name, points in read_curves(run).items() if name.startswith("ppl/")}
