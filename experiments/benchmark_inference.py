@@ -32,8 +32,9 @@ Row = dict[str, Any]
 
 
 def main(arguments: list[str]) -> None:
-    """Print `{"device", "threads", "dtype", "rows": [{"model", "parameters", "bytes", "prefill", "decode"}], "note"}`.
+    """Print `{"device", "threads", "dtype", "batch_size", "seq_len", "new_tokens", "repeats", "rows", "note"}`.
 
+    A row is `{"model", "parameters", "bytes", "prefill", "decode"}`.
     `prefill` and `decode` are `{"tokens_per_second", "spread", "ratio", "ratio_spread"}`: medians over the turns and
     their quartiles.
     """
@@ -76,6 +77,7 @@ def main(arguments: list[str]) -> None:
         "device": _device_name(options.device),
         "threads": torch.get_num_threads(),
         "dtype": options.dtype,
+        **{name: getattr(options, name) for name in ("batch_size", "seq_len", "new_tokens", "repeats")},
         "rows": [
             {
                 "model": name,

@@ -28,6 +28,7 @@ h1 { font-size: 1.5rem; margin: .3rem 0; } h2 { font-size: 1.15rem; margin: 1.6r
 th, td { padding: .3rem .7rem; text-align: right; border-bottom: 1px solid var(--grid); white-space: nowrap;
   overflow-wrap: normal; }
 th:nth-child(-n+3), td:nth-child(-n+3) { text-align: left; } tr.learned td { font-weight: 600; }
+th, td:first-child { white-space: normal; }
 tr.first td { border-top: 2px solid var(--grid); }
 .figures { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 22rem), 1fr)); gap: 1rem; }
 figure { margin: 0; padding: .6rem; background: var(--soft); border-radius: .5rem; }
@@ -76,7 +77,7 @@ def _table(runs: Sequence[Run]) -> str:
     texts = list(dict.fromkeys(text for run in runs for text in run.texts))
     heads = ["run", "row", "pattern", "sparsity"]
     heads += [head for text in texts for head in (f"ppl {text}", f"G {text}")] + ["parameters", "seconds"]
-    lines = ["<table><thead><tr>" + "".join(f"<th>{escape(head)}</th>" for head in heads) + "</tr></thead><tbody>"]
+    lines = ["<table><thead><tr>" + "".join(f"<th>{_breakable(head)}</th>" for head in heads) + "</tr></thead><tbody>"]
     for run in runs:
         for index, row in enumerate(run.results["rows"]):
             cells = [run.label, row["name"], row["pattern"] or "", f"{row['sparsity']:.4f}"]
@@ -85,8 +86,14 @@ def _table(runs: Sequence[Run]) -> str:
                 cells += ["" if ppl is None else f"{ppl:,.2f}", "" if math.isnan(gap) else f"{gap:.3f}"]
             cells += [f"{row['parameters'] / 1e6:,.1f} M", f"{row['seconds']:,.0f}"]
             classes = "first " * (index == 0) + "learned" * (row["name"] in ("rotpruner", "recovered"))
-            lines.append(f'<tr class="{classes}">' + "".join(f"<td>{escape(cell)}</td>" for cell in cells) + "</tr>")
+            shown = "".join(f"<td>{_breakable(cell)}</td>" for cell in cells)
+            lines.append(f'<tr class="{classes}">{shown}</tr>')
     return "\n".join(lines) + "</tbody></table>"
+
+
+def _breakable(text: str) -> str:
+    """Escaped; names may be broken behind an underscore where a column is narrow."""
+    return escape(text).replace("_", "_<wbr>")
 
 
 def _missing(runs: Sequence[Run]) -> str:

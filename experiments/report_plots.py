@@ -113,7 +113,9 @@ def _gap(runs: Sequence[Run], text: str) -> Callable[[Any], None]:
             if points := [point for point in points if math.isfinite(point[1])]:
                 axes.plot(*zip(*points, strict=True), color=colour, marker=marker, linestyle="", label=name)
         axes.set(xlabel="sparsity of the decoder linears", ylabel="G (nats per token)")
-        axes.set_ylim(bottom=min(0.0, axes.get_ylim()[0]))
+        bottom, top = axes.get_ylim()
+        bottom = min(0.0, bottom)
+        axes.set_ylim(bottom, top + 0.05 * (top - bottom))  # room for whole markers
         axes.set_xlim(0, 1)
 
     return draw
@@ -156,8 +158,9 @@ def _svg(name: str, draw: Callable[[Any], None]) -> str:
     figure = Figure(_SIZE, layout="constrained")
     axes = figure.add_subplot()
     draw(axes)
-    if axes.get_legend_handles_labels()[0]:
-        figure.legend(loc="outside upper left", ncols=3)
+    if labels := axes.get_legend_handles_labels()[1]:
+        # Some 74 letters go side by side, of which each entry's line and margin take eight.
+        figure.legend(loc="outside upper left", ncols=min(3, max(1, 74 // (8 + max(map(len, labels))))))
     return _element(figure, name)
 
 

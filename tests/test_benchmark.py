@@ -10,7 +10,7 @@ from conftest import tiny_llama
 from tiny_models import tiny
 
 from experiments.__main__ import main
-from experiments.benchmark_inference import is_two_four, measure, timed_generation
+from experiments.benchmark_inference import is_two_four, measure, semi_structured, timed_generation
 from rotpruner.loading import load_model
 from rotpruner.oneshot import parameter_count, prune_model
 from rotpruner.packed import pack
@@ -72,7 +72,9 @@ def test_inference_benchmark_prints_rows(model_directory, pruned_directory, tmp_
     options = ["--seq_len=8", "--new_tokens=3", "--repeats=5", "--batch_size=2", "--threads=1", "--device=cpu"]
     assert main(["benchmark", "inference", *models, *options, "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
-    assert set(found) == {"device", "threads", "dtype", "rows", "note"}
+    sizes = {"batch_size": 2, "seq_len": 8, "new_tokens": 3, "repeats": 5}
+    assert set(found) == {"device", "threads", "dtype", "rows", "note"} | set(sizes)
+    assert {name: found[name] for name in sizes} == sizes
     assert (found["device"], found["threads"], found["dtype"]) == ("cpu", 1, "float32")
     assert "zeros buy no time" in found["note"].lower()
     assert [row["model"] for row in found["rows"]] == [model_directory.name, "pruned", "packed"]
@@ -106,6 +108,20 @@ def test_two_four_is_recognised(model_directory, pruned_directory):
     assert not is_two_four(load_model(model_directory))
     pruned.model.layers[1].mlp.down_proj.weight.data[3, 4:8] = 1.0
     assert not is_two_four(pruned)
+
+
+def test_semi_structured_form_needs_cuda(pruned_directory):
+    with pytest.raises((RuntimeError, NotImplementedError)):
+        semi_structured(load_model(pruned_directory))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+@torch.no_grad()
+def test_semi_structured_form_computes_the_same():
+    model = tiny_llama(hidden_size=128, intermediate_size=256).half().cuda()
+    prune_model(model, resolve_pruner("magnitude"), parse_pattern("2:4"))
+    ids = torch.arange(64, device="cuda").view(1, 64)
+    torch.testing.assert_close(semi_structured(model)(ids).logits, model(ids).logits, atol=1e-2, rtol=1e-2)
 
 
 @pytest.mark.parametrize(

@@ -72,6 +72,7 @@ def test_packing_and_unpacking_keep_every_value(name, pattern, tmp_path):
     assert sizes["dense_bytes"] == sum(linear.weight.nbytes for linear in linears)
     kept = sum(int((linear.weight != 0).sum()) for linear in linears)
     assert sizes["packed_bytes"] == 2 * kept + sizes["dense_bytes"] // 16
+    assert sizes["ratio"] <= 0.60
     on_disk = [sum(path.stat().st_size for path in (tmp_path / d).glob("*.safetensors")) for d in ("plain", "packed")]
     assert on_disk[1] < on_disk[0]
 

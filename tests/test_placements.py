@@ -126,7 +126,7 @@ def test_exports_of_every_family_load_without_this_package(ids, tmp_path, model_
 
 
 def test_every_placement_as_it_is_and_packed_makes_the_round_trip(ids, tmp_path, model_directory):
-    directories = []
+    directories, as_they_are = [], []
     for placement in ("shared", *PLACEMENTS):
         model = tiny("smollm2")
         rotations = random_in(model.config, placement, torch.float32)
@@ -137,7 +137,9 @@ def test_every_placement_as_it_is_and_packed_makes_the_round_trip(ids, tmp_path,
         rotpruner.unpack(f"{directory}-packed", f"{directory}-unpacked")
         shutil.copy(f"{directory}.pt", f"{directory}-unpacked.pt")
         directories += [directory, f"{directory}-packed", f"{directory}-unpacked"]
+        as_they_are += [directory, f"{directory}-unpacked"]
     judge(BY_ROTPRUNER, directories, tmp_path)
+    judge(PLAINLY, as_they_are, tmp_path)
 
 
 def test_an_export_saved_again_is_the_same_checkpoint(ids, tmp_path, model_directory):

@@ -231,6 +231,14 @@ def test_a_browser_shows_the_page(report, width, height, scheme, tmp_path):
         assert all(box["width"] > 280 and box["height"] > 150 for box in boxes)
         sizes = page.evaluate("[...document.querySelectorAll('svg text')].map(t => t.getBoundingClientRect().height)")
         assert min(sizes) > 7, "letters too small to read"
+        cut = page.evaluate("""[...document.querySelectorAll('figure svg')].flatMap(svg => {
+            const all = svg.getBoundingClientRect();
+            return [...svg.querySelectorAll('text')].filter(text => {
+                const box = text.getBoundingClientRect();
+                return box.left < all.left - 1 || box.right > all.right + 1;
+            }).map(text => text.textContent);
+        })""")
+        assert cut == []
         ink, ground = page.evaluate("(s => [s.color, s.backgroundColor])(getComputedStyle(document.body))")
         brightness = [sum(map(int, re.findall(r"\d+", colour)[:3])) / 3 for colour in (ink, ground)]
         dark, bright = brightness if scheme == "light" else reversed(brightness)
