@@ -84,8 +84,6 @@ def fit(arguments: list[str], callbacks=(), exact: bool = False, environment=Non
     from experiments.fit import FitCLI
 
     os.environ.update(environment or {})
-    # Not the wandb service of an earlier test: one that lives on may write a run's file after `finish`.
-    os.environ.pop("WANDB_SERVICE", None)
     torch.set_num_threads(1)
     if exact:
         load = module.load_model

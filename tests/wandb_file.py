@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import struct
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -20,13 +21,15 @@ _BLOCK = 32768
 def records(path: Path) -> Iterator[Any]:
     """Every record of a `.wandb` file."""
     content = path.read_bytes()
-    assert content[:4] == b":W&B"
+    assert content[:4] in (b"", b":W&B")
     position, parts = 7, b""
     while position + 7 <= len(content):
         if _BLOCK - position % _BLOCK < 7:  # no header fits in: padding
             position += _BLOCK - position % _BLOCK
             continue
         _, length, kind = struct.unpack("<IHB", content[position : position + 7])
+        if position + 7 + length > len(content):
+            return  # still being written
         parts += content[position + 7 : position + 7 + length]
         position += 7 + length
         if kind in (1, 4):
@@ -50,6 +53,11 @@ class OfflineRun:
 
     def __init__(self, directory: Path) -> None:
         (file,) = directory.glob("*.wandb")
+        # wandb's service may write the end of a run after the process has left.
+        deadline = time.monotonic() + 60
+        while not any(record.HasField("exit") for record in records(file)):
+            assert time.monotonic() < deadline, f"{file} has no end"
+            time.sleep(0.1)
         self.raw, self.files = file.read_bytes(), directory / "files"
         self.config: dict[str, Any] = {}
         self.history: list[dict[str, Any]] = []
