@@ -39,11 +39,13 @@ def main(arguments: list[str]) -> None:
     for path in sweeps:
         sweep = _read(path)
         records = [(other.stem, _read(other)) for other in sorted(path.parent.glob("*.json")) if other != path]
+        if not records:  # it has only begun
+            continue
         text.append(table(sweep, records))
         count += len(records)
         _add_steps(steps, path.parent.name, records)
         _add_sparsities(sparsities, path.parent.name, sweep["columns"], records)
-    plots = options.results / "plots"
+    tables, plots = len(text) - 1, options.results / "plots"
     shown = [
         *_plot(plots, "steps", steps, "step", options.output),
         *_plot(plots, "sparsity", sparsities, "share of weights removed", options.output),
@@ -52,7 +54,7 @@ def main(arguments: list[str]) -> None:
     if speeds.is_file():
         text.append(_inference(_read(speeds)))
     write_text("\n".join([*text, *shown]), options.output)
-    report({"output": str(options.output), "tables": len(sweeps), "rows": count, "plots": len(shown)}, options.json)
+    report({"output": str(options.output), "tables": tables, "rows": count, "plots": len(shown)}, options.json)
 
 
 HEADER = """# Results

@@ -108,7 +108,7 @@ def test_a_fit_with_shared_out_sparsity_is_diagnosed_by_its_shares(
 def runs(tmp_path_factory, model_directory, text_file, test_text_file):
     """Two finished fits of the quickstart on a tiny model."""
     root = tmp_path_factory.mktemp("runs")
-    for name, pattern in (("two-four", "2:4"), ("most <gone>", "0.75")):
+    for name, pattern in (("two-four", "2:4"), ("three of four weights <gone>", "0.75")):
         settings = {
             "--model.model": model_directory,
             "--model.base_dtype": "float32",
@@ -150,7 +150,7 @@ def test_the_page_is_self_contained_and_the_plots_stand_beside_it(report, runs):
     page, printed = report
     text = page.read_text()
     assert printed["output"] == str(page)
-    assert printed["runs"] == ["most <gone>", "two-four"]
+    assert printed["runs"] == ["three of four weights <gone>", "two-four"]
     names = {Path(path).stem for path in printed["plots"]}
     expected = {"train-loss", "gap-other_words", "layers-sparsity", "layers-error", "layers-kept-mass", "heatmap-2"}
     assert expected <= names
@@ -159,7 +159,7 @@ def test_the_page_is_self_contained_and_the_plots_stand_beside_it(report, runs):
         "http://www.w3.org/2000/svg",
         "http://www.w3.org/1999/xlink",
     }
-    assert "most &lt;gone&gt;" in text
+    assert "three of four weights &lt;gone&gt;" in text
     assert "<gone>" not in text
     ids = re.findall(r'\bid="([^"]+)"', text)
     assert len(ids) == len(set(ids)), "figures share ids"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -40,8 +41,11 @@ def test_a_sweep_runs_its_rows_once_and_results_become_a_table(model_directory, 
     assert {name: (tmp_path / "results" / "tiny" / name).stat().st_mtime_ns for name in kept if "-" in name} == {
         name: time for name, time in kept.items() if "-" in name
     }
+    (tmp_path / "results" / "begun").mkdir()
+    shutil.copy(tmp_path / "results" / "tiny" / "sweep.json", tmp_path / "results" / "begun")
     output = tmp_path / "RESULTS.md"
     assert main(["results", "--results", str(tmp_path / "results"), "--output", str(output)]) == 0
+    assert output.read_text().count("\n## ") == 1
     line = next(line for line in output.read_text().splitlines() if line.startswith("| magnitude | 2:4"))
     assert line.split(" | ")[-2] == "2"
     assert " ± " in line
