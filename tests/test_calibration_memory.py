@@ -133,8 +133,9 @@ def test_large_sets_of_shards_take_no_more_memory_than_small_ones(form, small, l
     both = run(2, large)
     assert sorted(found.built for found in both) == [False, True], "one reads the shards, the other waits for it"
     assert {found.digest for found in both} != {first.digest}
+    # Two fits beside each other scatter by tens of megabytes; a set that was held would add more than its size.
     for found in both:
-        assert found.peak - first.peak < 0.1 * (large - small) * MIB, (first, both)
+        assert found.peak - first.peak < (large - small) * MIB / 3, (first, both)
 
     for shard in (tmp_path / f"{large}" / "en").iterdir():  # the same sizes and times, and nothing to read
         times = shard.stat()
