@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from callbacks.terminal import console, results_table, track
-from datamodules.evaluation import perplexities, tokenize_texts
+from datamodules.evaluation import perplexities, reference_perplexities, tokenize_texts
 from datamodules.texts import check_text
 from rotpruner.artifacts import write_json
 from rotpruner.errors import InputError
@@ -84,14 +84,20 @@ class Ending(Callback, ABC):
     def finish(self, run: Path, trainer: Trainer, module: Any, seconds: float) -> None:
         """On the first rank: export and evaluate into the run directory; `seconds` were spent on training."""
 
-    def evaluated(self, name: str, pattern: Any, model: PreTrainedModel, seconds: float) -> Row:
-        """A row of results: perplexities of a float32 model on the test texts, and its sizes."""
+    def evaluated(
+        self, name: str, pattern: Any, model: PreTrainedModel, seconds: float, reference: bool = False
+    ) -> Row:
+        """A row of results: perplexities of a float32 model on the test texts, and its sizes.
+
+        A `reference` is what many runs are compared with; its perplexities are kept and measured only once.
+        """
+        measure = reference_perplexities if reference else perplexities
         return {
             "name": name,
             "pattern": None if pattern is None else str(pattern),
             "sparsity": sparsity_of(model),
             "seconds": round(seconds, 1),
-            "ppl": perplexities(model, self._ids, self.seq_len, self.max_tokens, track),
+            "ppl": measure(model, self._ids, self.seq_len, self.max_tokens, track),
             "parameters": parameter_count(model),
             "online_flops": online_cost(model).flops,
         }

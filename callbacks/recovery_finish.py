@@ -48,8 +48,8 @@ class RecoveryFinish(Ending):
         sources = {"dense": module.teacher, "pruned": module.model_name, "recovered": str(run / "export")}
         rows = []
         for name, source in sources.items():
-            spent = seconds if name == "recovered" else 0.0
-            rows.append(self.evaluated(name, None, load_model(source, torch.float32), spent))
+            model, given = load_model(source, torch.float32), name != "recovered"
+            rows.append(self.evaluated(name, None, model, 0.0 if given else seconds, reference=given))
         origin = Origin(
             base_model=module.teacher,
             pattern=pattern_of(module.recovery.pruned),

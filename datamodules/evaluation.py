@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Callable, Iterable
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from datamodules.texts import text_name, text_of
+from rotpruner.artifacts import write_json
+from rotpruner.embedded import cache_directory, locked
 from rotpruner.errors import InputError
 from rotpruner.perplexity import perplexity, windows
+
+_FORMAT = 1  # of a kept perplexity: raise it whenever the same model and windows would give another value
 
 
 def token_ids(source: str, tokenizer: PreTrainedTokenizerBase) -> Tensor:
@@ -55,3 +63,55 @@ def perplexities(
         show = partial(progress, description=f"perplexity on {name}")
         found[name] = perplexity(model, ids.to(model.device), seq_len=seq_len, max_tokens=max_tokens, progress=show)
     return found
+
+
+def reference_perplexities(
+    model: PreTrainedModel,
+    texts: dict[str, Tensor],
+    seq_len: int,
+    max_tokens: int | None,
+    progress: Callable[..., Any],
+) -> dict[str, float]:
+    """`perplexities` of a model that many runs are compared with: each value is measured once and kept in the cache.
+
+    A value is found again only for the same configuration and weights to the bit, the same windows, device type and
+    versions of torch and transformers; what is damaged is measured again.
+    """
+    identity, found = _identity(model), {}
+    for name, ids in texts.items():
+        cut = windows(ids, seq_len, max_tokens)
+        key = {**identity, "windows": list(cut.shape), "tokens": hashlib.sha256(cut.numpy().tobytes()).hexdigest()}
+        digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
+        path = cache_directory() / "perplexity" / f"{digest}.json"
+        value = _kept(path)
+        if value is None:
+            value = perplexities(model, {name: ids}, seq_len, max_tokens, progress)[name]
+            with locked(path):
+                write_json({"perplexity": value, **key}, path)
+        found[name] = value
+    return found
+
+
+def _identity(model: PreTrainedModel) -> dict[str, Any]:
+    weights = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        weights.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        weights.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    config = {name: value for name, value in model.config.to_dict().items() if name != "_name_or_path"}
+    return {
+        "format": _FORMAT,
+        "class": type(model).__name__,
+        "config": hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode()).hexdigest(),
+        "weights": weights.hexdigest(),
+        "device": model.device.type,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+    }
+
+
+def _kept(path: Path) -> float | None:
+    """The kept perplexity, or None if it is absent or damaged."""
+    try:
+        return float(json.loads(path.read_text(encoding="utf-8"))["perplexity"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
