@@ -52,7 +52,7 @@ def check_choices(
     layer_sparsity: str,
     spaces: Sequence[str],
     placement: Placement,
-    start: str,
+    start: str | None,
     orthogonal_map: str,
     optimizer: torch.optim.Optimizer,
 ) -> None:
@@ -167,7 +167,8 @@ class RotationModule(LightningModule):
         self.model_name, self.spaces = model, spaces
         config = load_config(model)
         trial = optimizer([torch.nn.Parameter(torch.eye(2))])
-        check_choices(config, self.pattern, objective, layer_sparsity, spaces, placement, start, orthogonal_map, trial)
+        first = start if init_rotations is None else None
+        check_choices(config, self.pattern, objective, layer_sparsity, spaces, placement, first, orthogonal_map, trial)
         self.placement: Placement = placement
         if init_rotations is not None:
             Rotations.from_pretrained(init_rotations).check_config(config)

@@ -62,8 +62,11 @@ def turns(space: str) -> bool:
     return space != "mlp"
 
 
-def check_start(start: str, spaces: Sequence[str], pattern: Pattern | Slice) -> None:
-    """Raise `InputError` if a start does not go with the spaces that rotate, or with the pattern."""
+def check_start(start: str | None, spaces: Sequence[str], pattern: Pattern | Slice) -> None:
+    """Raise `InputError` if a start does not go with the spaces that rotate, or with the pattern.
+
+    None stands for rotations that are given, which go with all spaces.
+    """
     if start == "permutation" and not isinstance(pattern, NM):
         raise InputError(f"start permutation helps groups of N:M, and pattern {pattern} has none; use identity")
     if "mlp" in spaces and start in ("identity", "pca"):

@@ -8,7 +8,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tiny_models import exact, tiny
 
+from lightning_modules.rotation_module import RotationModule
 from rotpruner.errors import InputError
+from rotpruner.loading import load_model
 from rotpruner.oneshot import prune_model
 from rotpruner.orthogonal import is_order, permutation_matrix, rotate_features, rotate_weight
 from rotpruner.patterns import NM, parse_pattern
@@ -136,11 +138,24 @@ def test_start_from_permutations_keeps_the_function_and_more_importance(name, pl
         ("permutation", ["residual"], "0.5", "start permutation helps groups of N:M"),
         ("identity", ["residual", "mlp"], "2:4", "set start to permutation"),
         ("permutation", ["mlp"], "2:4", "nothing in spaces"),
+        (None, ["mlp"], "2:4", "nothing in spaces"),
     ],
 )
 def test_starts_that_do_nothing_are_refused(start, spaces, pattern, message):
     with pytest.raises(InputError, match=message):
         check_start(start, spaces, parse_pattern(pattern))
+
+
+def test_given_rotations_need_no_start(tmp_path, model_directory):
+    """Learning goes on from rotations whose features were ordered before."""
+    model = load_model(str(model_directory))
+    spaces = ["residual", "mlp"]
+    saved = LearnedRotations(model.config, spaces, start="permutation")
+    saved.order.copy_(saved.order.flip(-1))
+    Rotations.of(saved(), model).save_pretrained(tmp_path / "rotations")
+    module = RotationModule(str(model_directory), spaces=spaces, init_rotations=str(tmp_path / "rotations"))
+    module.configure_model()
+    torch.testing.assert_close(module.rotated.rotations()["mlp"], saved()["mlp"], rtol=0, atol=0)
 
 
 def test_orders_of_another_model_are_refused():
