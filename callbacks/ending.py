@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from callbacks.terminal import console, results_table, track
-from datamodules.evaluation import perplexities, reference_perplexities, tokenize_texts
+from datamodules.evaluation import perplexities, tokenize_texts
 from datamodules.texts import check_text
 from rotpruner.artifacts import write_json
 from rotpruner.errors import InputError
@@ -91,13 +91,12 @@ class Ending(Callback, ABC):
 
         A `reference` is what many runs are compared with; its perplexities are kept and measured only once.
         """
-        measure = reference_perplexities if reference else perplexities
         return {
             "name": name,
             "pattern": None if pattern is None else str(pattern),
             "sparsity": sparsity_of(model),
             "seconds": round(seconds, 1),
-            "ppl": measure(model, self._ids, self.seq_len, self.max_tokens, track),
+            "ppl": perplexities(model, self._ids, self.seq_len, self.max_tokens, track, keep=reference),
             "parameters": parameter_count(model),
             "online_flops": online_cost(model).flops,
         }

@@ -56,38 +56,22 @@ def perplexities(
     seq_len: int,
     max_tokens: int | None,
     progress: Callable[..., Any],
+    keep: bool = False,
 ) -> dict[str, float]:
-    """Perplexity of each tokenised text; `progress(windows, description)` wraps the iteration."""
-    found = {}
-    for name, ids in texts.items():
-        show = partial(progress, description=f"perplexity on {name}")
-        found[name] = perplexity(model, ids.to(model.device), seq_len=seq_len, max_tokens=max_tokens, progress=show)
-    return found
+    """Perplexity of each tokenised text; `progress(windows, description)` wraps the iteration.
 
-
-def reference_perplexities(
-    model: PreTrainedModel,
-    texts: dict[str, Tensor],
-    seq_len: int,
-    max_tokens: int | None,
-    progress: Callable[..., Any],
-) -> dict[str, float]:
-    """`perplexities` of a model that many runs are compared with: each value is measured once and kept in the cache.
-
-    A value is found again only for the same configuration and weights to the bit, the same windows, device type and
+    With `keep`, which is for models that many runs are compared with, each value is measured once and stays in the
+    cache. It is found again only for the same configuration and weights to the bit, the same windows, device type and
     versions of torch and transformers; what is damaged is measured again.
     """
-    identity, found = _identity(model), {}
+    identity, found = _identity(model) if keep else {}, {}
     for name, ids in texts.items():
-        cut = windows(ids, seq_len, max_tokens)
-        key = {**identity, "windows": list(cut.shape), "tokens": hashlib.sha256(cut.numpy().tobytes()).hexdigest()}
-        digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
-        path = cache_directory() / "perplexity" / f"{digest}.json"
+        path = _cache_path(identity, windows(ids, seq_len, max_tokens)) if keep else None
         value = _kept(path)
         if value is None:
-            value = perplexities(model, {name: ids}, seq_len, max_tokens, progress)[name]
-            with locked(path):
-                write_json({"perplexity": value, **key}, path)
+            show = partial(progress, description=f"perplexity on {name}")
+            value = perplexity(model, ids.to(model.device), seq_len=seq_len, max_tokens=max_tokens, progress=show)
+            _keep(value, path)
         found[name] = value
     return found
 
@@ -109,9 +93,21 @@ def _identity(model: PreTrainedModel) -> dict[str, Any]:
     }
 
 
-def _kept(path: Path) -> float | None:
+def _cache_path(identity: dict[str, Any], cut: Tensor) -> Path:
+    key = {**identity, "windows": list(cut.shape), "tokens": hashlib.sha256(cut.numpy().tobytes()).hexdigest()}
+    digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
+    return cache_directory() / "perplexity" / f"{digest}.json"
+
+
+def _kept(path: Path | None) -> float | None:
     """The kept perplexity, or None if it is absent or damaged."""
     try:
-        return float(json.loads(path.read_text(encoding="utf-8"))["perplexity"])
+        return None if path is None else float(json.loads(path.read_text(encoding="utf-8"))["perplexity"])
     except (OSError, ValueError, KeyError, TypeError):
         return None
+
+
+def _keep(value: float, path: Path | None) -> None:
+    if path is not None:
+        with locked(path):
+            write_json({"perplexity": value}, path)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from conftest import tiny_llama
 
-from datamodules.evaluation import perplexities, reference_perplexities
+from datamodules.evaluation import perplexities
 
 
 @pytest.fixture
@@ -31,7 +31,7 @@ def measured(model, texts, seq_len=32, max_tokens=160):
         seen.append(description.removeprefix("perplexity on "))
         return windows
 
-    return reference_perplexities(model, texts, seq_len, max_tokens, progress), seen
+    return perplexities(model, texts, seq_len, max_tokens, progress, keep=True), seen
 
 
 def test_a_second_call_measures_nothing_and_says_the_same(texts, cache):
