@@ -24,6 +24,7 @@ from rotpruner.rotations import LearnedRotations
 from rotpruner.surrogates import likeliest_mask
 
 CONFIGS = sorted(Path("experiments/configs").glob("*.yaml"))
+VARIANTS = sorted(Path("experiments/configs/variants").glob("*.yaml"))
 
 
 @pytest.fixture
@@ -239,7 +240,21 @@ def test_fit_of_other_families(name, pruner, fit, tokenizer, tmp_path):
 
 @pytest.mark.parametrize("config", CONFIGS, ids=lambda path: path.stem)
 def test_every_config_parses_and_runs_two_steps_with_tiny_overrides(config, fit):
-    status, run = fit(config=config)
+    settings = yaml.safe_load(config.read_text())
+    few = ["--model.compensate", "2"] if settings["model"].get("compensate") else []
+    few += ["--data.statistics_sequences", "4"] if "statistics_sequences" in settings["data"] else []
+    status, run = fit(*few, config=config)
+    assert status == 0
+    assert ("step_length" in json.loads((run / "results.json").read_text())["rows"][-1]) == (
+        "--model.compensate" in few
+    )
+
+
+@pytest.mark.parametrize("variant", VARIANTS, ids=lambda path: path.stem)
+def test_every_variant_goes_on_top_of_the_smollm2_config(variant, fit):
+    few = ["--data.num_sequences", "4", "--data.statistics_sequences", "4"]
+    few += [] if "compensate" in yaml.safe_load(variant.read_text())["model"] else ["--model.compensate", "2"]
+    status, run = fit("-c", str(variant), *few, config=Path("experiments/configs/smollm2-135m.yaml"))
     assert status == 0
     assert (run / "results.json").is_file()
 

@@ -12,8 +12,10 @@ import pytest
 import yaml
 
 from experiments.__main__ import main
+from experiments.fit import FitCLI
 from experiments.results import table
 from experiments.sweep import read_sweep, rows
+from rotpruner.compensation import check_compensation
 
 SWEEPS = sorted(Path("experiments/sweeps").glob("*.yaml"))
 
@@ -102,10 +104,30 @@ def _row(ppl: float) -> dict:
 def test_shipped_sweeps_expand_and_name_public_texts(file, tmp_path):
     sweep = read_sweep(file)
     found = list(rows(sweep, tmp_path))
-    assert len({name for name, _, _ in found}) == len(found) >= 2
+    assert len({name for name, _, _ in found}) == len(found) >= 1
     for _, _, command in found:
         if command[0] == "prune":
             assert command[command.index("--calibration") + 1] == "c4"
+
+
+@pytest.mark.parametrize(
+    "file", [file for file in SWEEPS if read_sweep(file)["command"] == "fit"], ids=lambda path: path.stem
+)
+def test_settings_of_every_shipped_fit_go_together(file, model_directory, text_file, test_text_file, tmp_path):
+    """All but reading the model: what does not go with what is refused before."""
+    tiny = {
+        "model.model": model_directory,
+        "model.init_rotations": "null",
+        "data.calibration": text_file,
+        "data.seq_len": 32,
+        "trainer.accelerator": "cpu",
+        "trainer.callbacks.init_args.texts": f"[{test_text_file}]",
+    }
+    for name, _, command in rows(read_sweep(file), tmp_path):
+        given = [item for key, value in tiny.items() for item in (f"--{key}", str(value))]
+        cli = FitCLI([*command[1:], *given])
+        check_compensation(cli.model.compensate, cli.datamodule.statistics_sequences, cli.model.pattern)
+        assert cli.model.compensate == (32 if file.stem == "longer" else 0), name
 
 
 @pytest.mark.parametrize("text", ["[", "title: x", "title: x\ncommand: dance\ngrid: {}", "title: x\ncommand: fit"])
