@@ -149,7 +149,7 @@ class Finish(Ending):
         kept = run / "rows" / f"{name}.json"
         if kept.is_file():
             return json.loads(kept.read_text(encoding="utf-8"))
-        started = time.perf_counter()
+        started, given = time.perf_counter(), model is not None
         with tempfile.TemporaryDirectory(dir=run) as scratch:
             directory = run / "export" if name == "rotpruner" else Path(scratch) / name
             found: Row = {}
@@ -158,6 +158,6 @@ class Finish(Ending):
                 found = build(directory)
                 model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
             seconds += time.perf_counter() - started
-            row = self.evaluated(name, pattern, model, seconds, reference=name == "dense") | found
+            row = self.evaluated(name, pattern, model, seconds, reference=given) | found
         write_json(row, kept)
         return row
