@@ -22,7 +22,7 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from callbacks.terminal import track
-from experiments.arguments import Parser, add_device, at_least, report
+from experiments.arguments import Parser, add_device, at_least, device_name, report
 from rotpruner.errors import InputError
 from rotpruner.families import linear_modules
 from rotpruner.loading import load_config, load_model
@@ -74,7 +74,7 @@ def main(arguments: list[str]) -> None:
     prompts = torch.randint(vocabulary, (options.batch_size, options.seq_len), generator=generator).to(options.device)
     prefill, decode = measure(list(models.values()), prompts, options.new_tokens, options.repeats)
     result = {
-        "device": _device_name(options.device),
+        "device": device_name(options.device),
         "threads": torch.get_num_threads(),
         "dtype": options.dtype,
         **{name: getattr(options, name) for name in ("batch_size", "seq_len", "new_tokens", "repeats")},
@@ -201,10 +201,6 @@ def _summary(rates: Tensor, ratios: Tensor) -> dict[str, Any]:
         "ratio": ratio,
         "ratio_spread": [ratio_low, ratio_high],
     }
-
-
-def _device_name(device: torch.device) -> str:
-    return f"{device} ({torch.cuda.get_device_name(device)})" if device.type == "cuda" else str(device)
 
 
 def _note(device: torch.device) -> str:

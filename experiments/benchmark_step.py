@@ -18,7 +18,7 @@ from torch import Tensor
 
 from callbacks.terminal import track
 from datamodules.calibration import calibration_tokens
-from experiments.arguments import Parser, add_device, at_least, report
+from experiments.arguments import Parser, add_device, at_least, device_name, report
 from rotpruner.loading import load_model, load_tokenizer
 from rotpruner.objectives import Objective
 from rotpruner.oneshot import parameter_count
@@ -29,7 +29,7 @@ from rotpruner.rotations import LearnedRotations
 
 
 def main(arguments: list[str]) -> None:
-    """Print `{"ratio", "seconds", "dense_seconds", "parts", "peak_bytes", "dense_fp32_bytes"}`."""
+    """Print `{"ratio", "seconds", "dense_seconds", "parts", "peak_bytes", "dense_fp32_bytes"}` and what was timed."""
     imported = _peak_bytes()
     parser = Parser("benchmark step", "Time a step of learning against a step of the dense model.")
     parser.add_argument("--model", default="smollm2-135m", help="embedded name, directory or hub name")
@@ -90,9 +90,13 @@ def main(arguments: list[str]) -> None:
         "backward and optimiser": seconds["step"] - seconds["forward"],
         "masks, a step's share": seconds["masks"] / options.refresh_every,
     }
-    result: dict[str, Any] = {"seconds": total, "parts": parts}
+    timed = {
+        key: getattr(options, key) for key in ("model", "batch_size", "seq_len", "gradient_checkpointing", "repeats")
+    }
+    result: dict[str, Any] = {**timed, "device": device_name(options.device), "threads": torch.get_num_threads()}
+    result |= {"seconds": total, "parts": parts}
     if not options.learning_only:
-        result = {"ratio": total / seconds["dense"], "dense_seconds": seconds["dense"], **result}
+        result |= {"ratio": total / seconds["dense"], "dense_seconds": seconds["dense"]}
     result |= {"peak_bytes": _peak_bytes() - imported, "dense_fp32_bytes": dense_bytes}
     report(result, options.json)
 

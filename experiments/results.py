@@ -50,9 +50,10 @@ def main(arguments: list[str]) -> None:
         *_plot(plots, "steps", steps, "step", options.output),
         *_plot(plots, "sparsity", sparsities, "share of weights removed", options.output),
     ]
-    speeds = options.results / "inference.json"
-    if speeds.is_file():
-        text.append(_inference(_read(speeds)))
+    for name, shown_as in (("step", _step), ("inference", _inference)):
+        benchmark = options.results / f"{name}.json"
+        if benchmark.is_file():
+            text.append(shown_as(_read(benchmark)))
     write_text("\n".join([*text, *shown]), options.output)
     report({"output": str(options.output), "tables": tables, "rows": count, "plots": len(shown)}, options.json)
 
@@ -151,6 +152,24 @@ def _plot(plots: Path, name: str, lines: Lines, xlabel: str, output: Path) -> li
         link = os.path.relpath(path, output.parent)
         shown.append(f"![Perplexity on {text} against {xlabel}]({link})\n")
     return shown
+
+
+def _step(result: Row) -> str:
+    """What `benchmark step --json` printed, in a paragraph."""
+    parts = ", ".join(f"{name} {seconds:.1f} s" for name, seconds in result["parts"].items())
+    recomputed = "with" if result["gradient_checkpointing"] else "without"
+    memory = result["peak_bytes"] / result["dense_fp32_bytes"]
+    lines = [
+        f"## A step of learning on {result['device']}, {result['threads']} threads\n",
+        f"{result['model']}, {result['batch_size']} × {result['seq_len']:,} tokens, {recomputed} gradient "
+        f"checkpointing: {result['seconds']:.1f} s ({parts}).",
+        f"{result['ratio']:.3f} × forward and backward of the dense model on the same tokens "
+        f"({result['dense_seconds']:.1f} s), medians of {result['repeats']} in turns.",
+        f"Peak memory, imports not counted: {result['peak_bytes'] / 2**30:.2f} GiB, {memory:.2f} × the dense model in "
+        "float32.\n",
+        f"`{result['command']}`, commit {result['commit'][:7]}\n",
+    ]
+    return "\n".join(lines)
 
 
 def _inference(result: Row) -> str:

@@ -31,19 +31,22 @@ class Moment:
     Attributes:
         blocks: (B, n, n) float32 or float64, in the basis in which it was gathered.
         rotation: (b, n, n) blocks of Q, an order (I,), or None for that basis itself.
+        origin: this moment in that basis, if it is seen from another one.
     """
 
     blocks: Tensor
     rotation: Tensor | None = None
+    origin: Moment | None = None
 
     def rotate(self, Q: Tensor | None) -> Moment:
         """The same moment seen from x Q. Nothing is computed until it is asked for."""
         assert self.rotation is None, "moments are rotated from the basis in which they were gathered"
-        return Moment(self.blocks, Q)
+        return Moment(self.blocks, Q, self)
 
     def to(self, device: torch.device | str) -> Moment:
         """The same moment on another device."""
-        return Moment(self.blocks.to(device), None if self.rotation is None else self.rotation.to(device))
+        moved = Moment(self.blocks.to(device))
+        return moved if self.rotation is None else moved.rotate(self.rotation.to(device))
 
     @cached_property
     def _diagonal(self) -> Tensor:
@@ -96,6 +99,17 @@ class Moment:
     @cached_property
     def _derived(self) -> dict[Hashable, Any]:
         return {}
+
+    def inverse(self, key: Hashable, compute: Callable[[Moment], Tensor]) -> Moment:
+        """(H + λI)⁻¹ as a moment seen from the same basis, where rotations act on it as they do on H.
+
+        Args:
+            key: of `compute`, which inverts once what was gathered, whatever bases are asked for later.
+            compute: moment → (I, I).
+        """
+        gathered = self.origin or self
+        inverted = gathered.derive(("inverse", key), lambda moment: Moment(compute(moment)[None]))
+        return inverted.rotate(self.rotation)
 
     def derive(self, key: Hashable, compute: Callable[[Moment], T]) -> T:
         """`compute(self)`, once for each `key`: what linears that read one input share, such as a factorisation."""

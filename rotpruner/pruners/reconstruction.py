@@ -65,26 +65,31 @@ def upper_factor(moment: Moment, damping: float, dtype: torch.dtype) -> Tensor:
     Raises:
         InputError: H is not finite, or no covariance at all.
     """
+    return moment.derive(("upper_factor", damping, dtype), lambda moment: _factor(moment, damping, dtype))
 
-    def factor(moment: Moment) -> Tensor:
-        for attempt in range(_ATTEMPTS):
-            H = damped_hessian(moment, damping * 10**attempt, dtype)
-            # Reversing both axes turns LAPACK's lower factor into the upper one.
-            L, failure = torch.linalg.cholesky_ex(H.flip(0, 1))
-            if not failure:
-                return L.flip(0, 1)
-        raise InputError("the second moment of a linear's input is not positive semidefinite")
 
-    return moment.derive(("upper_factor", damping, dtype), factor)
+def _factor(moment: Moment, damping: float, dtype: torch.dtype) -> Tensor:
+    for attempt in range(_ATTEMPTS):
+        H = damped_hessian(moment, damping * 10**attempt, dtype)
+        # Reversing both axes turns LAPACK's lower factor into the upper one.
+        L, failure = torch.linalg.cholesky_ex(H.flip(0, 1))
+        if not failure:
+            return L.flip(0, 1)
+    raise InputError("the second moment of a linear's input is not positive semidefinite")
 
 
 def obs_saliency(weight: Tensor, moment: Moment | None, damping: float) -> Tensor:
     """w² / [H⁻¹]_jj (O, I): the loss of removing one weight (equation 3 of SparseGPT; Hassibi & Stork, 1992)."""
     assert moment is not None
     W = weight.to(torch.promote_types(weight.dtype, torch.float32))
-    R = upper_factor(moment, damping, W.dtype)
-    U = torch.linalg.solve_triangular(R, torch.eye(len(R), dtype=R.dtype, device=R.device), upper=True)
-    return (W.square() / U.square().sum(0)).float()
+
+    def inverse(moment: Moment) -> Tensor:
+        R = _factor(moment, damping, W.dtype)
+        U = torch.linalg.solve_triangular(R, torch.eye(len(R), dtype=R.dtype, device=R.device), upper=True)
+        return U.mT @ U
+
+    # The damping is a multiple of the identity, the same in every basis.
+    return (W.square() / moment.inverse((damping, W.dtype), inverse).diagonal()).float()
 
 
 def normalise(H: Tensor) -> tuple[Tensor, Tensor]:
