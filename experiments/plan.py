@@ -17,6 +17,7 @@ from experiments.arguments import Parser, at_least
 from experiments.arguments import report as print_json
 from experiments.fit import FitCLI
 from lightning_modules.rotation_module import check_choices
+from rotpruner.basis import check_offload
 from rotpruner.costs import disk_space, step_flops
 from rotpruner.errors import InputError
 from rotpruner.loading import check_seq_len, load_config
@@ -24,7 +25,6 @@ from rotpruner.objectives import Objective
 from rotpruner.patterns import Slice, parse_pattern
 from rotpruner.planning import MemoryPlan, largest, memory_plan
 from rotpruner.pruners import resolve_pruner
-from rotpruner.rotated_model import check_offload
 from rotpruner.rotations import turns
 from rotpruner.sizes import Setup, Term, total
 from rotpruner.surrogates import Surrogate

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from lightning_modules.schedules import with_schedule
+from rotpruner.basis import check_offload
 from rotpruner.compensation import check_compensation
 from rotpruner.distributed import Ranks
 from rotpruner.errors import InputError
@@ -27,7 +28,7 @@ from rotpruner.optimizers import CayleySGD
 from rotpruner.orthogonal import MapName, orthogonality_error
 from rotpruner.patterns import Pattern, Scope, Slice, parse_pattern
 from rotpruner.pruners import resolve_pruner
-from rotpruner.rotated_model import RotatedModel, check_offload
+from rotpruner.rotated_model import RotatedModel
 from rotpruner.rotation_artifact import Rotations
 from rotpruner.rotations import (
     LearnedRotations,

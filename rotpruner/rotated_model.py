@@ -15,26 +15,23 @@ from itertools import groupby
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
+from rotpruner.basis import Basis, BasisChange, RotatedLinear, check_offload
 from rotpruner.concentration import concentration_entropy, lost_mass
 from rotpruner.distributed import Ranks, whole
-from rotpruner.errors import InputError
 from rotpruner.families import (
-    BlockLinear,
     block_linears,
     family_of,
     module_at,
     residual_sublayers,
 )
 from rotpruner.fusion import fuse_block_norms
-from rotpruner.modeling_rotated import Shortcut
 from rotpruner.objectives import Objective
 from rotpruner.oneshot import LayerSparsity, check_layer_sparsity, layer_patterns, linears_to_watch
-from rotpruner.orthogonal import rotate_bias, rotate_features, rotate_weight
+from rotpruner.orthogonal import rotate_features, rotate_weight
 from rotpruner.patterns import NM, Pattern, Slice
 from rotpruner.pruners import Pruner
 from rotpruner.relaxation import Relaxation
@@ -42,7 +39,6 @@ from rotpruner.rotations import (
     LearnedRotations,
     RotationSet,
     Start,
-    basis_change,
     basis_changes,
     residual_at,
     sides,
@@ -52,79 +48,6 @@ from rotpruner.starts import permuted_start, principal_start
 from rotpruner.statistics import Moment, gather_moments
 from rotpruner.surrogates import Surrogate, check_surrogate
 from rotpruner.teacher import DenseStates, head_of, ready_to_learn
-
-
-class Basis:
-    """The rotations in which the linears of one model run at the moment; empty means dense."""
-
-    def __init__(self, config: Any) -> None:
-        self.config = config
-        self.rotations: RotationSet = {}
-        self.pruned = False
-
-
-#: The place of a linear, W' and M, both (O, I) → W' under its mask.
-Masked = Callable[[BlockLinear, Tensor, Tensor], Tensor]
-
-
-class RotatedLinear(nn.Linear):
-    """A frozen decoder linear that runs in the basis of the moment: y = x (masked(Q_Bᵀ W Q_A, M))ᵀ + b Q_B.
-
-    Args:
-        linear: whose weight and bias it takes over.
-        place: of the linear.
-        basis: of the model, of the moment.
-        masked: applies the mask.
-        offload: leave the weight in main memory; it comes to where the input is at every call.
-    """
-
-    mask: Tensor | None
-
-    def __init__(
-        self, linear: nn.Linear, place: BlockLinear, basis: Basis, masked: Masked, offload: bool = False
-    ) -> None:
-        super().__init__(linear.in_features, linear.out_features, bias=False, device="meta")
-        self.weight, self.bias = linear.weight, linear.bias
-        if offload:
-            # No parameter any more: what moves, saves or synchronises a module passes it by.
-            del self.weight
-            weight = linear.weight.detach().cpu()
-            # Pinned memory is copied faster, and the host does not wait for it.
-            self.weight = weight.pin_memory() if torch.cuda.is_available() else weight
-        self.place, self.basis, self.masked = place, basis, masked
-        self.register_buffer("mask", None, persistent=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        reads, writes = sides(self.basis.config, self.basis.rotations, self.place)
-        weight = rotate_weight(self.weight.to(x.device, non_blocking=True), reads, writes)
-        if self.basis.pruned and self.mask is not None:
-            weight = self.masked(self.place, weight, self.mask)
-        return F.linear(x, weight, rotate_bias(self.bias, writes))
-
-
-def check_offload(offload: bool, gradient_checkpointing: bool, sharded: bool = False) -> None:
-    """Raise `InputError` if weights in main memory would not help, or are to be spread over devices as well."""
-    if offload and not gradient_checkpointing:
-        raise InputError(
-            "offload keeps decoder weights in main memory, but without recomputation the backward pass would keep all "
-            "that has come to the device: set gradient_checkpointing to true"
-        )
-    if offload and sharded:
-        raise InputError(
-            "offload keeps whole decoder weights in each process's main memory, and ModelParallelStrategy would shard "
-            "them over devices: leave one of them out, or take ddp"
-        )
-
-
-class _BasisChange(Shortcut):
-    """The shortcut of one sublayer, of the rotations of the moment."""
-
-    def __init__(self, basis: Basis, number: int) -> None:
-        nn.Module.__init__(self)
-        self.basis, self.number, self._stream = basis, number, None
-
-    def basis_change(self) -> Tensor | None:
-        return basis_change(self.basis.config, self.basis.rotations, self.number)
 
 
 class RotatedModel(nn.Module):
@@ -222,7 +145,7 @@ class RotatedModel(nn.Module):
         for number in basis_changes(base.config, sites):
             layer, place = divmod(number, len(sublayers))
             norm, writer = (blocks[layer].get_submodule(path) for path in sublayers[place])  # type: ignore[index]
-            _BasisChange(self.basis, number).attach(norm, writer)
+            BasisChange(self.basis, number).attach(norm, writer)
 
     # -- bases ---------------------------------------------------------------------------------
 
