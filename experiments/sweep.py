@@ -3,7 +3,7 @@
 A sweep file is YAML: a `title`, the `command` (prune, fit or recover), its `arguments` (for the last two also
 `config`, a list of files), and a `grid` of arguments whose combinations are the rows, or the `rows` one by one, each
 with the arguments that it changes. `reference` names a model to evaluate densely on the same texts, from which gaps
-are counted.
+are counted. `--config experiments/configs/opt-125m.yaml` runs a table of fits on another model.
 
 ```yaml
 title: One-shot pruners
@@ -46,11 +46,14 @@ def main(arguments: list[str]) -> None:
     parser.add_argument(
         "--set", action="append", default=[], metavar="KEY=VALUE", help="argument of every row, as YAML"
     )
+    parser.add_argument("--config", type=Path, help="instead of a fit's first file: the same table on another model")
     parser.add_argument("--results", type=Path, default=Path("experiments/results"), help="where results are kept")
     parser.add_argument("--runs", type=Path, default=Path("runs"), help="where fits have their run directories")
     options = parser.parse_args(arguments)
 
     sweep = read_sweep(options.file)
+    if options.config is not None:
+        sweep["config"] = on_another(sweep, options.config)
     sweep["arguments"].update(_settings(options.set))
     directory = options.results / options.file.stem
     columns = list(dict.fromkeys(key for row in sweep["rows"] for key in row))
@@ -110,6 +113,17 @@ def rows(sweep: dict[str, Any], runs: Path) -> Iterator[tuple[str, dict[str, Any
             yield name, row, [sweep["command"], *configs, *_flags(arguments, repeat=False)]
         else:
             yield name, row, [sweep["command"], *_flags(arguments), "--json"]
+
+
+def on_another(sweep: dict[str, Any], config: Path) -> list[str]:
+    """The config files of a sweep of fits whose first one another takes the place of."""
+    if not sweep["config"]:
+        raise InputError(
+            f"--config {config} replaces the file of a fit, and a {sweep['command']} reads none: --set model"
+        )
+    if not config.is_file():
+        raise InputError(f"config file '{config}' is missing; see experiments/configs")
+    return [str(config), *sweep["config"][1:]]
 
 
 def _name(value: Any) -> str:

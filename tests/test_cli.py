@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -70,10 +71,13 @@ def fit_arguments(model_directory, text_file, test_text_file, run) -> list[str]:
 def fit(model_directory, text_file, test_text_file, tmp_path):
     """`fit(*changes)` → (status, run directory), from the quickstart with tiny overrides."""
 
-    def run(*changes: str, config: Path = Path("experiments/configs/quickstart.yaml")) -> tuple[int, Path]:
+    def run(
+        *changes: str, configs: Sequence[Path] = (Path("experiments/configs/quickstart.yaml"),)
+    ) -> tuple[int, Path]:
         directory = tmp_path / "run"
         given = fit_arguments(model_directory, text_file, test_text_file, directory)
-        return main(["fit", "-c", str(config), *given, *changes]), directory
+        files = [item for config in configs for item in ("-c", str(config))]
+        return main(["fit", *files, *given, *changes]), directory
 
     return run
 
@@ -243,7 +247,7 @@ def test_every_config_parses_and_runs_two_steps_with_tiny_overrides(config, fit)
     settings = yaml.safe_load(config.read_text())
     few = ["--model.compensate", "2"] if settings["model"].get("compensate") else []
     few += ["--data.statistics_sequences", "4"] if "statistics_sequences" in settings["data"] else []
-    status, run = fit(*few, config=config)
+    status, run = fit(*few, configs=[config])
     assert status == 0
     assert ("step_length" in json.loads((run / "results.json").read_text())["rows"][-1]) == (
         "--model.compensate" in few
@@ -254,7 +258,7 @@ def test_every_config_parses_and_runs_two_steps_with_tiny_overrides(config, fit)
 def test_every_variant_goes_on_top_of_the_smollm2_config(variant, fit):
     few = ["--data.num_sequences", "4", "--data.statistics_sequences", "4"]
     few += [] if "compensate" in yaml.safe_load(variant.read_text())["model"] else ["--model.compensate", "2"]
-    status, run = fit("-c", str(variant), *few, config=Path("experiments/configs/smollm2-135m.yaml"))
+    status, run = fit(*few, configs=[Path("experiments/configs/smollm2-135m.yaml"), variant])
     assert status == 0
     assert (run / "results.json").is_file()
 

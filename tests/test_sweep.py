@@ -10,11 +10,12 @@ from xml.etree import ElementTree
 
 import pytest
 import yaml
+from tiny_models import tiny
 
 from experiments.__main__ import main
 from experiments.fit import FitCLI
 from experiments.results import table
-from experiments.sweep import read_sweep, rows
+from experiments.sweep import on_another, read_sweep, rows
 from rotpruner.compensation import check_compensation
 
 SWEEPS = sorted(Path("experiments/sweeps").glob("*.yaml"))
@@ -110,24 +111,49 @@ def test_shipped_sweeps_expand_and_name_public_texts(file, tmp_path):
             assert command[command.index("--calibration") + 1] == "c4"
 
 
+FITS = [file for file in SWEEPS if read_sweep(file)["command"] == "fit"]
+ON_OTHERS = ("ablations", "budget", "denoise-rotator", "learned", "main")
+
+
 @pytest.mark.parametrize(
-    "file", [file for file in SWEEPS if read_sweep(file)["command"] == "fit"], ids=lambda path: path.stem
+    ("file", "config", "kind"),
+    [
+        *((file, None, "smollm2") for file in FITS),
+        *((file, "opt-125m", "opt") for file in FITS if file.stem in ON_OTHERS),
+        *((file, "llama2-7b", "llama-2") for file in FITS if file.stem in ON_OTHERS),
+    ],
+    ids=lambda value: value.stem if isinstance(value, Path) else str(value),
 )
-def test_settings_of_every_shipped_fit_go_together(file, model_directory, text_file, test_text_file, tmp_path):
+def test_settings_of_every_shipped_fit_go_together(file, config, kind, tokenizer, text_file, test_text_file, tmp_path):
     """All but reading the model: what does not go with what is refused before."""
-    tiny = {
-        "model.model": model_directory,
+    tiny(kind).save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    settings = {
+        "model.model": tmp_path / "model",
         "model.init_rotations": "null",
         "data.calibration": text_file,
         "data.seq_len": 32,
         "trainer.accelerator": "cpu",
         "trainer.callbacks.init_args.texts": f"[{test_text_file}]",
     }
-    for name, _, command in rows(read_sweep(file), tmp_path):
-        given = [item for key, value in tiny.items() for item in (f"--{key}", str(value))]
+    sweep = read_sweep(file)
+    if config is not None:
+        sweep["config"] = on_another(sweep, Path(f"experiments/configs/{config}.yaml"))
+    for name, _, command in rows(sweep, tmp_path):
+        given = [item for key, value in settings.items() for item in (f"--{key}", str(value))]
         cli = FitCLI([*command[1:], *given])
         check_compensation(cli.model.compensate, cli.datamodule.statistics_sequences, cli.model.pattern)
         assert cli.model.compensate == (32 if file.stem == "longer" else 0), name
+
+
+def test_another_config_takes_the_place_of_the_first(capsys):
+    sweep = {"command": "fit", "config": ["one.yaml", "two.yaml"]}
+    quickstart = "experiments/configs/quickstart.yaml"
+    assert on_another(sweep, Path(quickstart)) == [quickstart, "two.yaml"]
+    assert main(["sweep", "experiments/sweeps/main.yaml", "--config", "nowhere.yaml"]) == 2
+    assert "nowhere.yaml" in capsys.readouterr().err
+    assert main(["sweep", "experiments/sweeps/pruners.yaml", "--config", quickstart]) == 2
+    assert "--set model" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("text", ["[", "title: x", "title: x\ncommand: dance\ngrid: {}", "title: x\ncommand: fit"])
