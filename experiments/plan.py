@@ -18,6 +18,7 @@ from experiments.arguments import report as print_json
 from experiments.fit import FitCLI
 from lightning_modules.rotation_module import check_choices
 from rotpruner.basis import check_offload
+from rotpruner.compensation import check_compensation
 from rotpruner.costs import disk_space, step_flops
 from rotpruner.errors import InputError
 from rotpruner.loading import check_seq_len, load_config
@@ -116,9 +117,12 @@ def read_setup(arguments: list[str], gpu: str, count: int) -> tuple[Setup, str]:
     model, data, trainer = settings.model, settings.data, settings.trainer
     config, pattern, optimizer = load_config(model.model), parse_pattern(model.pattern, model.scope), _trial(model)
     objective = Objective(**_plain(model.objective))
-    choices = model.layer_sparsity, model.spaces, model.placement, model.start, model.orthogonal_map
+    start = model.start if model.init_rotations is None else None
+    choices = model.layer_sparsity, model.spaces, model.placement, start, model.orthogonal_map
     check_choices(config, pattern, objective, *choices, optimizer)
     check_seq_len(config, data.seq_len)
+    statistics_sequences = data.statistics_sequences or data.num_sequences
+    check_compensation(model.compensate, statistics_sequences, pattern)
     surrogate = Surrogate(**_plain(model.surrogate))
     if surrogate.anneals:
         raise InputError(f"plan knows no formulas of surrogate {surrogate.name}; ask for sr_ste, which takes less")
@@ -139,7 +143,7 @@ def read_setup(arguments: list[str], gpu: str, count: int) -> tuple[Setup, str]:
         seq_len=data.seq_len,
         batch_size=data.batch_size,
         num_sequences=data.num_sequences,
-        statistics_sequences=data.statistics_sequences or data.num_sequences,
+        statistics_sequences=statistics_sequences,
         steps=_steps(trainer, data),
         gradient_checkpointing=model.gradient_checkpointing,
         offload=model.offload,

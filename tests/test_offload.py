@@ -10,6 +10,7 @@ from test_cli import fit, refused  # noqa: F401 - a fixture
 from test_plan import memory_of
 from tiny_models import tiny
 
+import rotpruner.basis as basis_module
 import rotpruner.rotated_model as rotated_model_module
 from lightning_modules.rotation_module import RotationModule
 from rotpruner.diagnostics import masked_share
@@ -90,6 +91,7 @@ def test_weights_stay_where_they_are_and_come_to_where_they_are_needed(monkeypat
         came.append(weight.device.type)
         return rotate_weight(weight, reads, writes)
 
+    monkeypatch.setattr(basis_module, "rotate_weight", watched)
     monkeypatch.setattr(rotated_model_module, "rotate_weight", watched)
     for linear in rotated.linears:
         linear(torch.zeros(1, linear.in_features, device="meta"))
