@@ -112,7 +112,7 @@ def test_shipped_sweeps_expand_and_name_public_texts(file, tmp_path):
 
 
 FITS = [file for file in SWEEPS if read_sweep(file)["command"] == "fit"]
-ON_OTHERS = ("ablations", "budget", "denoise-rotator", "learned", "main")
+ON_OTHERS = ("ablations", "budget", "denoise-rotator", "learned", "main", "sparsity")
 
 
 @pytest.mark.parametrize(
