@@ -58,6 +58,7 @@ def test_small_opt_through_fit_and_export(tmp_path, capsys):
         *("-c", "experiments/configs/opt-125m.yaml", "--model.model", str(tmp_path / "opt")),
         *("--model.base_dtype", "float32", "--trainer.accelerator", "cpu"),
         *("--data.calibration", "wikipedia_calibration", "--data.num_sequences", "32", "--data.seq_len", "128"),
+        *("--data.statistics_sequences", "32", "--model.compensate", "8"),
         *("--trainer.max_steps", "150", "--trainer.default_root_dir", str(run)),
         *("--trainer.callbacks.init_args.texts", "[wikipedia_test]", "--trainer.callbacks.init_args.seq_len", "128"),
         *("--trainer.callbacks.init_args.max_tokens", "16384"),
