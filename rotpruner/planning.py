@@ -75,6 +75,7 @@ def memory_plan(setup: Setup) -> MemoryPlan:
         Term("statistics H", setup.statistics * r,
              f"L Σ I · n · r = {setup.layers} · {summed(f'{inputs} · {n}' for inputs, n in setup.moments)} · {r}: "
              "for each input of a block, n the width of what rotates it"),
+        *_inverses(setup),
         _rotations(setup),
         Term("optimiser states", setup.optimizer_states * k * r,
              f"{setup.optimizer_states} k r = {setup.optimizer_states} · {k:,} · {r}"),
@@ -141,6 +142,15 @@ def _compensation(setup: Setup) -> list[Term]:
 def _masks(setup: Setup) -> list[Term]:
     masks = setup.decoder_weights
     return [] if setup.sliced else [Term("masks", masks, f"M · 1 = {masks:,} · 1, boolean")]
+
+
+def _inverses(setup: Setup) -> list[Term]:
+    """The importance of pruners that rebuild weights, once an objective or a start has asked for it."""
+    asked = setup.objective.needs_importance or setup.start == "permutation"
+    if setup.pruner.needs != "full" or not asked:
+        return []
+    entries, r = setup.statistics, setup.r
+    return [Term("inverses of H", entries * r, f"at most as many entries as H, · r = {entries:,} · {r}")]
 
 
 def _weights(setup: Setup) -> list[Term]:

@@ -155,6 +155,21 @@ def test_resident_terms_are_what_the_model_holds(pruner, pattern, orthogonal_map
         assert terms.get(name, 0) == sum(tensor.numel() * tensor.element_size() for tensor in tensors), name
 
 
+@pytest.mark.parametrize("pruner", ["wanda", "sparsegpt"])
+@pytest.mark.parametrize(("start", "entropy"), [("identity", 0), ("permutation", 0), ("identity", 1)])
+def test_inverse_hessians_that_importance_keeps_are_planned(pruner, start, entropy):
+    spaces, objective = ("residual", "value_heads"), Objective(kl=1, entropy=entropy)
+    orders = ("mlp",) if start == "permutation" else ()
+    rotated = rotated_model(model_of("llama"), torch.bfloat16, (*spaces, *orders), pruner=pruner, objective=objective)
+    rotated.start_from_statistics(start)
+    rotated.loss(torch.arange(64)[None])
+    plan = memory_plan(setup_of(rotated, spaces, 64, pattern=rotated.pattern, objective=objective, start=start))
+    planned = sum(term.amount for term in plan.resident if term.name == "inverses of H")
+    derived = [kept for moment in rotated.moments.values() for kept in moment._derived.values()]
+    assert planned == sum(inverse.blocks.numel() * inverse.blocks.element_size() for inverse in derived)
+    assert bool(planned) == (pruner == "sparsegpt" and (start == "permutation" or entropy > 0))
+
+
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("placement", ["shared", "per_layer", "per_block"])
 @pytest.mark.parametrize("pattern", ["2:4", "slice:0.25"])
