@@ -1,14 +1,18 @@
-"""Fixtures shared by the tests: a tiny model in Hugging Face form, and a text that it can tokenise."""
+"""Fixtures shared by the tests: a tiny model in Hugging Face form, a text that it can tokenise, commands."""
 
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 import torch
+from command_line import fit_arguments
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from experiments.__main__ import main
 
 WORDS = [
     "the",
@@ -143,3 +147,40 @@ def _alone(tmp_path_factory, monkeypatch, request):
         monkeypatch.setenv("ROTPRUNER_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def prune(model_directory, text_file, tmp_path):
+    """`prune(**changes)` → (status, output directory), from arguments that work."""
+
+    def run(**changes) -> tuple[int, Path]:
+        options = dict(
+            model=model_directory,
+            pruner="wanda",
+            pattern="2:4",
+            calibration=text_file,
+            num_sequences=4,
+            seq_len=32,
+            seed=0,
+            output=tmp_path / "pruned",
+        )
+        options.update(changes)
+        arguments = [item for key, value in options.items() for item in (f"--{key}", str(value))]
+        return main(["prune", *arguments, "--json"]), Path(options["output"])
+
+    return run
+
+
+@pytest.fixture
+def fit(model_directory, text_file, test_text_file, tmp_path):
+    """`fit(*changes)` → (status, run directory), from the quickstart with tiny overrides."""
+
+    def run(
+        *changes: str, configs: Sequence[Path] = (Path("experiments/configs/quickstart.yaml"),)
+    ) -> tuple[int, Path]:
+        directory = tmp_path / "run"
+        given = fit_arguments(model_directory, text_file, test_text_file, directory)
+        files = [item for config in configs for item in ("-c", str(config))]
+        return main(["fit", *files, *given, *changes]), directory
+
+    return run

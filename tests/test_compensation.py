@@ -7,7 +7,7 @@ import json
 
 import pytest
 import torch
-from test_cli import fit_arguments
+from command_line import fit_arguments
 from tiny_models import MODELS, exact, tiny
 
 from experiments.__main__ import main

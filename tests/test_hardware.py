@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 import yaml
+from command_line import fit_arguments
 from processes import command, start_ranks
-from test_cli import fit_arguments
 
 from experiments.__main__ import main
 

@@ -145,7 +145,7 @@ def test_prune_writes_a_card(rotations, model_directory, text_file, test_text_fi
 
 
 def test_fit_writes_a_card_with_its_controls(model_directory, text_file, test_text_file, tmp_path, capsys):
-    from test_cli import fit_arguments
+    from command_line import fit_arguments
 
     run = tmp_path / "run"
     arguments = fit_arguments(model_directory, text_file, test_text_file, run)

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
+from command_line import refused
 from conftest import tiny_llama
 from safetensors.torch import load_file
-from test_cli import fit, refused  # noqa: F401 - a fixture
 from test_plan import memory_of
 from tiny_models import tiny
 
@@ -131,7 +131,7 @@ def test_weights_are_loaded_into_main_memory_where_lightning_makes_tensors_elsew
     assert {Q.device.type for Q in module.rotated.rotations.parameters()} == {"meta"}
 
 
-def test_a_fit_with_offload_learns_the_rotations_of_one_without(fit, tmp_path):  # noqa: F811
+def test_a_fit_with_offload_learns_the_rotations_of_one_without(fit, tmp_path):
     found = []
     for change in (OFFLOAD, OFFLOAD[:2]):
         status, run = fit(*change)
@@ -143,7 +143,7 @@ def test_a_fit_with_offload_learns_the_rotations_of_one_without(fit, tmp_path): 
         assert not torch.equal(Q, torch.eye(Q.shape[-1]).expand_as(Q))
 
 
-def test_a_fit_refuses_offload_without_recomputation(fit, capsys):  # noqa: F811
+def test_a_fit_refuses_offload_without_recomputation(fit, capsys):
     changes = ["--model.offload", "true", "--model.gradient_checkpointing", "false"]
     refused(*fit(*changes), capsys, "offload", "gradient_checkpointing")
 

@@ -13,9 +13,9 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from command_line import fit_arguments
 from conftest import tiny_llama
 from safetensors.torch import load_file
-from test_cli import fit_arguments
 
 from callbacks import finish
 from experiments.__main__ import main

@@ -1,0 +1,32 @@
+"""Arguments that work for a fit of a tiny model, and what a refusal looks like."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+
+def fit_arguments(model_directory, text_file, test_text_file, run) -> list[str]:
+    tiny = {
+        "--model.model": model_directory,
+        "--model.base_dtype": "float32",
+        "--data.calibration": text_file,
+        "--data.num_sequences": 4,
+        "--data.seq_len": 32,
+        "--trainer.accelerator": "cpu",
+        "--trainer.max_steps": 2,
+        "--trainer.default_root_dir": run,
+        "--trainer.callbacks.init_args.texts": f"[{test_text_file}]",
+        "--trainer.callbacks.init_args.seq_len": 32,
+        "--trainer.callbacks.init_args.max_tokens": 256,
+    }
+    return [str(item) for pair in tiny.items() for item in pair]
+
+
+def refused(status: int, written: Path, capsys, *mentions: str) -> None:
+    captured = capsys.readouterr()
+    assert status == 2
+    assert captured.out == ""
+    lines = captured.err.strip().splitlines()
+    assert len(lines) == 1, captured.err
+    assert all(mention in lines[0] for mention in mentions), lines[0]
+    assert not written.exists()

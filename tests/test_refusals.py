@@ -1,0 +1,163 @@
+"""What the command line refuses: in one line, with status 2, before anything is written."""
+
+from __future__ import annotations
+
+import subprocess
+
+import pytest
+import torch
+from command_line import refused
+from conftest import tiny_llama
+from transformers import GPT2Config, GPT2LMHeadModel
+
+from experiments.__main__ import main
+
+
+@pytest.mark.parametrize(
+    ("changes", "mentions"),
+    [
+        (dict(pattern="5:4"), ["5:4"]),
+        (dict(pattern="2:5"), ["2:5", "32"]),
+        (dict(pattern="1.5"), ["1.5"]),
+        (dict(pattern="banana"), ["banana"]),
+        (dict(pruner="banana"), ["banana", "wanda"]),
+        (dict(seq_len=0), ["0", "seq_len"]),
+        (dict(seq_len=100_000), ["100000", "128"]),
+        (dict(num_sequences=-3), ["-3", "num_sequences"]),
+        (dict(num_sequences=5000), ["5000"]),
+        (dict(seed=-1), ["-1", "seed"]),
+        (dict(calibration="/no/such.txt"), ["/no/such.txt"]),
+        (dict(rotations="/no/rotations"), ["/no/rotations"]),
+        (dict(model="/no/model"), ["/no/model"]),
+        (dict(scope="column"), ["column", "row"]),
+        (dict(layer_sparsity="owl"), ["owl", "2:4"]),
+        (dict(layer_sparsity="owl", pattern="0.95"), ["0.95"]),
+        (dict(banana=1), ["banana"]),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_prune_refuses(prune, capsys, changes, mentions):
+    status, output = prune(**changes)
+    refused(status, output, capsys, *mentions)
+
+
+def test_prune_refuses_damaged_models_and_texts(prune, capsys, tmp_path, tokenizer):
+    poisoned = tiny_llama()
+    poisoned.model.layers[1].mlp.up_proj.weight.data[3, 5] = float("nan")
+    poisoned.save_pretrained(tmp_path / "nan")
+    tokenizer.save_pretrained(tmp_path / "nan")
+    refused(*prune(model=tmp_path / "nan"), capsys, "model.layers.1.mlp.up_proj.weight", "NaN")
+
+    GPT2LMHeadModel(GPT2Config(n_embd=8, n_layer=1, n_head=1, vocab_size=32)).save_pretrained(tmp_path / "gpt2")
+    refused(*prune(model=tmp_path / "gpt2"), capsys, "gpt2", "llama")
+
+    (tmp_path / "nan" / "model.safetensors").write_bytes(b"not a checkpoint")
+    refused(*prune(model=tmp_path / "nan"), capsys, "cannot load")
+
+    (tmp_path / "binary.txt").write_bytes(bytes(range(256)) * 10)
+    refused(*prune(calibration=tmp_path / "binary.txt"), capsys, "binary.txt")
+    (tmp_path / "short.txt").write_text("few words")
+    refused(*prune(calibration=tmp_path / "short.txt"), capsys, "short.txt", "32")
+
+
+def test_prune_refuses_rotations_of_another_model(prune, fit, capsys, tmp_path, tokenizer):
+    _, run = fit()
+    capsys.readouterr()
+    torch.manual_seed(5)
+    other = tiny_llama()
+    other.model.embed_tokens.weight.data.normal_()
+    other.save_pretrained(tmp_path / "other")
+    tokenizer.save_pretrained(tmp_path / "other")
+    refused(*prune(model=tmp_path / "other", rotations=run / "rotations"), capsys, "another model")
+    (run / "rotations" / "rotations.safetensors").write_bytes(b"x" * 50)
+    refused(*prune(rotations=run / "rotations"), capsys, "damaged")
+
+
+def test_prune_does_not_overwrite(prune, capsys, tmp_path):
+    (tmp_path / "pruned").mkdir()
+    (tmp_path / "pruned" / "thesis.txt").write_text("mine")
+    status, output = prune()
+    assert status == 2
+    assert "exists already" in capsys.readouterr().err
+    assert [path.name for path in output.iterdir()] == ["thesis.txt"]
+
+
+def test_a_full_disk_is_one_line(prune, capsys, tmp_path):
+    """A real one, of sixteen kilobytes, where this process may mount it."""
+    small = tmp_path / "small"
+    small.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=16k", "tmpfs", str(small)], capture_output=True)
+    if mounted.returncode:
+        pytest.skip("needs the right to mount a file system")
+    try:
+        status, _ = prune(output=small / "pruned")
+        assert status == 2
+        assert "disk is full" in capsys.readouterr().err.splitlines()[-1]
+        assert list(small.iterdir()) == []
+    finally:
+        subprocess.run(["umount", str(small)], check=True)
+
+
+@pytest.mark.parametrize(
+    ("changes", "mentions"),
+    [
+        (["--text", "/no/such.txt"], ["/no/such.txt"]),
+        (["--seq_len", "0"], ["0", "seq_len"]),
+        (["--seq_len", "500"], ["500", "128"]),
+        (["--max_tokens", "-1"], ["-1"]),
+        (["--max_tokens", "20"], ["20", "too short"]),
+        (["--banana"], ["banana"]),
+    ],
+    ids=lambda value: "".join(value[:2]),
+)
+def test_evaluate_refuses(changes, mentions, model_directory, test_text_file, capsys, tmp_path):
+    arguments = ["--model", str(model_directory), "--text", str(test_text_file), "--seq_len", "32", *changes]
+    refused(main(["evaluate", *arguments]), tmp_path / "nothing", capsys, *mentions)
+
+
+@pytest.mark.parametrize(
+    ("changes", "mentions"),
+    [
+        (["--model.pattern", "5:4"], ["5:4"]),
+        (["--model.pattern", "2:5"], ["2:5"]),
+        (["--model.pattern", "1.5"], ["1.5"]),
+        (["--model.pattern", "banana"], ["banana"]),
+        (["--model.pruner", "banana"], ["banana"]),
+        (["--model.spaces", "[attic]"], ["attic"]),
+        (["--model.spaces", "[]"], ["spaces"]),
+        (["--model.surrogate.name", "banana"], ["banana"]),
+        (["--model.surrogate", "{name: sigmoid, temperature: 0.01}"], ["temperature 0.01"]),
+        (["--model.surrogate.name", "sigmoid", "--trainer.max_steps", "-1", "--trainer.max_epochs", "-1"], ["sigmoid"]),
+        (["--model.surrogate.name", "sigmoid", "--model.pruner", "alps"], ["sigmoid", "ALPS"]),
+        (["--model.surrogate.name", "gumbel", "--model.pattern", "0.5"], ["gumbel", "0.5"]),
+        (["--model.objective.kl", "-1"], ["-1"]),
+        (["--model.init_rotations", "/no/rotations"], ["/no/rotations"]),
+        (["--model.banana", "1"], ["banana"]),
+        (["--data.calibration", "/no/such.txt"], ["/no/such.txt"]),
+        (["--data.num_sequences", "-2"], ["-2"]),
+        (["--data.num_sequences", "4000"], ["4000"]),
+        (["--data.seq_len", "0"], ["0"]),
+        (["--data.seq_len", "1000", "--data.num_sequences", "2"], ["1000", "128"]),
+        (["--data.batch_size", "9"], ["9"]),
+        (["--trainer.callbacks.init_args.texts", "[/no/such.txt]"], ["/no/such.txt"]),
+    ],
+    ids=lambda value: "".join(value[:2]) if value[0].startswith("--") else "",
+)
+def test_fit_refuses(fit, capsys, changes, mentions):
+    status, run = fit(*changes)
+    refused(status, run, capsys, *mentions)
+
+
+def test_fit_hints_at_unquoted_patterns(fit, capsys, tmp_path):
+    (tmp_path / "unquoted.yaml").write_text("model: {pattern: 2:4}\n")
+    status, run = fit("-c", str(tmp_path / "unquoted.yaml"))
+    refused(status, run, capsys, "quote")
+
+
+def test_an_unknown_update_is_refused_before_anything_is_gathered(prune, capsys):
+    status, output = prune(update="magic", statistics="dense")
+    assert status == 2
+    assert not output.exists()
+    error = capsys.readouterr().err
+    assert "unknown pruner 'magic'" in error
+    assert "calibration" not in error
