@@ -28,6 +28,7 @@ _PAGE_COLOURS = {_INK: "currentColor", _GRID: "var(--grid)"} | {
 _MARKERS = "osD^vPX*"
 _STYLE: Any = {
     "svg.fonttype": "none",
+    "svg.hashsalt": "rotpruner",  # or every drawing would have other identifiers
     "font.size": 9,
     "axes.titlesize": 10,
     "legend.fontsize": 8,
