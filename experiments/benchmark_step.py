@@ -23,6 +23,7 @@ from rotpruner.loading import load_model, load_tokenizer
 from rotpruner.objectives import Objective
 from rotpruner.oneshot import parameter_count
 from rotpruner.patterns import parse_pattern
+from rotpruner.precision import fast_dtype
 from rotpruner.pruners import resolve_pruner
 from rotpruner.rotated_model import RotatedModel
 from rotpruner.rotations import LearnedRotations
@@ -53,7 +54,7 @@ def main(arguments: list[str]) -> None:
         seed=0,
         tokenizer_name=options.model,
     ).to(options.device)
-    base = load_model(options.model, torch.bfloat16).to(options.device)
+    base = load_model(options.model, fast_dtype(options.device)).to(options.device)
     weights = list(base.parameters())
     dense_bytes = 4 * parameter_count(base)
     rotated = RotatedModel(
@@ -93,7 +94,8 @@ def main(arguments: list[str]) -> None:
     timed = {
         key: getattr(options, key) for key in ("model", "batch_size", "seq_len", "gradient_checkpointing", "repeats")
     }
-    result: dict[str, Any] = {**timed, "device": device_name(options.device), "threads": torch.get_num_threads()}
+    result: dict[str, Any] = {**timed, "dtype": str(base.dtype).removeprefix("torch.")}
+    result |= {"device": device_name(options.device), "threads": torch.get_num_threads()}
     result |= {"seconds": total, "parts": parts}
     if not options.learning_only:
         result |= {"ratio": total / seconds["dense"], "dense_seconds": seconds["dense"]}

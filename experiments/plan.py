@@ -25,6 +25,7 @@ from rotpruner.loading import check_seq_len, load_config
 from rotpruner.objectives import Objective
 from rotpruner.patterns import Slice, parse_pattern
 from rotpruner.planning import MemoryPlan, largest, memory_plan
+from rotpruner.precision import DtypeName, resolve_dtype
 from rotpruner.pruners import resolve_pruner
 from rotpruner.rotations import turns
 from rotpruner.sizes import Setup, Term, total
@@ -42,12 +43,13 @@ class Hardware:
     half: float
     single: float
     link: float
+    bfloat16: bool = True  # whether it has instructions for it
 
 
 _GIB, _TERA, _GIGA = 2**30, 1e12, 1e9
 
 GPUS = {
-    "v100-32gb": Hardware(32 * _GIB, 125 * _TERA, 15.7 * _TERA, 16 * _GIGA),
+    "v100-32gb": Hardware(32 * _GIB, 125 * _TERA, 15.7 * _TERA, 16 * _GIGA, bfloat16=False),
     "rtx4090-24gb": Hardware(24 * _GIB, 165 * _TERA, 82.6 * _TERA, 32 * _GIGA),
     "l40s-48gb": Hardware(48 * _GIB, 362 * _TERA, 91.6 * _TERA, 32 * _GIGA),
     "a100-40gb": Hardware(40 * _GIB, 312 * _TERA, 19.5 * _TERA, 32 * _GIGA),
@@ -107,6 +109,13 @@ def main(arguments: list[str]) -> None:
         _show(result, setup, memory, rates)
 
 
+def _dtype(name: DtypeName, gpu: str) -> torch.dtype:
+    """What `rotpruner.precision.resolve_dtype` would find on a GPU that is not here."""
+    if name != "auto" or gpu == "cpu":
+        return resolve_dtype(name, torch.device("cpu"))
+    return torch.bfloat16 if GPUS[gpu].bfloat16 else torch.float32
+
+
 def read_setup(arguments: list[str], gpu: str, count: int) -> tuple[Setup, str]:
     """The settings of a fit from its command line, and the model's name.
 
@@ -139,7 +148,7 @@ def read_setup(arguments: list[str], gpu: str, count: int) -> tuple[Setup, str]:
         layer_sparsity=model.layer_sparsity,
         compensate=model.compensate,
         objective=objective,
-        dtype=getattr(torch, model.base_dtype),
+        dtype=_dtype(model.base_dtype, gpu),
         seq_len=data.seq_len,
         batch_size=data.batch_size,
         num_sequences=data.num_sequences,

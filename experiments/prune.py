@@ -30,6 +30,7 @@ from rotpruner.oneshot import (
     sparsity_of,
 )
 from rotpruner.patterns import Scope, Slice, parse_pattern
+from rotpruner.precision import resolve_dtype
 from rotpruner.pruners import PRUNERS, resolve_pruner
 from rotpruner.rotation_artifact import Rotations
 from rotpruner.rotations import RotationSet, merge_rotations, random_rotations
@@ -80,7 +81,7 @@ def main(arguments: list[str]) -> None:
 
     started = time.perf_counter()
     batches, moments = tokens.split(1), None
-    dtype = options.calibration_dtype and getattr(torch, options.calibration_dtype)
+    dtype = options.calibration_dtype and resolve_dtype(options.calibration_dtype, options.device)
     if options.statistics == "dense" and not isinstance(pattern, Slice) and pattern.sparsity > 0:
         with torch.autocast("cpu", dtype=dtype, enabled=dtype is not None):
             moments = gather_model_moments(model, pruner, rotations or {}, track(batches, "calibration"))
@@ -208,8 +209,9 @@ def _parser() -> Parser:
     )
     parser.add_argument(
         "--calibration_dtype",
-        choices=("float32", "bfloat16"),
-        help="of the matrix products that give the statistics; the model's own if left out",
+        choices=("auto", "float32", "bfloat16"),
+        help="of the matrix products that give the statistics; auto: bfloat16 where the device has instructions for "
+        "it, else float32; the model's own if left out",
     )
     add_device(parser)
     return parser

@@ -14,6 +14,7 @@ from rotpruner.distributed import Ranks
 from rotpruner.errors import InputError
 from rotpruner.loading import check_seq_len, load_config, load_model
 from rotpruner.objectives import Objective
+from rotpruner.precision import resolve_dtype
 from rotpruner.recovery import SparseRecovery
 
 
@@ -32,7 +33,8 @@ class RecoveryModule(LightningModule):
         model: the pruned model, a directory or hub name.
         teacher: the dense model that it came from.
         objective: what is minimised; its cosine must be 0.
-        compute_dtype: of the pruned model's products, and of the teacher.
+        compute_dtype: of the pruned model's products, and of the teacher; `auto` is bfloat16 where the device has
+            instructions for it, else float32.
         gradient_checkpointing: recompute each block in the backward pass; slower, much smaller.
         optimizer: of the weights; weight decay would not respect the zeros' neighbours, leave it out.
         lr_scheduler: `cosine` falls to zero at the run's last step; any other scheduler steps once an optimiser step.
@@ -49,7 +51,7 @@ class RecoveryModule(LightningModule):
         model: str,
         teacher: str = "smollm2-135m",
         objective: Objective = Objective(),  # noqa: B008 - frozen
-        compute_dtype: Literal["bfloat16", "float32"] = "bfloat16",
+        compute_dtype: Literal["auto", "bfloat16", "float32"] = "auto",
         gradient_checkpointing: bool = False,
         optimizer: OptimizerCallable = lambda parameters: torch.optim.Adam(parameters, lr=1e-4),
         lr_scheduler: LRSchedulerCallable | Literal["constant", "cosine"] = "cosine",
@@ -59,7 +61,7 @@ class RecoveryModule(LightningModule):
         self.model_name, self.teacher, self.objective, self.seed = model, teacher, objective, seed
         self._config = load_config(model)
         load_config(teacher)
-        self.compute_dtype = getattr(torch, compute_dtype)
+        self.compute_dtype: Literal["auto", "bfloat16", "float32"] = compute_dtype
         self.gradient_checkpointing = gradient_checkpointing
         self._optimizer, self._lr_scheduler = optimizer, lr_scheduler
         decay = optimizer([torch.nn.Parameter(torch.zeros(1))]).param_groups[0].get("weight_decay", 0)
@@ -73,11 +75,12 @@ class RecoveryModule(LightningModule):
     def configure_model(self) -> None:
         """Load both models, once."""
         if not hasattr(self, "recovery"):
+            dtype = resolve_dtype(self.compute_dtype, self.trainer.strategy.root_device)
             self.recovery = SparseRecovery(
                 load_model(self.model_name, torch.float32),
-                load_model(self.teacher, self.compute_dtype),
+                load_model(self.teacher, dtype),
                 self.objective,
-                self.compute_dtype,
+                dtype,
                 self.gradient_checkpointing,
                 Ranks.world(),
             )

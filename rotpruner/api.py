@@ -22,6 +22,7 @@ from rotpruner.objectives import Objective
 from rotpruner.oneshot import prune_model
 from rotpruner.patterns import Pattern, Scope, Slice, parse_pattern
 from rotpruner.perplexity import windows
+from rotpruner.precision import fast_dtype
 from rotpruner.pruners import Pruner, resolve_pruner
 from rotpruner.rotated_model import RotatedModel
 from rotpruner.rotation_artifact import Rotations
@@ -87,7 +88,7 @@ def prune(
     num_sequences: int = 64,
     seq_len: int = 1024,
     seed: int = 0,
-    dtype: torch.dtype = torch.bfloat16,
+    dtype: torch.dtype | None = None,
     rotations_directory: str | Path | None = None,
     on_step: Callable[[int, dict[str, float]], None] = lambda step, losses: None,
 ) -> PreTrainedModel:
@@ -107,7 +108,8 @@ def prune(
         compensate: how many of the sequences the weights that stay are fitted on, in closed form, see
             `rotpruner.compensation`; 0 leaves them as they are.
         num_sequences, seq_len: size of the calibration set, taken from the texts by `seed`.
-        dtype: of the frozen weights while learning; the result is pruned in the model's own dtype.
+        dtype: of the frozen weights while learning; the result is pruned in the model's own dtype. None is bfloat16
+            where the model's device has instructions for it, else float32.
         rotations_directory: where the learned rotations are written as well; must not exist yet.
         on_step: called with each step and its losses.
 
@@ -172,7 +174,8 @@ def prune(
         rotations.restart(given)
     rotations = rotations.to(model.device)
     base: Any = copy.deepcopy(model)
-    rotated = RotatedModel(base.to(dtype), rotations, resolved, parsed, Surrogate(), Objective(kl=1.0))
+    base.to(dtype or fast_dtype(model.device))
+    rotated = RotatedModel(base, rotations, resolved, parsed, Surrogate(), Objective(kl=1.0))
     rotated.calibrate(rows.split(1))
     rotated.start_from_statistics(start)
     learn(rotated, _passes(rows, generator), steps=steps, lr=lr, on_step=on_step)

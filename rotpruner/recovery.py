@@ -14,6 +14,7 @@ from rotpruner.distributed import Ranks
 from rotpruner.errors import InputError
 from rotpruner.families import linear_modules
 from rotpruner.objectives import Objective
+from rotpruner.precision import fast_dtype
 from rotpruner.teacher import DenseStates, head_of, ready_to_learn
 
 
@@ -24,7 +25,7 @@ class SparseRecovery(nn.Module):
         pruned: with the zeros that pruning left in its decoder linears; taken over, only those weights learn.
         teacher: dense, of the same vocabulary; frozen, and kept out of the module's parameters.
         objective: its KL and cross-entropy; the two models' states may be in different bases.
-        compute_dtype: of the pruned model's products; its weights keep their own dtype.
+        compute_dtype: of the pruned model's products; its weights keep their own dtype. None is the device's fast one.
         gradient_checkpointing: recompute each block in the backward pass.
         ranks: that train copies together.
 
@@ -37,7 +38,7 @@ class SparseRecovery(nn.Module):
         pruned: PreTrainedModel,
         teacher: PreTrainedModel,
         objective: Objective | None = None,
-        compute_dtype: torch.dtype = torch.bfloat16,
+        compute_dtype: torch.dtype | None = None,
         gradient_checkpointing: bool = False,
         ranks: Ranks | None = None,
     ) -> None:
@@ -50,7 +51,7 @@ class SparseRecovery(nn.Module):
         self.objective = objective or Objective()
         if self.objective.cosine or self.objective.needs_importance:
             raise InputError("recovery knows the objectives kl and cross_entropy only; set the others to 0")
-        self.compute_dtype = compute_dtype
+        self.compute_dtype = compute_dtype or fast_dtype(pruned.device)
         self.ranks = ranks or Ranks()
         self._teacher = [teacher.requires_grad_(False).eval()]
         self._dense_states = DenseStates(self._run_teacher, self.ranks)

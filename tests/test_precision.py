@@ -1,0 +1,54 @@
+"""The dtype that `auto` stands for."""
+
+from __future__ import annotations
+
+import time
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from rotpruner.errors import InputError
+from rotpruner.precision import fast_dtype, resolve_dtype
+
+CPU = torch.device("cpu")
+
+
+@pytest.mark.parametrize(
+    ("capabilities", "expected"),
+    [
+        ({"avx2": True, "avx512_f": False, "avx512_bf16": False}, torch.float32),
+        ({"avx2": True, "avx512_f": True, "avx512_bf16": False}, torch.float32),
+        ({"avx2": True, "avx512_f": True, "avx512_bf16": True}, torch.bfloat16),
+        ({"amx_bf16": True}, torch.bfloat16),
+        ({"neon": True, "bf16": True}, torch.bfloat16),
+        ({}, torch.float32),
+    ],
+)
+def test_a_cpu_takes_bfloat16_where_it_has_instructions_for_it(capabilities, expected, monkeypatch):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities, raising=False)
+    assert resolve_dtype("auto", CPU) == expected
+    assert resolve_dtype("bfloat16", CPU) == torch.bfloat16, "what is asked for is taken"
+
+
+def test_a_release_of_torch_that_does_not_tell_gets_float32(monkeypatch):
+    monkeypatch.delattr(torch.cpu, "get_capabilities", raising=False)
+    assert fast_dtype(CPU) == torch.float32
+
+
+def test_auto_is_not_the_slow_one_on_this_machine():
+    seconds = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        x, weight = torch.ones(512, 512, dtype=dtype), torch.ones(512, 512, dtype=dtype)
+        turns = []
+        for _ in range(7):
+            started = time.perf_counter()
+            F.linear(x, weight)
+            turns.append(time.perf_counter() - started)
+        seconds[dtype] = min(turns)
+    assert seconds[fast_dtype(CPU)] < 2 * min(seconds.values())
+
+
+def test_unknown_names_are_refused():
+    with pytest.raises(InputError, match="unknown dtype 'int8'; choose one of auto, bfloat16"):
+        resolve_dtype("int8", CPU)
