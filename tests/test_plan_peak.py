@@ -16,6 +16,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from rotpruner.loading import load_config
 from rotpruner.planning import memory_plan
+from rotpruner.precision import fast_dtype
 from rotpruner.pruners import resolve_pruner
 from rotpruner.sizes import Setup
 
@@ -33,7 +34,8 @@ def measured(model: str, seq_len: int, steps: int, calibration: str, run: Path, 
 
 def planned(model: str, seq_len: int, steps: int, **settings) -> int:
     sizes = dict(seq_len=seq_len, steps=steps, num_sequences=2)
-    setup = Setup(load_config(model), resolve_pruner("wanda"), **sizes, device="cpu")
+    dtype = fast_dtype(torch.device("cpu"))
+    setup = Setup(load_config(model), resolve_pruner("wanda"), **sizes, dtype=dtype, device="cpu")
     return memory_plan(replace(setup, **settings)).learning
 
 
