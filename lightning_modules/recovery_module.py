@@ -61,7 +61,8 @@ class RecoveryModule(LightningModule):
         self.model_name, self.teacher, self.objective, self.seed = model, teacher, objective, seed
         self._config = load_config(model)
         load_config(teacher)
-        self.compute_dtype: Literal["auto", "bfloat16", "float32"] = compute_dtype
+        self._compute_dtype: Literal["auto", "bfloat16", "float32"] = compute_dtype
+        self.compute_dtype = resolve_dtype(compute_dtype, self.device)
         self.gradient_checkpointing = gradient_checkpointing
         self._optimizer, self._lr_scheduler = optimizer, lr_scheduler
         decay = optimizer([torch.nn.Parameter(torch.zeros(1))]).param_groups[0].get("weight_decay", 0)
@@ -70,17 +71,17 @@ class RecoveryModule(LightningModule):
 
     def setup(self, stage: str) -> None:
         """Check the data against the model before its weights are loaded."""
+        self.compute_dtype = resolve_dtype(self._compute_dtype, self.trainer.strategy.root_device)
         check_seq_len(self._config, self.trainer.datamodule.seq_len)  # type: ignore[attr-defined]
 
     def configure_model(self) -> None:
         """Load both models, once."""
         if not hasattr(self, "recovery"):
-            dtype = resolve_dtype(self.compute_dtype, self.trainer.strategy.root_device)
             self.recovery = SparseRecovery(
                 load_model(self.model_name, torch.float32),
-                load_model(self.teacher, dtype),
+                load_model(self.teacher, self.compute_dtype),
                 self.objective,
-                dtype,
+                self.compute_dtype,
                 self.gradient_checkpointing,
                 Ranks.world(),
             )

@@ -133,7 +133,6 @@ class RotationModule(LightningModule):
     """
 
     rotated: RotatedModel
-    base_dtype: torch.dtype
 
     def __init__(
         self,
@@ -183,7 +182,8 @@ class RotationModule(LightningModule):
         self.orthogonal_map, self.start, self.seed = orthogonal_map, start, seed
         self.init_rotations = init_rotations
         self.surrogate, self.objective = surrogate, objective
-        self.base_dtype_name: DtypeName = base_dtype
+        self._base_dtype: DtypeName = base_dtype
+        self.base_dtype = resolve_dtype(base_dtype, self.device)
         self.gradient_checkpointing, self.offload = gradient_checkpointing, offload
         self._optimizer, self._lr_scheduler = optimizer, lr_scheduler
         self._restored_mask_rotations: dict[str, Tensor] | None = None
@@ -191,6 +191,7 @@ class RotationModule(LightningModule):
 
     def setup(self, stage: str) -> None:
         """Check the data against the model, and the strategy, before its weights are loaded."""
+        self.base_dtype = resolve_dtype(self._base_dtype, self.trainer.strategy.root_device)
         if self.device_mesh is not None and self.device_mesh["tensor_parallel"].size() > 1:
             raise InputError(
                 f"tensor_parallel_size {self.device_mesh['tensor_parallel'].size()} splits single weights; "
@@ -211,7 +212,6 @@ class RotationModule(LightningModule):
         """Load the base model and put it under rotations, once; sharded if the strategy has a device mesh."""
         if hasattr(self, "rotated"):
             return
-        self.base_dtype = resolve_dtype(self.base_dtype_name, self.trainer.strategy.root_device)
         # Lightning has new tensors made on the GPU, which need not hold all of these.
         with torch.device("cpu") if self.offload else nullcontext():
             base = load_model(self.model_name, self.base_dtype)
