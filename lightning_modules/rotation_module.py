@@ -116,7 +116,7 @@ class RotationModule(LightningModule):
         start: rotations at the first step; `pca` turns the residual stream to its principal directions, `permutation`
             puts the features of every space in an order of which N:M keeps more.
         init_rotations: directory of saved rotations to start from instead.
-        surrogate: how the gradient passes the mask; `gumbel` and `movement` learn the mask too.
+        surrogate: how the gradient passes the mask; `gumbel` learns the mask too.
         objective: what is minimised.
         base_dtype: of the frozen weights and the activations; rotations are float32 (float64 with float64). `auto` is
             bfloat16 where the device has instructions for it, else float32.
@@ -174,10 +174,8 @@ class RotationModule(LightningModule):
         if init_rotations is not None:
             Rotations.from_pretrained(init_rotations).check_config(config)
         check_surrogate(surrogate, self.pattern, self.pruner, objective)
-        if surrogate.learns_masks and isinstance(trial, CayleySGD):
-            raise InputError(
-                f"CayleySGD moves orthogonal matrices, not the logits of surrogate {surrogate.name}; take Adam"
-            )
+        if surrogate.name == "gumbel" and isinstance(trial, CayleySGD):
+            raise InputError("CayleySGD moves orthogonal matrices, not the logits of surrogate gumbel; take Adam")
         self._config = config
         self.orthogonal_map, self.start, self.seed = orthogonal_map, start, seed
         self.init_rotations = init_rotations
@@ -187,7 +185,6 @@ class RotationModule(LightningModule):
         self.gradient_checkpointing, self.offload = gradient_checkpointing, offload
         self._optimizer, self._lr_scheduler = optimizer, lr_scheduler
         self._restored_mask_rotations: dict[str, Tensor] | None = None
-        self._restored_masks: dict[str, Tensor] | None = None
 
     def setup(self, stage: str) -> None:
         """Check the data against the model, and the strategy, before its weights are loaded."""
@@ -197,10 +194,8 @@ class RotationModule(LightningModule):
                 f"tensor_parallel_size {self.device_mesh['tensor_parallel'].size()} splits single weights; "
                 "set it to 1 and data_parallel_size to the number of processes"
             )
-        if self.device_mesh is not None and self.surrogate.learns_masks:
-            raise InputError(
-                f"surrogate {self.surrogate.name} learns masks, which ModelParallelStrategy does not share out; use ddp"
-            )
+        if self.device_mesh is not None and self.surrogate.name == "gumbel":
+            raise InputError("surrogate gumbel learns masks, which ModelParallelStrategy does not share out; use ddp")
         check_offload(self.offload, self.gradient_checkpointing, self.device_mesh is not None)
         if self.surrogate.anneals and self.trainer.max_steps == self.trainer.max_epochs == -1:
             raise InputError(f"surrogate {self.surrogate.name} anneals over the run, which has no end; set max_steps")
@@ -263,11 +258,7 @@ class RotationModule(LightningModule):
         restored = self._restored_mask_rotations
         if self.init_rotations is None and restored is None:
             self.rotated.start_from_statistics(self.start)
-        masks, self._restored_masks = self._restored_masks, None
-        self.rotated.refresh_masks(
-            restored and {space: Q.to(self.device) for space, Q in restored.items()},
-            masks and {name: mask.to(self.device) for name, mask in masks.items()},
-        )
+        self.rotated.refresh_masks(restored and {space: Q.to(self.device) for space, Q in restored.items()})
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         """The core's loss of `{"input_ids": (B, T), "index": (B,)}`."""
@@ -310,8 +301,6 @@ class RotationModule(LightningModule):
         # On the CPU, so that no rank reads them into another's device.
         checkpoint["mask_rotations"] = {space: Q.cpu() for space, Q in self.rotated.mask_rotations.items()}
         checkpoint["rng_state"] = torch.get_rng_state()
-        if self.surrogate.name == "movement":  # the logits have moved since they were asked
-            checkpoint["masks"] = {name: mask.cpu() for name, mask in self.rotated.masks.items()}
         if self.surrogate.anneals:
             relaxation = self.rotated.relaxation
             checkpoint["relaxation"] = {"step": relaxation.step, "temperature": relaxation.temperature}
@@ -319,7 +308,6 @@ class RotationModule(LightningModule):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Masks are chosen again once the statistics are there."""
         self._restored_mask_rotations = checkpoint["mask_rotations"]
-        self._restored_masks = checkpoint.get("masks")
         torch.set_rng_state(checkpoint["rng_state"])
         for name, value in checkpoint.get("relaxation", {}).items():
             setattr(self.rotated.relaxation, name, value)

@@ -15,16 +15,7 @@ from rotpruner.patterns import NM, Pattern, Slice
 from rotpruner.pruners import Pruner
 from rotpruner.rotations import RotationSet, sides
 from rotpruner.statistics import Moment
-from rotpruner.surrogates import (
-    SURROGATES,
-    Surrogate,
-    gumbel,
-    likeliest_mask,
-    movement,
-    nm_choices,
-    prior_logits,
-    sigmoid,
-)
+from rotpruner.surrogates import Surrogate, gumbel, likeliest_mask, nm_choices, prior_logits, sigmoid
 
 
 class Relaxation(nn.Module):
@@ -58,10 +49,6 @@ class Relaxation(nn.Module):
         self._softened = False
         self._moments: dict[str, Moment] = {}
         self.logits = nn.ParameterList()
-        if surrogate.name == "movement":
-            for weight in weights.values():
-                dtype = torch.promote_types(weight.dtype, torch.float32)
-                self.logits.append(nn.Parameter(torch.zeros_like(weight, dtype=dtype)))
         if surrogate.name == "gumbel":
             assert isinstance(pattern, NM)
             choices = len(nm_choices(pattern))
@@ -97,12 +84,10 @@ class Relaxation(nn.Module):
 
     def masked(self, place: BlockLinear, weight: Tensor, mask: Tensor) -> Tensor:
         """W' (O, I) of a linear under its mask (O, I)."""
-        if self.surrogate.name in SURROGATES:
+        if not self.surrogate.anneals:
             return self.surrogate(weight, mask)
         if not self._softened:
             return weight * mask
-        if self.surrogate.name == "movement":
-            return movement(weight, mask, self.logits[self.numbers[place.name]])
         if self.surrogate.name == "sigmoid":
             assert isinstance(self.pattern, Pattern)
             saliency = self.pruner.saliency(weight, self._moments.get(place.group))
@@ -110,16 +95,6 @@ class Relaxation(nn.Module):
         assert isinstance(self.pattern, NM)
         logits = self.logits[self.numbers[place.name]]
         return gumbel(weight, logits, self.noise(place, logits), self.pattern, self.temperature)
-
-    def choose(self, place: BlockLinear, weight: Tensor, moment: Moment | None, pattern: Pattern) -> Tensor:
-        """The mask (O, I) for W' (O, I): the pruner's, or that of what has been learned by now."""
-        if not self.learns_masks:
-            return self.pruner.mask(weight, moment, pattern)
-        logits = self.logits[self.numbers[place.name]]
-        if self.surrogate.name == "gumbel":
-            assert isinstance(pattern, NM)
-            return likeliest_mask(logits, pattern)
-        return pattern.mask(self.pruner.saliency(weight, moment) * logits.exp())
 
     def noise(self, place: BlockLinear, logits: Tensor) -> Tensor:
         """Gumbel(0, 1) noise of the moment's step for a linear's logits (O, G, K): −log of exponential noise."""
@@ -132,8 +107,8 @@ class Relaxation(nn.Module):
 
     @property
     def learns_masks(self) -> bool:
-        """Whether masks hang on logits by now, not on the pruner alone."""
-        return self.surrogate.name == "movement" or (self.surrogate.name == "gumbel" and bool(self.begun))
+        """Whether masks are the logits' by now, no longer the pruner's."""
+        return self.surrogate.name == "gumbel" and bool(self.begun)
 
     @torch.no_grad()
     def begin(self, masks: Sequence[Tensor]) -> None:
@@ -144,6 +119,12 @@ class Relaxation(nn.Module):
         for logits, mask in zip(self.logits, masks, strict=True):
             logits.copy_(prior_logits(mask, self.pattern, self.surrogate.strength))
         self.begun.fill_(True)
+
+    @torch.no_grad()
+    def masks(self) -> list[Tensor]:
+        """The masks (O, I) that the logits prefer, of all linears."""
+        assert isinstance(self.pattern, NM)
+        return [likeliest_mask(logits, self.pattern) for logits in self.logits]
 
 
 def _rotated_diagonal(moment: Moment, reads: Tensor | None) -> Tensor:

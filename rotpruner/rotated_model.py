@@ -9,7 +9,7 @@ that. Without rotations the same modules are the dense model, the teacher.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import groupby
 from typing import Any
@@ -221,28 +221,19 @@ class RotatedModel(nn.Module):
             groups.append({"params": logits, "lr": self.relaxation.surrogate.lr})
         return groups
 
-    @property
-    def masks(self) -> dict[str, Tensor]:
-        """The masks (O, I) bool of the moment, of all linears by name."""
-        return {linear.place.name: linear.mask for linear in self.linears if linear.mask is not None}
-
-    @torch.no_grad()
     def learned_masks(self) -> dict[str, Tensor] | None:
         """The masks (O, I) bool of all linears by name where they are learned themselves, on the CPU."""
         if not self.relaxation.learns_masks:
             return None
-        return {linear.place.name: mask.cpu() for linear, mask in self._masks(self.rotations())}
+        masks = self.relaxation.masks()
+        return {linear.place.name: mask.cpu() for linear, mask in zip(self.linears, masks, strict=True)}
 
     @torch.no_grad()
-    def refresh_masks(self, rotations: RotationSet | None = None, masks: Mapping[str, Tensor] | None = None) -> float:
+    def refresh_masks(self, rotations: RotationSet | None = None) -> float:
         """Apply the pruner anew, in the rotations of the moment or in given ones; or take the masks that are learned.
 
         Ranks take turns with the groups of linears and hand the masks around: all have the same ones, even where
         kernels would not give the same twice.
-
-        Args:
-            rotations: None is those of the moment.
-            masks: (O, I) bool of all linears by name, to be taken as they are; None chooses them.
 
         Returns:
             The share of mask entries that flipped, 0 at the first call.
@@ -254,17 +245,19 @@ class RotatedModel(nn.Module):
             return 0.0
         flipped = [0] * self.base.config.num_hidden_layers
         total = [0] * len(flipped)
-        given = None if masks is None else ((linear, masks[linear.place.name]) for linear in self.linears)
-        for linear, mask in given or self._masks(self.mask_rotations):
+        for linear, mask in self._masks(self.mask_rotations):
             if linear.mask is not None:
                 flipped[linear.place.layer] += int((mask != linear.mask).sum())
             total[linear.place.layer] += mask.numel()
             linear.mask = mask
-        self.relaxation.begin(list(self.masks.values()))
+        self.relaxation.begin([linear.mask for linear in self.linears if linear.mask is not None])
         self.block_flips = [part / entries for part, entries in zip(flipped, total, strict=True)]
         return sum(flipped) / sum(total)
 
     def _masks(self, rotations: RotationSet) -> Iterator[tuple[RotatedLinear, Tensor]]:
+        if self.relaxation.learns_masks:
+            yield from zip(self.linears, self.relaxation.masks(), strict=True)
+            return
         groups = [list(members) for _, members in groupby(self.linears, key=lambda linear: linear.place.group)]
         for start in range(0, len(groups), self.ranks.size):
             yield from self._choose_masks(groups[start : start + self.ranks.size], rotations)
@@ -287,8 +280,7 @@ class RotatedModel(nn.Module):
             if moment is None and linear.place.group in self.moments:
                 moment = self.moments[linear.place.group].rotate(reads)
             pattern = self.patterns[linear.place.layer]
-            rotated = rotate_weight(whole(weight, device), reads, writes)
-            own[linear] = self.relaxation.choose(linear.place, rotated, moment, pattern)
+            own[linear] = self.pruner.mask(rotate_weight(whole(weight, device), reads, writes), moment, pattern)
         for source, group in enumerate(groups):
             for linear in group:
                 mask = own.get(linear)

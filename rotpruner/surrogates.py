@@ -1,8 +1,7 @@
 """Mask surrogates: how the gradient passes the hard mask M (True = keep). Each is one function.
 
 All but `gumbel` compute W' ⊙ M going forward; they differ in the gradient that they send to W', with g the gradient
-at W' ⊙ M. The frozen weights stand still, so the gradient goes on to the rotations inside W'. `gumbel` and `movement`
-learn the mask as well.
+at W' ⊙ M. The frozen weights stand still, so the gradient goes on to the rotations inside W'.
 
 Shapes: O = output features, I = input features, G = groups of M neighbours in a row (I = G·M), K = choices of N of M.
 """
@@ -23,7 +22,7 @@ from rotpruner.objectives import Objective
 from rotpruner.patterns import NM, Pattern, Slice
 from rotpruner.pruners import Pruner
 
-SurrogateName = Literal["constant", "straight_through", "sr_ste", "sigmoid", "gumbel", "movement"]
+SurrogateName = Literal["constant", "straight_through", "sr_ste", "sigmoid", "gumbel"]
 
 #: Choices of N of M for which `gumbel` holds a logit each: 2:4 has 6, 4:8 has 70, 8:16 has 12,870.
 _MOST_CHOICES = 100
@@ -112,31 +111,6 @@ def gumbel(weight: Tensor, logits: Tensor, noise: Tensor, pattern: NM, temperatu
     return weight * (chances @ nm_choices(pattern).to(chances)).flatten(-2).to(weight.dtype)
 
 
-def movement(weight: Tensor, mask: Tensor, logits: Tensor) -> Tensor:
-    """The mask is a constant to the weight, and straight through to the logits: g ⊙ M at W', and g ⊙ W' at the logits.
-
-    (Sanh et al., 2020, arXiv:2005.07683, equation 3.) By g ⊙ W' the loss changes with a weight's place in the mask,
-    whether it has one or not. Logits add to the logarithm of the pruner's saliency, which chooses the mask.
-
-    Args:
-        weight, mask: (O, I).
-        logits: learned, (O, I).
-    """
-    return _MovingMask.apply(weight, mask, logits)
-
-
-class _MovingMask(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, weight: Tensor, mask: Tensor, logits: Tensor) -> Tensor:
-        ctx.save_for_backward(weight, mask)
-        return weight * mask
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, Tensor]:
-        weight, mask = ctx.saved_tensors
-        return gradient * mask, None, gradient * weight
-
-
 def nm_choices(pattern: NM) -> Tensor:
     """The masks of one group, (K, M) float32: every choice of N of M in lexicographic order."""
     kept = list(combinations(range(pattern.m), pattern.n))
@@ -200,11 +174,6 @@ class Surrogate:
             raise InputError(f"surrogate lr {self.lr:g} is not a positive number")
 
     @property
-    def learns_masks(self) -> bool:
-        """Whether it has logits, which learn beside the rotations."""
-        return self.name in ("gumbel", "movement")
-
-    @property
     def anneals(self) -> bool:
         """Whether it has a temperature."""
         return self.name in ("sigmoid", "gumbel")
@@ -221,15 +190,13 @@ class Surrogate:
 
 def check_surrogate(surrogate: Surrogate, pattern: Pattern | Slice, pruner: Pruner, objective: Objective) -> None:
     """Raise `InputError` if a surrogate does not go with the other settings of a fit."""
-    if surrogate.name in ("sigmoid", "movement"):
+    if surrogate.name == "sigmoid":
         if isinstance(pattern, Slice):
-            raise InputError(
-                f"surrogate {surrogate.name} moves masks, and pattern {pattern} has none; set it to constant"
-            )
+            raise InputError(f"surrogate sigmoid softens masks, and pattern {pattern} has none; set it to constant")
         if pruner.needs == "full":
             raise InputError(
-                f"surrogate {surrogate.name} follows the saliency that chooses the masks, and {type(pruner).__name__} "
-                "chooses them while it updates the weights; take wanda, ria or magnitude"
+                f"surrogate sigmoid follows the saliency that chooses the masks, and {type(pruner).__name__} chooses "
+                "them while it updates the weights; take wanda, ria or magnitude"
             )
     if surrogate.name == "gumbel":
         if not isinstance(pattern, NM):
@@ -242,8 +209,8 @@ def check_surrogate(surrogate: Surrogate, pattern: Pattern | Slice, pruner: Prun
                 f"surrogate gumbel learns a logit for each choice, and {pattern} has {choices:,} choices a group; "
                 "2:4 has 6, 4:8 has 70"
             )
-    if surrogate.learns_masks and not objective.runs_model:
-        raise InputError(
-            f"surrogate {surrogate.name} learns masks from the model's outputs, and no objective looks at them; "
-            "give kl, cross_entropy or cosine a weight"
-        )
+        if not objective.runs_model:
+            raise InputError(
+                "surrogate gumbel learns masks from the model's outputs, and no objective looks at them; "
+                "give kl, cross_entropy or cosine a weight"
+            )

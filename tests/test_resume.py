@@ -89,22 +89,6 @@ def test_surrogates_that_anneal_go_on_bit_for_bit(name, config, tmp_path):
     assert "surrogate/temperature" in next(logged).read_text().splitlines()[0]
 
 
-def test_masks_that_move_go_on_bit_for_bit(config, tmp_path):
-    config.write_text(config.read_text().replace("{name: sr_ste}", "{name: movement, lr: 0.5}"))
-    states = []
-    for run, kills in (("whole", []), ("killed", [SignalAt(7, "on_before_optimizer_step")])):
-        arguments = ["-c", str(config), "--trainer.default_root_dir", str(tmp_path / run)]
-        for kill in kills:
-            assert start(arguments, kill) == -signal.SIGKILL
-        assert start(arguments) == 0
-        states.append(torch.load(tmp_path / run / "checkpoints" / "last.ckpt", weights_only=True))
-    whole, resumed = states
-    for part in ("state_dict", "masks"):
-        assert set(whole[part]) == set(resumed[part])
-        for entry, value in whole[part].items():
-            assert torch.equal(resumed[part][entry], value), entry
-
-
 def test_checkpoints_hold_no_base_weights_and_load_without_unpickling(config, tmp_path):
     assert start(["-c", str(config), "--trainer.default_root_dir", str(tmp_path / "run")]) == 0
     checkpoint = torch.load(tmp_path / "run" / "checkpoints" / "last.ckpt", weights_only=True)

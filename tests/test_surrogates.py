@@ -1,4 +1,4 @@
-"""Surrogates that anneal or learn masks: what they compute, their gradients, and what they do not go with."""
+"""Surrogates with a temperature: what they compute, their gradients, their schedule and what they do not go with."""
 
 from __future__ import annotations
 
@@ -23,7 +23,6 @@ from rotpruner.surrogates import (
     check_surrogate,
     gumbel,
     likeliest_mask,
-    movement,
     nm_choices,
     prior_logits,
     sigmoid,
@@ -42,12 +41,12 @@ def ids():
     return torch.randint(0, 320, (3, 24), generator=torch.Generator().manual_seed(1))
 
 
-def rotated_model(surrogate, dtype=torch.float64, pattern="2:4", **settings) -> RotatedModel:
+def rotated_model(surrogate, dtype=torch.float64, **settings) -> RotatedModel:
     model = tiny_llama()
     rotations = LearnedRotations(model.config, ("residual", "value_heads")).to(dtype)
     model = in_float64(model) if dtype == torch.float64 else model
     return RotatedModel(
-        model, rotations, resolve_pruner("wanda"), parse_pattern(pattern), surrogate=surrogate, **settings
+        model, rotations, resolve_pruner("wanda"), parse_pattern("2:4"), surrogate=surrogate, **settings
     )
 
 
@@ -241,59 +240,10 @@ def test_gumbel_learns_masks_that_evaluation_and_export_take(ids):
         assert torch.equal(soft, online(ids).logits), "evaluation is without noise"
 
 
-# -- movement --------------------------------------------------------------------------------------
+# -- both ------------------------------------------------------------------------------------------
 
 
-def test_movement_passes_the_gradient_of_every_place_to_the_logits():
-    weight, logits, factor = drawn(5, 8), drawn(5, 8, seed=1), drawn(5, 8, seed=2)
-    mask = parse_pattern("2:4").mask(drawn(5, 8, seed=3).abs())
-    leaves = [weight.requires_grad_(), logits.requires_grad_()]
-    output = movement(weight, mask, logits)
-    assert torch.equal(output, weight * mask)
-    of_weight, of_logits = torch.autograd.grad((output * factor).sum(), leaves)
-    assert torch.equal(of_weight, factor * mask)
-    assert torch.equal(of_logits, factor * weight)
-
-
-@pytest.mark.parametrize("pattern", ["2:4", 0.5])
-def test_movement_starts_from_the_pruners_masks_and_learns_others(pattern, ids):
-    def fitted(surrogate):
-        online = rotated_model(surrogate, torch.float32, pattern=pattern)
-        online.calibrate(ids.split(1))
-        online.refresh_masks()
-        first = {linear.place.name: linear.mask for linear in online.linears}
-        learn(online, [(ids, torch.arange(3))] * 60, steps=60, lr=1e-2)
-        online.refresh_masks()
-        return online, first
-
-    online, first = fitted(Surrogate("movement", lr=0.05))
-    other, expected = fitted(Surrogate())
-    for name, mask in expected.items():
-        assert torch.equal(first[name], mask)
-    assert online.loss(ids)["loss"] < 0.9 * other.loss(ids)["loss"]
-    for name, mask in online.learned_masks().items():
-        assert torch.equal(mask, online.base.get_submodule(name).mask)
-        assert mask.sum() == first[name].sum()
-        assert not torch.equal(mask, first[name])
-
-
-def test_logits_outweigh_saliencies(ids):
-    online = rotated_model(Surrogate("movement"))
-    online.calibrate(ids.split(1))
-    online.refresh_masks()
-    opposite = [~linear.mask for linear in online.linears]
-    with torch.no_grad():
-        for logits, mask in zip(online.relaxation.logits, opposite, strict=True):
-            logits.copy_(100.0 * mask)
-    online.refresh_masks()
-    for linear, mask in zip(online.linears, opposite, strict=True):
-        assert torch.equal(linear.mask, mask), "2:4 leaves out as many as it keeps"
-
-
-# -- all -------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("name", ["sigmoid", "gumbel", "movement"])
+@pytest.mark.parametrize("name", ["sigmoid", "gumbel"])
 def test_gradient_checkpointing_changes_no_gradient(name, ids):
     gradients = []
     for checkpointing in (False, True):
@@ -341,9 +291,6 @@ def test_bad_settings_are_refused(settings, mention):
     [
         ("sigmoid", "slice:0.25", "wanda", {}, "slice:0.25"),
         ("sigmoid", "2:4", "sparsegpt", {}, "SparseGPT"),
-        ("movement", "slice:0.25", "wanda", {}, "slice:0.25"),
-        ("movement", "2:4", "alps", {}, "ALPS"),
-        ("movement", "2:4", "wanda", dict(kl=0.0, lost_mass=1.0), "outputs"),
         ("gumbel", "0.5", "wanda", {}, "0.5"),
         ("gumbel", "slice:0.25", "wanda", {}, "slice:0.25"),
         ("gumbel", "8:16", "wanda", {}, "12,870"),
