@@ -22,10 +22,10 @@ quickstart: $(STAMP)
 	$(PY) -m experiments fit -c experiments/configs/quickstart.yaml
 
 test: $(STAMP)
-	$(PY) -m pytest -m "not slow"
+	OMP_NUM_THREADS=1 $(PY) -m pytest -m "not slow" --numprocesses auto --dist loadfile
 
 test-slow: $(STAMP)
-	$(PY) -m pytest -m slow
+	OMP_NUM_THREADS=1 $(PY) -m pytest -m slow --numprocesses auto --dist loadfile
 
 lint: $(STAMP)
 	$(PY) -m ruff check .
