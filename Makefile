@@ -25,7 +25,7 @@ test: $(STAMP)
 	OMP_NUM_THREADS=1 $(PY) -m pytest -m "not slow" --numprocesses auto --dist loadfile
 
 test-slow: $(STAMP)
-	OMP_NUM_THREADS=1 $(PY) -m pytest -m slow --numprocesses auto --dist loadfile
+	OMP_NUM_THREADS=1 $(PY) -m pytest -m slow --numprocesses auto --dist worksteal
 
 lint: $(STAMP)
 	$(PY) -m ruff check .

@@ -16,9 +16,9 @@ pytestmark = pytest.mark.slow
 
 QUICK = {
     "--data.num_sequences": 16,
-    "--data.seq_len": 512,
+    "--data.seq_len": 256,
     "--trainer.max_steps": 16,
-    "--trainer.callbacks.init_args.seq_len": 512,
+    "--trainer.callbacks.init_args.seq_len": 256,
     "--trainer.callbacks.init_args.max_tokens": 4096,
 }
 
@@ -55,5 +55,5 @@ def test_quickstart_in_miniature(tmp_path):
                 assert int(kept.max()) <= 2
     assert not (run / "export" / "quantization_config.json").exists()
     text = text_path("wikipedia_test").read_text()
-    alone = independent_perplexity(run / "export", text, 512, 4096)
+    alone = independent_perplexity(run / "export", text, 256, 4096)
     assert alone == pytest.approx(ppl["rotpruner"], rel=1e-3)
