@@ -25,6 +25,7 @@ from rotpruner.loading import load_model, load_tokenizer
 from rotpruner.model_card import Origin, pruner_name, write_card
 from rotpruner.oneshot import prune_model
 from rotpruner.patterns import Slice
+from rotpruner.precision import autocast_dtype
 from rotpruner.rotation_artifact import Rotations
 from rotpruner.rotations import RotationSet, merge_rotations, random_rotations
 
@@ -84,7 +85,7 @@ class Finish(Ending):
             # Learned masks keep the statistics that they were learned with. Controls, and pruners that rebuild the
             # outputs of what they have pruned, get those of pruned predecessors.
             known = moments if rotations is learned and not pruner.rebuilds else None
-            dtype = module.base_dtype if module.base_dtype.itemsize < 4 else None
+            dtype = autocast_dtype(module.base_dtype)
             prune_model(
                 model,
                 pruner,

@@ -30,7 +30,7 @@ from rotpruner.oneshot import (
     sparsity_of,
 )
 from rotpruner.patterns import Scope, Slice, parse_pattern
-from rotpruner.precision import resolve_dtype
+from rotpruner.precision import autocast_dtype, resolve_dtype
 from rotpruner.pruners import PRUNERS, resolve_pruner
 from rotpruner.rotation_artifact import Rotations
 from rotpruner.rotations import RotationSet, merge_rotations, random_rotations
@@ -81,7 +81,9 @@ def main(arguments: list[str]) -> None:
 
     started = time.perf_counter()
     batches, moments = tokens.split(1), None
-    dtype = options.calibration_dtype and resolve_dtype(options.calibration_dtype, options.device)
+    dtype = None
+    if options.calibration_dtype is not None:
+        dtype = autocast_dtype(resolve_dtype(options.calibration_dtype, options.device))
     if options.statistics == "dense" and not isinstance(pattern, Slice) and pattern.sparsity > 0:
         with torch.autocast("cpu", dtype=dtype, enabled=dtype is not None):
             moments = gather_model_moments(model, pruner, rotations or {}, track(batches, "calibration"))

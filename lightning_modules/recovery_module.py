@@ -62,7 +62,7 @@ class RecoveryModule(LightningModule):
         self._config = load_config(model)
         load_config(teacher)
         self._compute_dtype: Literal["auto", "bfloat16", "float32"] = compute_dtype
-        self.compute_dtype = resolve_dtype(compute_dtype, self.device)
+        self.compute_dtype = resolve_dtype(compute_dtype, self.device)  # until `setup` knows where it will run
         self.gradient_checkpointing = gradient_checkpointing
         self._optimizer, self._lr_scheduler = optimizer, lr_scheduler
         decay = optimizer([torch.nn.Parameter(torch.zeros(1))]).param_groups[0].get("weight_decay", 0)

@@ -181,7 +181,7 @@ class RotationModule(LightningModule):
         self.init_rotations = init_rotations
         self.surrogate, self.objective = surrogate, objective
         self._base_dtype: DtypeName = base_dtype
-        self.base_dtype = resolve_dtype(base_dtype, self.device)
+        self.base_dtype = resolve_dtype(base_dtype, self.device)  # until `setup` knows where it will run
         self.gradient_checkpointing, self.offload = gradient_checkpointing, offload
         self._optimizer, self._lr_scheduler = optimizer, lr_scheduler
         self._restored_mask_rotations: dict[str, Tensor] | None = None

@@ -23,6 +23,11 @@ def resolve_dtype(name: DtypeName, device: torch.device) -> torch.dtype:
     return fast_dtype(device) if name == "auto" else getattr(torch, name)
 
 
+def autocast_dtype(dtype: torch.dtype) -> torch.dtype | None:
+    """The dtype to give autocast for products in `dtype`; None, no autocast, unless it has 16 bits."""
+    return dtype if dtype.itemsize < 4 else None
+
+
 def fast_dtype(device: torch.device) -> torch.dtype:
     """bfloat16 where the device has instructions for its products, else float32.
 
@@ -31,7 +36,7 @@ def fast_dtype(device: torch.device) -> torch.dtype:
     if device.type == "cuda":
         native = torch.cuda.is_bf16_supported(including_emulation=False)
     elif device.type == "cpu":
-        # Older releases of torch do not say; float32 is never far from the best choice.
+        # Older releases of torch do not say; float32 is the safe choice.
         capabilities: Mapping[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
         native = any(capabilities.get(name) for name in ("avx512_bf16", "amx_bf16", "sve_bf16", "bf16"))
     else:

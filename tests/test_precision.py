@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from experiments.plan import read_setup
 from rotpruner.errors import InputError
 from rotpruner.precision import fast_dtype, resolve_dtype
 
@@ -47,6 +48,15 @@ def test_auto_is_not_the_slow_one_on_this_machine():
             turns.append(time.perf_counter() - started)
         seconds[dtype] = min(turns)
     assert seconds[fast_dtype(CPU)] < 2 * min(seconds.values())
+
+
+@pytest.mark.parametrize(
+    ("gpu", "expected"), [("v100-32gb", torch.float32), ("h100-80gb", torch.bfloat16), ("cpu", fast_dtype(CPU))]
+)
+def test_plan_knows_what_auto_is_elsewhere(gpu, expected, model_directory, text_file):
+    arguments = ["--model.model", str(model_directory), "--data.calibration", str(text_file), "--data.seq_len", "32"]
+    setup, _ = read_setup([*arguments, "--trainer.max_steps", "2"], gpu, 1)
+    assert setup.dtype == expected
 
 
 def test_unknown_names_are_refused():
