@@ -8,8 +8,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from experiments.__main__ import main
 from experiments.plan import read_setup
 from rotpruner.errors import InputError
+from rotpruner.loading import load_model
+from rotpruner.oneshot import sparsity_of
 from rotpruner.precision import fast_dtype, resolve_dtype
 
 CPU = torch.device("cpu")
@@ -57,6 +60,15 @@ def test_plan_knows_what_auto_is_elsewhere(gpu, expected, model_directory, text_
     arguments = ["--model.model", str(model_directory), "--data.calibration", str(text_file), "--data.seq_len", "32"]
     setup, _ = read_setup([*arguments, "--trainer.max_steps", "2"], gpu, 1)
     assert setup.dtype == expected
+
+
+@pytest.mark.filterwarnings("error:In CPU autocast")
+@pytest.mark.parametrize("name", ["auto", "float32", "bfloat16"])
+def test_prune_takes_statistics_in_every_dtype(name, model_directory, text_file, tmp_path):
+    settings = {"model": model_directory, "calibration": text_file, "output": tmp_path / "pruned", "num_sequences": 2}
+    settings |= {"pruner": "wanda", "pattern": "2:4", "seq_len": 32, "calibration_dtype": name}
+    assert main(["prune", *(str(item) for key, value in settings.items() for item in (f"--{key}", value))]) == 0
+    assert sparsity_of(load_model(str(tmp_path / "pruned"))) == 0.5
 
 
 def test_unknown_names_are_refused():
