@@ -10,12 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from datamodules.texts import text_name, text_of
-from rotpruner.artifacts import write_json
+from rotpruner.artifacts import identity, write_json
 from rotpruner.embedded import cache_directory, locked
 from rotpruner.errors import InputError
 from rotpruner.perplexity import perplexity, windows
@@ -64,9 +63,9 @@ def perplexities(
     cache. It is found again only for the same configuration and weights to the bit, the same windows, device type and
     versions of torch and transformers; what is damaged is measured again.
     """
-    identity, found = _identity(model) if keep else {}, {}
+    made_of, found = identity(model) if keep else {}, {}
     for name, ids in texts.items():
-        path = _cache_path(identity, windows(ids, seq_len, max_tokens)) if keep else None
+        path = _cache_path(made_of, windows(ids, seq_len, max_tokens)) if keep else None
         value = _kept(path)
         if value is None:
             show = partial(progress, description=f"perplexity on {name}")
@@ -76,25 +75,13 @@ def perplexities(
     return found
 
 
-def _identity(model: PreTrainedModel) -> dict[str, Any]:
-    weights = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
-        weights.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        weights.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
-    config = {name: value for name, value in model.config.to_dict().items() if name != "_name_or_path"}
-    return {
+def _cache_path(made_of: dict[str, Any], cut: Tensor) -> Path:
+    key = {
         "format": _FORMAT,
-        "class": type(model).__name__,
-        "config": hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode()).hexdigest(),
-        "weights": weights.hexdigest(),
-        "device": model.device.type,
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
+        **made_of,
+        "windows": list(cut.shape),
+        "tokens": hashlib.sha256(cut.numpy().tobytes()).hexdigest(),
     }
-
-
-def _cache_path(identity: dict[str, Any], cut: Tensor) -> Path:
-    key = {**identity, "windows": list(cut.shape), "tokens": hashlib.sha256(cut.numpy().tobytes()).hexdigest()}
     digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
     return cache_directory() / "perplexity" / f"{digest}.json"
 

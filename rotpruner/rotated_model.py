@@ -29,6 +29,7 @@ from rotpruner.families import (
     residual_sublayers,
 )
 from rotpruner.fusion import fuse_block_norms
+from rotpruner.kept_statistics import kept_moments
 from rotpruner.objectives import Objective
 from rotpruner.oneshot import LayerSparsity, check_layer_sparsity, layer_patterns, linears_to_watch
 from rotpruner.orthogonal import rotate_features, rotate_weight
@@ -43,7 +44,7 @@ from rotpruner.rotations import (
     residual_at,
     sides,
 )
-from rotpruner.slicing import project, residual_moments, sliced_width
+from rotpruner.slicing import project, residual_readers, sliced_width
 from rotpruner.starts import permuted_start, principal_start
 from rotpruner.statistics import Moment, gather_moments
 from rotpruner.surrogates import Surrogate, check_surrogate
@@ -174,6 +175,7 @@ class RotatedModel(nn.Module):
         self,
         batches: Sequence[Tensor],
         progress: Callable[[Sequence[Tensor]], Iterable[Tensor]] = lambda batches: batches,
+        keep: bool = False,
     ) -> None:
         """Gather the statistics that the pruner needs, once; `owl` shares the sparsity out in a pass before.
 
@@ -182,15 +184,25 @@ class RotatedModel(nn.Module):
         Args:
             batches: token ids, each (sequences, seq_len).
             progress: wraps the iteration over batches, for a progress bar.
+            keep: leave them in the cache, and take them from there if they are in it (`rotpruner.kept_statistics`).
         """
         with self.dense() as base:
             if isinstance(self.pattern, Slice):
-                self.moments = residual_moments(base, progress(batches), self.ranks)
+                linears, widths = residual_readers(base)
+            else:
+                self.patterns = layer_patterns(base, self.pattern, self.layer_sparsity, batches, self.ranks)
+                spaces = set(self.rotations.spaces)
+                linears, widths = linears_to_watch(base, block_linears(base.config), self.pruner.needs, spaces)
+
+            def gather() -> dict[str, Moment]:
+                return gather_moments(base, linears, widths, progress(batches), self.ranks)
+
+            if not keep or not linears:
+                self.moments = gather()
                 return
-            self.patterns = layer_patterns(base, self.pattern, self.layer_sparsity, batches, self.ranks)
-            spaces = set(self.rotations.spaces)
-            watched = linears_to_watch(base, block_linears(base.config), self.pruner.needs, spaces)
-            self.moments = gather_moments(base, *watched, progress(batches), self.ranks)
+            # Weights that are offloaded are no parameters of the base.
+            weights = base.state_dict() | {f"{linear.place.name}.weight": linear.weight for linear in self.linears}
+            self.moments = kept_moments(gather, base, weights, widths, batches, self.ranks)
 
     def start_from_statistics(self, start: Start) -> None:
         """After `calibrate`: put the rotations where a start that hangs on statistics has them."""

@@ -52,9 +52,14 @@ def residual_moments(model: nn.Module, batches: Iterable[Tensor], ranks: Ranks |
         ranks: take turns with the batches and end with the same statistics; None is this process alone.
     """
     fuse_block_norms(model)
+    return gather_moments(model, *residual_readers(model), batches, ranks)
+
+
+def residual_readers(model: nn.Module) -> tuple[dict[str, nn.Module], dict[str, int]]:
+    """The first linear of each group that reads the residual stream, and the width d of the blocks to gather for it."""
     config: Any = model.config
     linears = {name: module_at(model, name) for name in _residual_groups(config)}
-    return gather_moments(model, linears, dict.fromkeys(linears, config.hidden_size), batches, ranks)
+    return linears, dict.fromkeys(linears, config.hidden_size)
 
 
 def _residual_groups(config: Any) -> list[str]:

@@ -121,6 +121,8 @@ def start_ranks(
     for rank in range(ranks):
         # As torchrun does: Lightning then starts no processes of its own.
         environment = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "LOCAL_RANK": str(rank), "NODE_RANK": "0"}
+        if "ROTPRUNER_CACHE" in os.environ:  # the server that forks them has the environment of when it was started
+            environment["ROTPRUNER_CACHE"] = os.environ["ROTPRUNER_CACHE"]
         own = [callback for callback in callbacks[rank : rank + 1] if callback is not None]
         given = (arguments, own) if target is fit else (arguments,)
         processes.append(_process(target, *given, environment=environment, **settings))
