@@ -25,7 +25,6 @@ from rotpruner.loading import load_model, load_tokenizer
 from rotpruner.model_card import Origin, pruner_name, write_card
 from rotpruner.oneshot import prune_model
 from rotpruner.patterns import Slice
-from rotpruner.precision import autocast_dtype
 from rotpruner.rotation_artifact import Rotations
 from rotpruner.rotations import RotationSet, merge_rotations, random_rotations
 
@@ -74,7 +73,7 @@ class Finish(Ending):
     def finish(self, run: Path, trainer: Trainer, module: Any, seconds: float) -> None:
         """Prune in the learned space and as the controls do; export, evaluate and describe."""
         learned = self._learned
-        name, pruner, pattern = module.model_name, module.pruner, module.pattern
+        name, pruner, pattern, dtype = module.model_name, module.pruner, module.pattern, module.base_dtype
         tokenizer, batches = load_tokenizer(name), trainer.datamodule.statistics_tokens.split(1)  # type: ignore[attr-defined]
         started = {space: Q.cpu() for space, Q in module.rotated.rotations.started().items()}
         drawn = random_rotations(module.rotated.base.config, module.spaces, module.seed, placement=module.placement)
@@ -85,7 +84,6 @@ class Finish(Ending):
             # Learned masks keep the statistics that they were learned with. Controls, and pruners that rebuild the
             # outputs of what they have pruned, get those of pruned predecessors.
             known = moments if rotations is learned and not pruner.rebuilds else None
-            dtype = autocast_dtype(module.base_dtype)
             prune_model(
                 model,
                 pruner,

@@ -8,8 +8,6 @@ import time
 from pathlib import Path
 from typing import Any, get_args
 
-import torch
-
 from callbacks.terminal import console, track
 from datamodules.calibration import calibration_tokens
 from datamodules.evaluation import perplexities, tokenize_texts
@@ -30,7 +28,7 @@ from rotpruner.oneshot import (
     sparsity_of,
 )
 from rotpruner.patterns import Scope, Slice, parse_pattern
-from rotpruner.precision import autocast_dtype, resolve_dtype
+from rotpruner.precision import autocast, resolve_dtype
 from rotpruner.pruners import PRUNERS, resolve_pruner
 from rotpruner.rotation_artifact import Rotations
 from rotpruner.rotations import RotationSet, merge_rotations, random_rotations
@@ -83,9 +81,9 @@ def main(arguments: list[str]) -> None:
     batches, moments = tokens.split(1), None
     dtype = None
     if options.calibration_dtype is not None:
-        dtype = autocast_dtype(resolve_dtype(options.calibration_dtype, options.device))
+        dtype = resolve_dtype(options.calibration_dtype, options.device)
     if options.statistics == "dense" and not isinstance(pattern, Slice) and pattern.sparsity > 0:
-        with torch.autocast("cpu", dtype=dtype, enabled=dtype is not None):
+        with autocast(model.device, dtype):
             moments = gather_model_moments(model, pruner, rotations or {}, track(batches, "calibration"))
     parameters = None
     if isinstance(pattern, Slice) and options.placement == "per_block":

@@ -9,6 +9,7 @@ from lightning import LightningModule
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor
 
+from lightning_modules.devices import root_device
 from lightning_modules.schedules import with_schedule
 from rotpruner.distributed import Ranks
 from rotpruner.errors import InputError
@@ -62,16 +63,19 @@ class RecoveryModule(LightningModule):
         self._config = load_config(model)
         load_config(teacher)
         self._compute_dtype: Literal["auto", "bfloat16", "float32"] = compute_dtype
-        self.compute_dtype = resolve_dtype(compute_dtype, self.device)  # until `setup` knows where it will run
         self.gradient_checkpointing = gradient_checkpointing
         self._optimizer, self._lr_scheduler = optimizer, lr_scheduler
         decay = optimizer([torch.nn.Parameter(torch.zeros(1))]).param_groups[0].get("weight_decay", 0)
         if decay:
             raise InputError(f"weight_decay {decay:g} pulls every weight, and recovery means to keep them: set it to 0")
 
+    @property
+    def compute_dtype(self) -> torch.dtype:
+        """Of the products, on the device that the module will run on."""
+        return resolve_dtype(self._compute_dtype, root_device(self))
+
     def setup(self, stage: str) -> None:
         """Check the data against the model before its weights are loaded."""
-        self.compute_dtype = resolve_dtype(self._compute_dtype, self.trainer.strategy.root_device)
         check_seq_len(self._config, self.trainer.datamodule.seq_len)  # type: ignore[attr-defined]
 
     def configure_model(self) -> None:

@@ -15,6 +15,7 @@ from rich.progress import track
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
+from lightning_modules.devices import root_device
 from lightning_modules.schedules import with_schedule
 from rotpruner.basis import check_offload
 from rotpruner.compensation import check_compensation
@@ -184,14 +185,17 @@ class RotationModule(LightningModule):
         self.init_rotations = init_rotations
         self.surrogate, self.objective = surrogate, objective
         self._base_dtype: DtypeName = base_dtype
-        self.base_dtype = resolve_dtype(base_dtype, self.device)  # until `setup` knows where it will run
         self.gradient_checkpointing, self.offload = gradient_checkpointing, offload
         self._optimizer, self._lr_scheduler = optimizer, lr_scheduler
         self._restored_mask_rotations: dict[str, Tensor] | None = None
 
+    @property
+    def base_dtype(self) -> torch.dtype:
+        """Of the frozen weights and the activations, on the device that the module will run on."""
+        return resolve_dtype(self._base_dtype, root_device(self))
+
     def setup(self, stage: str) -> None:
         """Check the data against the model, and the strategy, before its weights are loaded."""
-        self.base_dtype = resolve_dtype(self._base_dtype, self.trainer.strategy.root_device)
         if self.device_mesh is not None and self.device_mesh["tensor_parallel"].size() > 1:
             raise InputError(
                 f"tensor_parallel_size {self.device_mesh['tensor_parallel'].size()} splits single weights; "

@@ -31,6 +31,7 @@ from rotpruner.families import (
 )
 from rotpruner.objectives import Objective
 from rotpruner.patterns import Pattern, Slice
+from rotpruner.precision import autocast
 from rotpruner.pruners.reconstruction import conjugate_gradients, damped_hessian, normalise
 from rotpruner.replay import BlockReplay
 from rotpruner.statistics import Moment
@@ -117,7 +118,7 @@ def _distance_to(dense: Any, batches: Sequence[Tensor], dtype: torch.dtype | Non
     """Mean KL divergence of a model from the dense one, in nats a token of the batches."""
 
     def states(model: Any, batch: Tensor) -> Tensor:
-        with torch.autocast(batch.device.type, dtype=dtype, enabled=dtype is not None):
+        with autocast(batch.device, dtype):
             return model.base_model(input_ids=batch, use_cache=False).last_hidden_state
 
     objective = Objective(kl=1.0)

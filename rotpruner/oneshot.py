@@ -17,6 +17,7 @@ from rotpruner.fusion import fuse_block_norms
 from rotpruner.loading import check_pattern
 from rotpruner.owl import outlier_sparsities
 from rotpruner.patterns import NM, Pattern, Slice, Unstructured
+from rotpruner.precision import autocast
 from rotpruner.pruners import Pruner, resolve_pruner
 from rotpruner.pruners.base import Needs
 from rotpruner.replay import BlockReplay, visiting
@@ -153,7 +154,7 @@ def _slice(
     """Remove residual directions: the last ones of a given rotation, or those of least variance."""
     width = sliced_width(model.config, pattern)
     if "residual" not in rotations:
-        with torch.autocast(batches[0].device.type, dtype=dtype, enabled=dtype is not None):
+        with autocast(batches[0].device, dtype):
             moments = residual_moments(model, batches)
         rotations = {**rotations, "residual": residual_pca(model.config, moments)}
     merge_rotations(model, rotations)

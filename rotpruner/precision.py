@@ -23,9 +23,10 @@ def resolve_dtype(name: DtypeName, device: torch.device) -> torch.dtype:
     return fast_dtype(device) if name == "auto" else getattr(torch, name)
 
 
-def autocast_dtype(dtype: torch.dtype) -> torch.dtype | None:
-    """The dtype to give autocast for products in `dtype`; None, no autocast, unless it has 16 bits."""
-    return dtype if dtype.itemsize < 4 else None
+def autocast(device: torch.device, dtype: torch.dtype | None) -> torch.autocast:
+    """A context in which matrix products on a device are taken in `dtype`; off, as for None, unless it has 16 bits."""
+    narrow = dtype is not None and dtype.itemsize < 4
+    return torch.autocast(device.type, dtype=dtype if narrow else None, enabled=narrow)
 
 
 def fast_dtype(device: torch.device) -> torch.dtype:

@@ -14,7 +14,7 @@ from rotpruner.distributed import Ranks
 from rotpruner.errors import InputError
 from rotpruner.families import linear_modules
 from rotpruner.objectives import Objective
-from rotpruner.precision import fast_dtype
+from rotpruner.precision import autocast, fast_dtype
 from rotpruner.teacher import DenseStates, head_of, ready_to_learn
 
 
@@ -65,7 +65,7 @@ class SparseRecovery(nn.Module):
     def loss(self, input_ids: Tensor, index: Tensor | None = None) -> dict[str, Tensor]:
         """The objective of a batch of ids (batch, seq_len), rows `index` (batch,) of the calibration tensor."""
         dense = self._dense_states(input_ids, index) if self.objective.needs_teacher else None
-        with torch.autocast(input_ids.device.type, dtype=self.compute_dtype, enabled=self.compute_dtype.itemsize < 4):
+        with autocast(input_ids.device, self.compute_dtype):
             states = self.pruned.base_model(input_ids=input_ids, use_cache=False).last_hidden_state
             terms = self.objective(states, dense, input_ids, head_of(self.pruned), head_of(self._teacher[0]))
         return self.objective.weighted(terms)

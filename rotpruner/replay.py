@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from rotpruner.families import family_of, module_at
+from rotpruner.precision import autocast
 
 
 class _Reached(Exception):  # noqa: N818 - a signal, not an error
@@ -47,7 +48,7 @@ class BlockReplay:
     Args:
         model: plain causal language model in evaluation mode.
         batches: token ids, each (sequences, seq_len).
-        dtype: of matrix products, under autocast; None keeps the model's.
+        dtype: of matrix products, see `rotpruner.precision.autocast`; None keeps the model's.
         device: where blocks are when they are run (see `visiting`); states wait where the model is. None: there.
     """
 
@@ -60,7 +61,7 @@ class BlockReplay:
     ) -> None:
         self._home = batches[0].device
         self._device = device or self._home
-        self._autocast = torch.autocast(self._device.type, dtype=dtype, enabled=dtype is not None)
+        self._autocast = autocast(self._device, dtype)
         self.blocks = module_at(model, family_of(model.config).blocks)
         # Blocks may get arguments of their own (sliding and full attention take turns in Gemma): ask for each.
         self._arguments: list[list[dict[str, Any]]] = [[] for _ in self.blocks]
