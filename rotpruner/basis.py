@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -13,15 +13,15 @@ from rotpruner.errors import InputError
 from rotpruner.families import BlockLinear
 from rotpruner.modeling_rotated import Shortcut
 from rotpruner.orthogonal import rotate_bias, rotate_weight
-from rotpruner.rotations import RotationSet, basis_change, sides
+from rotpruner.rotations import basis_change, sides
 
 
 class Basis:
-    """The rotations in which the linears of one model run at the moment; empty means dense."""
+    """The rotations in which the linears of one model run at the moment, by space, then site; empty means dense."""
 
     def __init__(self, config: Any) -> None:
         self.config = config
-        self.rotations: RotationSet = {}
+        self.rotations: Mapping[str, Sequence[Tensor]] = {}
         self.pruned = False
 
 

@@ -7,8 +7,6 @@ Shapes: O, I = outputs and inputs of a linear.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
@@ -23,13 +21,14 @@ def entropy(importance: Tensor, dim: int) -> Tensor:
     total = importance.sum(dim, keepdim=True)
     p = importance / torch.where(total > 0, total, 1.0)
     # Where p is 0 its logarithm must have a finite gradient.
-    return -(p * p.clamp_min(torch.finfo(p.dtype).tiny).log()).sum(dim).mean()
+    return torch.special.entr(p.clamp_min(torch.finfo(p.dtype).tiny)).sum(dim).mean()
 
 
-def concentration_entropy(importance: Tensor, reads: bool, writes: bool) -> Sequence[Tensor]:
-    """The entropies that a rotation can lower: along the inputs if what is read rotates, along the outputs if what is
-    written does."""
-    return [entropy(importance, dim) for dim, rotates in ((1, reads), (0, writes)) if rotates]
+def concentration_entropy(importance: Tensor, reads: bool, writes: bool) -> Tensor:
+    """The sum of the entropies that a rotation can lower: along the inputs if what is read rotates, along the outputs
+    if what is written does."""
+    found = [entropy(importance, dim) for dim, rotates in ((1, reads), (0, writes)) if rotates]
+    return torch.stack(found).sum() if found else importance.new_zeros(())
 
 
 def lost_mass(importance: Tensor, pattern: Pattern) -> Tensor:

@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 from rotpruner.families import BlockLinear
 from rotpruner.patterns import NM, Pattern, Slice
 from rotpruner.pruners import Pruner
-from rotpruner.rotations import RotationSet, sides
+from rotpruner.rotations import Sites, sides
 from rotpruner.statistics import Moment
 from rotpruner.surrogates import Surrogate, gumbel, likeliest_mask, nm_choices, prior_logits, sigmoid
 
@@ -63,7 +63,7 @@ class Relaxation(nn.Module):
         """Go to a step of a run, counted from 0: it decides the temperature and the noise."""
         self.step, self.temperature = step, self.surrogate.temperature_at(step, steps)
 
-    def enter(self, rotations: RotationSet, moments: Mapping[str, Moment], softened: bool) -> None:
+    def enter(self, rotations: Sites, moments: Mapping[str, Moment], softened: bool) -> None:
         """Before the model runs: in these rotations, through the surrogate or with hard masks as in evaluation.
 
         `sigmoid` gets the rotated diagonals of the statistics here, once for all linears that read one input.

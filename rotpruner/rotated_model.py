@@ -11,12 +11,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from itertools import groupby
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from rotpruner.basis import Basis, BasisChange, RotatedLinear, check_offload
@@ -34,11 +34,13 @@ from rotpruner.objectives import Objective
 from rotpruner.oneshot import LayerSparsity, check_layer_sparsity, layer_patterns, linears_to_watch
 from rotpruner.orthogonal import rotate_features, rotate_weight
 from rotpruner.patterns import NM, Pattern, Slice
+from rotpruner.piecewise import sum_of_pieces
 from rotpruner.pruners import Pruner
 from rotpruner.relaxation import Relaxation
 from rotpruner.rotations import (
     LearnedRotations,
     RotationSet,
+    Sites,
     Start,
     basis_changes,
     residual_at,
@@ -155,8 +157,10 @@ class RotatedModel(nn.Module):
         rotations = self.rotations()
         if pruned and isinstance(self.pattern, Slice):
             rotations = project(rotations, sliced_width(self.base.config, self.pattern))
-        self.basis.rotations, self.basis.pruned = rotations, pruned
-        self.relaxation.enter(rotations, self.moments, softened)
+        # Unbound, so that the gradients of many layers' matrices come back in one piece.
+        self.basis.rotations = {space: Q.unbind() for space, Q in rotations.items()}
+        self.basis.pruned = pruned
+        self.relaxation.enter(self.basis.rotations, self.moments, softened)
 
     @contextmanager
     def dense(self) -> Iterator[PreTrainedModel]:
@@ -330,27 +334,32 @@ class RotatedModel(nn.Module):
     def _concentration(self) -> dict[str, Tensor]:
         """Means over linears of what `rotpruner.concentration` says of their importance in the rotations of the moment.
 
-        One group at a time is scored, and once more in the backward pass: it takes no more memory than that.
+        One group at a time is scored and differentiated: it takes no more memory than that.
         """
+        config, rotations = self.base.config, self.basis.rotations
+        both = [side for linear in self.linears for side in sides(config, rotations, linear.place)]
+        counts = {"entropy": sum(side is not None for side in both), "lost_mass": len(self.linears)}
         groups = [list(members) for _, members in groupby(self.linears, key=lambda linear: linear.place.group)]
-        scored = [checkpoint(self._group_concentration, group, use_reentrant=False) for group in groups]
-        entropies, masses = (torch.cat(found) for found in zip(*scored, strict=True))
-        terms = {"entropy": entropies.mean(), "lost_mass": masses.mean()}
-        return {name: value for name, value in terms.items() if getattr(self.objective, name)}
+        sums = sum_of_pieces([partial(self._group_concentration, group) for group in groups], rotations)
+        wanted = [name for name in counts if getattr(self.objective, name)]
+        return {name: total / counts[name] for name, total in zip(wanted, sums, strict=True)}
 
-    def _group_concentration(self, group: Sequence[RotatedLinear]) -> tuple[Tensor, Tensor]:
-        rotations, moment, config = self.basis.rotations, self.moments.get(group[0].place.group), self.base.config
+    def _group_concentration(self, group: Sequence[RotatedLinear], rotations: Sites) -> Tensor:
+        """The sums of the terms that the objective weighs, over the linears of a group."""
+        moment, config = self.moments.get(group[0].place.group), self.base.config
         moment = None if moment is None else moment.rotate(sides(config, rotations, group[0].place)[0])
-        entropies: list[Tensor] = []
-        masses: list[Tensor] = []
+        sums: dict[str, Tensor] = {}
         for linear in group:
             reads, writes = sides(config, rotations, linear.place)
             weight = rotate_weight(whole(linear.weight, self.base.device), reads, writes)
             importance = self.pruner.importance(weight, moment)
-            entropies += concentration_entropy(importance, reads is not None, writes is not None)
-            masses.append(lost_mass(importance, self.patterns[linear.place.layer]))
-        empty = masses[0].new_zeros(0)
-        return torch.stack(entropies) if entropies else empty, torch.stack(masses)
+            found = {}
+            if self.objective.entropy:
+                found["entropy"] = concentration_entropy(importance, reads is not None, writes is not None)
+            if self.objective.lost_mass:
+                found["lost_mass"] = lost_mass(importance, self.patterns[linear.place.layer])
+            sums = {name: sums[name] + value if sums else value for name, value in found.items()}
+        return torch.stack(list(sums.values()))
 
     def dense_loss(self, input_ids: Tensor, index: Tensor | None = None) -> dict[str, Tensor]:
         """What `loss` would be without rotations and masks: the floor that a step's time is measured against."""

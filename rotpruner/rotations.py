@@ -43,6 +43,9 @@ from rotpruner.patterns import NM, Pattern, Slice
 from rotpruner.shortcuts import insert_shortcuts
 
 RotationSet = dict[str, Tensor]
+
+#: The same, or unbound along the first dimension.
+Sites = Mapping[str, Tensor | Sequence[Tensor]]
 Start = Literal["identity", "random", "pca", "permutation"]
 
 #: How many matrices the residual stream has: one; one a decoder block and one for the end; one a boundary (2L + 1, the
@@ -249,7 +252,7 @@ class LearnedRotations(nn.Module):
             matrices.restart(given[shared] if len(given) < own else given)  # type: ignore[operator]
 
 
-def sides(config: Any, rotations: Mapping[str, Tensor], linear: BlockLinear) -> tuple[Tensor | None, Tensor | None]:
+def sides(config: Any, rotations: Sites, linear: BlockLinear) -> tuple[Tensor | None, Tensor | None]:
     """The blocks (B, n, n) of what a decoder linear reads and writes, (Q_A, Q_B); None where nothing rotates."""
 
     def at(space: str, boundary: int) -> Tensor | None:
@@ -260,7 +263,7 @@ def sides(config: Any, rotations: Mapping[str, Tensor], linear: BlockLinear) -> 
     return at(linear.spec.reads, linear.boundary), at(linear.spec.writes, linear.boundary + 1)
 
 
-def residual_at(config: Any, rotations: Mapping[str, Tensor], boundary: int) -> Tensor | None:
+def residual_at(config: Any, rotations: Sites, boundary: int) -> Tensor | None:
     """The matrix (1, d, d) of the residual stream at a boundary, −1 being the last; None if it does not rotate."""
     if "residual" not in rotations:
         return None
@@ -283,7 +286,7 @@ def basis_changes(config: Any, sites: int) -> list[int]:
     ]
 
 
-def basis_change(config: Any, rotations: Mapping[str, Tensor], number: int) -> Tensor | None:
+def basis_change(config: Any, rotations: Sites, number: int) -> Tensor | None:
     """T = QᵢᵀQᵢ₊₁ (d, d), what the residual connection of a sublayer carries; None if the stream does not rotate."""
     before, behind = residual_at(config, rotations, number), residual_at(config, rotations, number + 1)
     return None if before is None or behind is None else before[0].mT @ behind[0]
