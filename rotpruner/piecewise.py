@@ -17,48 +17,54 @@ Piece = Callable[[Named], Tensor]
 def sum_of_pieces(pieces: Sequence[Piece], inputs: Named) -> Tensor:
     """Σ piece(inputs), (K,), for pieces that give (K,) each; differentiable once in the inputs.
 
-    Each piece is differentiated right after it has been computed, so that its graph can go before the next one's comes.
+    Each piece is differentiated right after it has been computed, so that its graph is gone before the next one's
+    comes. For that all of them must depend on nothing else that learns.
     """
-    flat = [tensor for tensors in inputs.values() for tensor in tensors]
-    return _SumOfPieces.apply(pieces, {name: len(tensors) for name, tensors in inputs.items()}, *flat)
+    lengths = {name: len(tensors) for name, tensors in inputs.items()}
+    return _SumOfPieces.apply(pieces, lengths, *(tensor for tensors in inputs.values() for tensor in tensors))
 
 
 class _SumOfPieces(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, pieces: Sequence[Piece], lengths: dict[str, int], *flat: Tensor) -> Tensor:
-        needed = ctx.needs_input_grad[2:]
-        leaves = [tensor.detach().requires_grad_(needs) for tensor, needs in zip(flat, needed, strict=True)]
+    def forward(ctx: Any, pieces: Sequence[Piece], lengths: Mapping[str, int], *flat: Tensor) -> Tensor:
+        ctx.needed = ctx.needs_input_grad[2:]
+        leaves = [tensor.detach().requires_grad_(needed) for tensor, needed in zip(flat, ctx.needed, strict=True)]
         rest = iter(leaves)
         inputs = {name: [next(rest) for _ in range(length)] for name, length in lengths.items()}
-        wanted = [number for number, leaf in enumerate(leaves) if leaf.requires_grad]
-        total: Tensor | None = None
-        # gradients[k][number]: of the k-th sum by that input.
-        gradients: list[dict[int, Tensor]] = []
-        for piece in pieces:
-            with torch.enable_grad():
-                values = piece(inputs).unbind()
-            gradients = gradients or [{} for _ in values]
-            differentiable = [k for k, value in enumerate(values) if value.requires_grad and wanted]
-            for k in differentiable:
-                found = torch.autograd.grad(
-                    values[k], [leaves[i] for i in wanted], retain_graph=k != differentiable[-1], allow_unused=True
-                )
-                for number, gradient in zip(wanted, found, strict=True):
-                    if gradient is not None:
-                        known = gradients[k].get(number)
-                        gradients[k][number] = gradient if known is None else known + gradient
-            found = torch.stack(values).detach()
-            total = found if total is None else total + found
-        assert total is not None
-        ctx.gradients, ctx.count = gradients, len(flat)
-        return total
+        learning = [leaf for leaf in leaves if leaf.requires_grad]
+        totals, ctx.rows = _values_and_gradients(pieces[0], inputs, learning)
+        for piece in pieces[1:]:
+            values, rows = _values_and_gradients(piece, inputs, learning)
+            totals = totals + values
+            ctx.rows = [list(map(_sum, *pair)) for pair in zip(ctx.rows, rows, strict=True)]
+        return totals
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, outer: Tensor) -> tuple[Any, ...]:
-        found: list[Tensor | None] = [None] * ctx.count
-        for factor, gradients in zip(outer, ctx.gradients, strict=True):
-            for number, gradient in gradients.items():
-                known = found[number]
-                found[number] = factor * gradient if known is None else known + factor * gradient
-        return None, None, *found
+        found: list[Tensor | None] = [None] * sum(ctx.needed)
+        for factor, row in zip(outer, ctx.rows, strict=True):
+            found = [
+                _sum(known, None if part is None else factor * part) for known, part in zip(found, row, strict=True)
+            ]
+        rest = iter(found)
+        return None, None, *(next(rest) if needed else None for needed in ctx.needed)
+
+
+def _values_and_gradients(
+    piece: Piece, inputs: Named, learning: Sequence[Tensor]
+) -> tuple[Tensor, list[Sequence[Tensor | None]]]:
+    """What a piece gives, (K,), and the gradients of each of its values by what learns, None where it has no part."""
+    with torch.enable_grad():
+        values = piece(inputs)
+        rows: list[Sequence[Tensor | None]] = [
+            torch.autograd.grad(value, learning, retain_graph=True, allow_unused=True)
+            if learning and value.requires_grad
+            else [None] * len(learning)
+            for value in values
+        ]
+    return values.detach(), rows
+
+
+def _sum(one: Tensor | None, other: Tensor | None) -> Tensor | None:
+    return one if other is None else other if one is None else one + other
