@@ -12,6 +12,7 @@ import re
 import shutil
 import sys
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -102,10 +103,12 @@ class FitCLI(LightningCLI):
             return
         finished = (self.run_directory / "results.json").is_file()
         known = yaml.safe_load(recorded.read_text(encoding="utf-8"))
-        if _what_is_learned(known, finished) != _what_is_learned(self.config_record, finished):
+        then, now = (_what_is_learned(config, finished) for config in (known, self.config_record))
+        differing = list(_differences(then, now))
+        if differing:
             raise InputError(
-                f"run directory '{self.run_directory}' belongs to another configuration ({recorded}); "
-                "choose another --trainer.default_root_dir, or remove it"
+                f"run directory '{self.run_directory}' belongs to another configuration ({recorded}), where "
+                f"{', '.join(differing)}; choose another --trainer.default_root_dir, or remove it"
             )
         if finished:
             show(self.run_directory)
@@ -146,13 +149,27 @@ def _what_is_learned(config: dict[str, Any], finished: bool) -> dict[str, Any]:
     An unfinished run may go on with other processes, and then with another `batch_size`, which counts one
     process's rows; that the batches of all of them stay alike is checked against the checkpoint.
     """
-    places = {"trainer": {"accelerator", "strategy", "devices", "num_nodes"}, "data": set()}
+    places = {
+        "trainer": {"accelerator", "strategy", "devices", "num_nodes"},
+        "model": {"keep_statistics"},
+        "data": set(),
+    }
     if not finished:
         places["data"].add("batch_size")
     return {
         part: {key: value for key, value in settings.items() if key not in places[part]} if part in places else settings
         for part, settings in config.items()
     }
+
+
+def _differences(known: Any, given: Any, name: str = "") -> Iterator[str]:
+    """What each setting is in a known configuration that a given one has otherwise."""
+    if isinstance(known, dict) and isinstance(given, dict):
+        for key in dict.fromkeys([*known, *given]):
+            yield from _differences(known.get(key), given.get(key), f"{name}.{key}" if name else key)
+    elif known != given:
+        short = len(f"{known}{given}") < 80
+        yield f"{name} is {known} instead of {given}" if short else f"{name} is another"
 
 
 def check_checkpoint(checkpoint: Path) -> None:

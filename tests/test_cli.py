@@ -122,7 +122,11 @@ def test_fit_writes_results_and_export_and_is_shown_again(fit, capsys, prune):
     assert "rotpruner" in capsys.readouterr().err
     assert (run / "results.json").stat().st_mtime_ns == written
     assert fit("--trainer.max_steps", "3")[0] == 2
-    assert "another configuration" in capsys.readouterr().err
+    complaint = " ".join(capsys.readouterr().err.split())
+    assert "another configuration" in complaint
+    assert "trainer.max_steps is 2 instead of 3; choose another" in complaint
+    with pytest.raises(SystemExit):
+        fit("--model.keep_statistics", "true")  # where statistics come from changes nothing
 
     # The rotations of the run prune the model to the same export, by hand.
     config = results["config"]
