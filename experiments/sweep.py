@@ -65,11 +65,12 @@ def main(arguments: list[str]) -> None:
             console.print(f"{name}: done before")
             continue
         console.print(f"{name}: {shlex.join(command)}", markup=False, highlight=False)
+        begun_at = commit()  # the row may take hours, and the checkout move on
         finished = subprocess.run([sys.executable, "-m", "experiments", *command], stdout=subprocess.PIPE, text=True)
         if finished.returncode:
             failed.append(name)
             continue
-        record = {"row": row, "command": _public(command), "commit": commit()}
+        record = {"row": row, "command": _public(command), "commit": begun_at}
         write_json({**record, **_found(command, finished.stdout)}, target)
     if failed:
         raise InputError(f"rows that failed: {', '.join(failed)}; what they said stands above, run again to retry them")
