@@ -78,7 +78,7 @@ def test_nothing_that_is_learned_changes_by_a_bit(family, settings, ids):
 
 
 def test_weights_stay_where_they_are_and_come_to_where_they_are_needed(monkeypatch):
-    rotated = rotated_model(True, pruner="magnitude")
+    rotated = rotated_model(True, pruner="magnitude", objective=Objective(entropy=1.0))
     held = {tensor.data_ptr() for tensor in (*rotated.parameters(), *rotated.buffers(), *rotated.state_dict().values())}
     assert not any(linear.weight.data_ptr() in held for linear in rotated.linears)
 
@@ -96,7 +96,7 @@ def test_weights_stay_where_they_are_and_come_to_where_they_are_needed(monkeypat
     for linear in rotated.linears:
         linear(torch.zeros(1, linear.in_features, device="meta"))
     next(rotated._choose_masks([rotated.linears[:1]], {}))
-    rotated._group_concentration(rotated.linears[:1])
+    rotated._group_concentration(rotated.linears[:1], {})
     assert came == ["meta"] * (len(rotated.linears) + 2)
 
 
