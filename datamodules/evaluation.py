@@ -14,9 +14,10 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from datamodules.texts import text_name, text_of
-from rotpruner.artifacts import identity, write_json
+from rotpruner.artifacts import write_json
 from rotpruner.embedded import cache_directory, locked
 from rotpruner.errors import InputError
+from rotpruner.identity import identity
 from rotpruner.perplexity import perplexity, windows
 
 _FORMAT = 1  # of a kept perplexity: raise it whenever the same model and windows would give another value
@@ -63,9 +64,9 @@ def perplexities(
     cache. It is found again only for the same configuration and weights to the bit, the same windows, device type and
     versions of torch and transformers; what is damaged is measured again.
     """
-    made_of, found = identity(model) if keep else {}, {}
+    model_identity, found = identity(model) if keep else {}, {}
     for name, ids in texts.items():
-        path = _cache_path(made_of, windows(ids, seq_len, max_tokens)) if keep else None
+        path = _cache_path(model_identity, windows(ids, seq_len, max_tokens)) if keep else None
         value = _kept(path)
         if value is None:
             show = partial(progress, description=f"perplexity on {name}")
@@ -75,10 +76,10 @@ def perplexities(
     return found
 
 
-def _cache_path(made_of: dict[str, Any], cut: Tensor) -> Path:
+def _cache_path(model_identity: dict[str, Any], cut: Tensor) -> Path:
     key = {
         "format": _FORMAT,
-        **made_of,
+        **model_identity,
         "windows": list(cut.shape),
         "tokens": hashlib.sha256(cut.numpy().tobytes()).hexdigest(),
     }

@@ -2,24 +2,18 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import torch
-import transformers
-from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from rotpruner.distributed import whole
 from rotpruner.errors import InputError
-from rotpruner.families import family_of, module_at
 from rotpruner.shortcuts import exportable
 
 
@@ -68,39 +62,6 @@ def write_text(text: str, path: str | Path) -> None:
 def write_json(value: Any, path: str | Path) -> None:
     """Write indented JSON, whole or not at all."""
     write_text(json.dumps(value, indent=2) + "\n", path)
-
-
-def fingerprint(model: nn.Module) -> str:
-    """Tells models apart, whatever dtype they are loaded in: a hash of the first embedding rows in bfloat16."""
-    embedding = module_at(model, family_of(model.config).embeddings[0]).weight
-    rows = embedding[:256].detach().to("cpu", torch.bfloat16).contiguous().view(torch.uint8)
-    return hashlib.sha256(rows.numpy().tobytes()).hexdigest()
-
-
-def tensors_digest(tensors: Mapping[str, Tensor]) -> str:
-    """A hash of names, dtypes, shapes and all bits of some tensors; sharded ones come together one at a time."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(tensors.items()):
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(whole(tensor.detach()).cpu().contiguous().flatten().view(torch.uint8).numpy().data)
-    return digest.hexdigest()
-
-
-def identity(model: PreTrainedModel, weights: Mapping[str, Tensor] | None = None) -> dict[str, Any]:
-    """What decides what a model computes, as JSON: architecture, weights to the bit, device type, versions of code.
-
-    Args:
-        weights: by name, where they are not those of the model's `state_dict`.
-    """
-    config = {name: value for name, value in model.config.to_dict().items() if name != "_name_or_path"}
-    return {
-        "class": type(model).__name__,
-        "config": hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode()).hexdigest(),
-        "weights": tensors_digest(model.state_dict() if weights is None else weights),
-        "device": model.device.type,
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-    }
 
 
 def save_model(

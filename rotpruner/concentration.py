@@ -7,10 +7,21 @@ Shapes: O, I = outputs and inputs of a linear.
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+from functools import partial
+
 import torch
 from torch import Tensor
 
+from rotpruner.basis import RotatedLinear
+from rotpruner.distributed import whole
+from rotpruner.objectives import Objective
+from rotpruner.orthogonal import rotate_weight
 from rotpruner.patterns import Pattern
+from rotpruner.piecewise import Named, sum_of_pieces
+from rotpruner.pruners import Pruner
+from rotpruner.rotations import sides
+from rotpruner.statistics import Moment
 
 
 def entropy(importance: Tensor, dim: int) -> Tensor:
@@ -36,3 +47,47 @@ def lost_mass(importance: Tensor, pattern: Pattern) -> Tensor:
     kept = pattern.mask(importance.detach())
     total = importance.sum()
     return 1 - (importance * kept).sum() / torch.where(total > 0, total, 1.0)
+
+
+def concentration(
+    groups: Sequence[Sequence[RotatedLinear]],
+    rotations: Mapping[str, Sequence[Tensor]],
+    moments: Mapping[str, Moment],
+    pruner: Pruner,
+    patterns: Sequence[Pattern],
+    objective: Objective,
+    device: torch.device,
+) -> dict[str, Tensor]:
+    """The terms `entropy` and `lost_mass` of an objective, those that have a weight: means over a model's linears.
+
+    One group at a time is scored and differentiated: it takes no more memory than that.
+
+    Args:
+        groups: linears that read one input together.
+        rotations: of the moment, by space, then site.
+        moments: of the groups' inputs before rotation, by the group's name; none if the pruner needs none.
+        patterns: of each block.
+        device: where to compute; weights that are offloaded come one at a time.
+    """
+    config = groups[0][0].basis.config
+    linears = [linear for group in groups for linear in group]
+    turned = [side for linear in linears for side in sides(config, rotations, linear.place) if side is not None]
+    counts = {"entropy": len(turned), "lost_mass": len(linears)}
+    counts = {name: count for name, count in counts.items() if getattr(objective, name)}
+
+    def sums_of(group: Sequence[RotatedLinear], rotations: Named) -> Tensor:
+        moment = moments.get(group[0].place.group)
+        moment = None if moment is None else moment.rotate(sides(config, rotations, group[0].place)[0])
+        found: dict[str, list[Tensor]] = {name: [] for name in counts}
+        for linear in group:
+            reads, writes = sides(config, rotations, linear.place)
+            weight = rotate_weight(whole(linear.weight, device), reads, writes)
+            importance = pruner.importance(weight, moment)
+            if "entropy" in found:
+                found["entropy"].append(concentration_entropy(importance, reads is not None, writes is not None))
+            if "lost_mass" in found:
+                found["lost_mass"].append(lost_mass(importance, patterns[linear.place.layer]))
+        return torch.stack([torch.stack(values).sum() for values in found.values()])
+
+    sums = sum_of_pieces([partial(sums_of, group) for group in groups], rotations)
+    return {name: total / count for (name, count), total in zip(counts.items(), sums, strict=True)}

@@ -19,9 +19,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from rotpruner.artifacts import identity, tensors_digest
 from rotpruner.distributed import Ranks
 from rotpruner.embedded import cache_directory, locked
+from rotpruner.identity import identity, tensors_digest
 from rotpruner.statistics import Moment
 
 logger = logging.getLogger(__name__)

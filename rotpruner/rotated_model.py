@@ -11,7 +11,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import partial
 from itertools import groupby
 from typing import Any
 
@@ -20,7 +19,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from rotpruner.basis import Basis, BasisChange, RotatedLinear, check_offload
-from rotpruner.concentration import concentration_entropy, lost_mass
+from rotpruner.concentration import concentration
 from rotpruner.distributed import Ranks, whole
 from rotpruner.families import (
     block_linears,
@@ -34,13 +33,11 @@ from rotpruner.objectives import Objective
 from rotpruner.oneshot import LayerSparsity, check_layer_sparsity, layer_patterns, linears_to_watch
 from rotpruner.orthogonal import rotate_features, rotate_weight
 from rotpruner.patterns import NM, Pattern, Slice
-from rotpruner.piecewise import sum_of_pieces
 from rotpruner.pruners import Pruner
 from rotpruner.relaxation import Relaxation
 from rotpruner.rotations import (
     LearnedRotations,
     RotationSet,
-    Sites,
     Start,
     basis_changes,
     residual_at,
@@ -228,6 +225,10 @@ class RotatedModel(nn.Module):
         self.basis.rotations = {}
         self.relaxation.leave()
 
+    def groups(self) -> list[list[RotatedLinear]]:
+        """The linears, those that read one input together."""
+        return [list(members) for _, members in groupby(self.linears, key=lambda linear: linear.place.group)]
+
     # -- learning --------------------------------------------------------------------------------
 
     def parameter_groups(self) -> list[dict[str, Any]]:
@@ -274,7 +275,7 @@ class RotatedModel(nn.Module):
         if self.relaxation.learns_masks:
             yield from zip(self.linears, self.relaxation.masks(), strict=True)
             return
-        groups = [list(members) for _, members in groupby(self.linears, key=lambda linear: linear.place.group)]
+        groups = self.groups()
         for start in range(0, len(groups), self.ranks.size):
             yield from self._choose_masks(groups[start : start + self.ranks.size], rotations)
 
@@ -328,38 +329,9 @@ class RotatedModel(nn.Module):
         if self.objective.runs_model:
             terms |= self.objective(self._states(input_ids), teacher, input_ids, head_of(self.base))
         if self.objective.needs_importance:
-            terms |= self._concentration()
+            judged = self.basis.rotations, self.moments, self.pruner, self.patterns
+            terms |= concentration(self.groups(), *judged, self.objective, self.base.device)
         return self.objective.weighted(terms)
-
-    def _concentration(self) -> dict[str, Tensor]:
-        """Means over linears of what `rotpruner.concentration` says of their importance in the rotations of the moment.
-
-        One group at a time is scored and differentiated: it takes no more memory than that.
-        """
-        config, rotations = self.base.config, self.basis.rotations
-        both = [side for linear in self.linears for side in sides(config, rotations, linear.place)]
-        counts = {"entropy": sum(side is not None for side in both), "lost_mass": len(self.linears)}
-        groups = [list(members) for _, members in groupby(self.linears, key=lambda linear: linear.place.group)]
-        sums = sum_of_pieces([partial(self._group_concentration, group) for group in groups], rotations)
-        wanted = [name for name in counts if getattr(self.objective, name)]
-        return {name: total / counts[name] for name, total in zip(wanted, sums, strict=True)}
-
-    def _group_concentration(self, group: Sequence[RotatedLinear], rotations: Sites) -> Tensor:
-        """The sums of the terms that the objective weighs, over the linears of a group."""
-        moment, config = self.moments.get(group[0].place.group), self.base.config
-        moment = None if moment is None else moment.rotate(sides(config, rotations, group[0].place)[0])
-        sums: dict[str, Tensor] = {}
-        for linear in group:
-            reads, writes = sides(config, rotations, linear.place)
-            weight = rotate_weight(whole(linear.weight, self.base.device), reads, writes)
-            importance = self.pruner.importance(weight, moment)
-            found = {}
-            if self.objective.entropy:
-                found["entropy"] = concentration_entropy(importance, reads is not None, writes is not None)
-            if self.objective.lost_mass:
-                found["lost_mass"] = lost_mass(importance, self.patterns[linear.place.layer])
-            sums = {name: sums[name] + value if sums else value for name, value in found.items()}
-        return torch.stack(list(sums.values()))
 
     def dense_loss(self, input_ids: Tensor, index: Tensor | None = None) -> dict[str, Tensor]:
         """What `loss` would be without rotations and masks: the floor that a step's time is measured against."""

@@ -20,8 +20,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from rotpruner.artifacts import fingerprint, new_directory, write_json, write_text
+from rotpruner.artifacts import new_directory, write_json, write_text
 from rotpruner.errors import InputError
+from rotpruner.identity import fingerprint
 from rotpruner.rotations import check_rotation, merge_rotations, turns
 
 _FORMAT = 1

@@ -11,6 +11,7 @@ from test_plan import memory_of
 from tiny_models import tiny
 
 import rotpruner.basis as basis_module
+import rotpruner.concentration as concentration_module
 import rotpruner.rotated_model as rotated_model_module
 from lightning_modules.rotation_module import RotationModule
 from rotpruner.diagnostics import masked_share
@@ -78,7 +79,7 @@ def test_nothing_that_is_learned_changes_by_a_bit(family, settings, ids):
 
 
 def test_weights_stay_where_they_are_and_come_to_where_they_are_needed(monkeypatch):
-    rotated = rotated_model(True, pruner="magnitude", objective=Objective(entropy=1.0))
+    rotated = rotated_model(True, pruner="magnitude")
     held = {tensor.data_ptr() for tensor in (*rotated.parameters(), *rotated.buffers(), *rotated.state_dict().values())}
     assert not any(linear.weight.data_ptr() in held for linear in rotated.linears)
 
@@ -93,10 +94,14 @@ def test_weights_stay_where_they_are_and_come_to_where_they_are_needed(monkeypat
 
     monkeypatch.setattr(basis_module, "rotate_weight", watched)
     monkeypatch.setattr(rotated_model_module, "rotate_weight", watched)
+    monkeypatch.setattr(concentration_module, "rotate_weight", watched)
     for linear in rotated.linears:
         linear(torch.zeros(1, linear.in_features, device="meta"))
     next(rotated._choose_masks([rotated.linears[:1]], {}))
-    rotated._group_concentration(rotated.linears[:1], {})
+    groups, device = [rotated.linears[:1]], rotated.base.device
+    concentration_module.concentration(
+        groups, {}, {}, rotated.pruner, rotated.patterns, Objective(kl=0, lost_mass=1.0), device
+    )
     assert came == ["meta"] * (len(rotated.linears) + 2)
 
 
