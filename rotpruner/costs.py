@@ -77,8 +77,8 @@ def step_flops(setup: Setup) -> list[Term]:
         terms.append(Term("basis changes", changes * times * 2 * d * d * (d + tau),
                           f"{changes} · {times} · 2 d² (d + B T) = {changes} · {times} · 2 · {d}² · ({d} + {tau}): "
                           "T = QᵢᵀQᵢ₊₁ and x T for a residual connection, gradients"))  # fmt: skip
-    passes = 3 * bool(setup.objective.kl) + 3 * bool(setup.objective.cross_entropy) + 2 * bool(setup.objective.kl)
-    formula = f"{passes} · 2 V d B T = {passes} · 2 · {V:,} · {d} · {tau}: pruned forward, again, gradient; dense twice"
+    passes = 3 * bool(setup.objective.kl) + 2 * bool(setup.objective.cross_entropy)
+    formula = f"{passes} · 2 V d B T = {passes} · 2 · {V:,} · {d} · {tau}: pruned forward, gradient; dense for kl"
     terms.append(Term("logits", passes * 2 * V * d * tau, formula))
     if setup.objective.needs_teacher:
         seen = setup.steps * setup.batch_size

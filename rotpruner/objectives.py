@@ -1,24 +1,32 @@
 """What the pruned model is trained for, as a weighted sum of terms in nats per token.
 
-Shapes: N = tokens, D = width of the residual stream, V = vocabulary. Logits are made from final hidden
-states chunk by chunk and again in the backward pass, so that no (N, V) tensor is ever held.
+Shapes: N = tokens, D = width of the residual stream, V = vocabulary. Logits are made from final hidden states chunk by
+chunk, and differentiated before the next chunk's are made: no (N, V) tensor is ever held, and none is made twice.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass
 from functools import partial
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
 from rotpruner.errors import InputError
+from rotpruner.piecewise import Named, sum_of_pieces
 
-Head = Callable[[Tensor], Tensor]
+
+class Head(Protocol):
+    """Final hidden states (…, D) → logits (…, V), as `nn.Linear` does."""
+
+    def __call__(self, states: Tensor, /) -> Tensor: ...
+
+    def parameters(self) -> Iterable[Tensor]: ...
+
 
 #: Tokens whose logits are held at once: 100 MB of float32 at a vocabulary of 49k.
 CHUNK = 512
@@ -105,10 +113,12 @@ class Objective:
 
 
 def _mean(term: Callable[[Tensor, Tensor, Head], Tensor], states: Tensor, other: Tensor, head: Head) -> Tensor:
-    total = states.new_zeros((), dtype=torch.promote_types(states.dtype, torch.float32))
-    for part, other_part in zip(states.split(CHUNK), other.split(CHUNK), strict=True):
-        total = total + checkpoint(term, part, other_part, head, use_reentrant=False)
-    return total / len(states)
+    def sum_of(number: int, part: Tensor, chunks: Named) -> Tensor:
+        return term(chunks["states"][number], part, head)[None]
+
+    sums = [partial(sum_of, number, part) for number, part in enumerate(other.split(CHUNK))]
+    learning = [weight for weight in head.parameters() if weight.requires_grad]
+    return sum_of_pieces(sums, {"states": states.split(CHUNK)}, learning)[0] / len(states)
 
 
 def _exact(x: Tensor) -> Tensor:

@@ -14,24 +14,30 @@ Named = Mapping[str, Sequence[Tensor]]
 Piece = Callable[[Named], Tensor]
 
 
-def sum_of_pieces(pieces: Sequence[Piece], inputs: Named) -> Tensor:
-    """Σ piece(inputs), (K,), for pieces that give (K,) each; differentiable once in the inputs.
+def sum_of_pieces(pieces: Sequence[Piece], inputs: Named, captured: Sequence[Tensor] = ()) -> Tensor:
+    """Σ piece(inputs), (K,), for pieces that give (K,) each; differentiable once.
 
     Each piece is differentiated right after it has been computed, so that its graph is gone before the next one's
-    comes. For that all of them must depend on nothing else that learns.
+    comes. For that all that learns must be known: the inputs, and `captured`, leaves that pieces use besides.
     """
     lengths = {name: len(tensors) for name, tensors in inputs.items()}
-    return _SumOfPieces.apply(pieces, lengths, *(tensor for tensors in inputs.values() for tensor in tensors))
+    flat = (tensor for tensors in inputs.values() for tensor in tensors)
+    return _SumOfPieces.apply(pieces, lengths, tuple(captured), *flat, *captured)
 
 
 class _SumOfPieces(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, pieces: Sequence[Piece], lengths: Mapping[str, int], *flat: Tensor) -> Tensor:
-        ctx.needed = ctx.needs_input_grad[2:]
-        leaves = [tensor.detach().requires_grad_(needed) for tensor, needed in zip(flat, ctx.needed, strict=True)]
-        rest = iter(leaves)
+    def forward(
+        ctx: Any, pieces: Sequence[Piece], lengths: Mapping[str, int], captured: tuple[Tensor, ...], *flat: Tensor
+    ) -> Tensor:
+        ctx.needed = ctx.needs_input_grad[3:]
+        given = zip(flat[: len(flat) - len(captured)], ctx.needed, strict=False)
+        leaves = [tensor.detach().requires_grad_(needed) for tensor, needed in given]
+        with torch.enable_grad():
+            # Modules with hooks on gradients, as counters of operations have them, take no leaves.
+            rest = iter([leaf.view_as(leaf) for leaf in leaves])
         inputs = {name: [next(rest) for _ in range(length)] for name, length in lengths.items()}
-        learning = [leaf for leaf in leaves if leaf.requires_grad]
+        learning = [tensor for tensor, needed in zip([*leaves, *captured], ctx.needed, strict=True) if needed]
         totals, ctx.rows = _values_and_gradients(pieces[0], inputs, learning)
         for piece in pieces[1:]:
             values, rows = _values_and_gradients(piece, inputs, learning)
@@ -48,7 +54,7 @@ class _SumOfPieces(torch.autograd.Function):
                 _sum(known, None if part is None else factor * part) for known, part in zip(found, row, strict=True)
             ]
         rest = iter(found)
-        return None, None, *(next(rest) if needed else None for needed in ctx.needed)
+        return None, None, None, *(next(rest) if needed else None for needed in ctx.needed)
 
 
 def _values_and_gradients(

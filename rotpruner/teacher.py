@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor, nn
@@ -61,11 +61,18 @@ class DenseStates:
         return torch.stack(states)
 
 
+class _LanguageHead:
+    def __init__(self, model: PreTrainedModel) -> None:
+        self._config, self._family = model.config, family_of(model.config)
+        self._module = model.get_submodule(self._family.head)
+
+    def __call__(self, states: Tensor, /) -> Tensor:
+        return self._family.after_head(self._config, self._module(states))
+
+    def parameters(self) -> Iterable[Tensor]:
+        return self._module.parameters()
+
+
 def head_of(model: PreTrainedModel) -> Head:
     """Final hidden states (…, d) → logits (…, V)."""
-    family = family_of(model.config)
-
-    def head(states: Tensor) -> Tensor:
-        return family.after_head(model.config, model.get_submodule(family.head)(states))
-
-    return head
+    return _LanguageHead(model)

@@ -39,6 +39,23 @@ def test_values_and_gradients_are_those_of_the_whole_sum():
     assert found["learned"][2].grad is None, "no piece uses it"
 
 
+def test_leaves_that_pieces_capture_learn_as_inputs_do():
+    found, expected = (torch.tensor([0.5, 2.0], dtype=torch.float64, requires_grad=True) for _ in range(2))
+
+    def pieces(weights):
+        return [
+            lambda x: (weights * x["learned"][0][0, 0]).sin().sum()[None],
+            lambda x: (x["learned"][1].sum() * weights.prod())[None],
+        ]
+
+    one, other = tensors(), tensors()
+    sum_of_pieces(pieces(found), one, [found]).square().backward()
+    sum(piece(other) for piece in pieces(expected)).square().backward()
+    torch.testing.assert_close(found.grad, expected.grad)
+    for name in range(2):
+        torch.testing.assert_close(one["learned"][name].grad, other["learned"][name].grad)
+
+
 def test_one_graph_is_held_at_a_time():
     held = []
 
