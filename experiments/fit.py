@@ -151,7 +151,7 @@ def _what_is_learned(config: dict[str, Any], finished: bool) -> dict[str, Any]:
     """
     places = {
         "trainer": {"accelerator", "strategy", "devices", "num_nodes"},
-        "model": {"keep_statistics"},
+        "model": {"cache_dense"},
         "data": set(),
     }
     if not finished:

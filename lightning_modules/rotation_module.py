@@ -110,8 +110,9 @@ class RotationModule(LightningModule):
             are learned, see `rotpruner.compensation`; 0 leaves them as they are.
         scope: where an unstructured sparsity is counted.
         layer_sparsity: `uniform`, or `owl` to let blocks with many outliers keep more of an unstructured pattern.
-        keep_statistics: leave the calibration statistics in the cache, where later runs of this model on this
-            calibration, and this run when it goes on, find them: up to 4·I² bytes for each group's inputs I.
+        cache_dense: leave what the dense model gives in the cache, where later runs of this model on this calibration,
+            and this run when it goes on, find it: the calibration statistics, up to 4·I² bytes for each group's
+            inputs I, and the final states of each sequence that is learned on, up to 4·d bytes a token.
         spaces: which spaces rotate.
         placement: of the residual rotations: `shared` merges away; `per_layer`, `per_block` (the paper's) or a number
             of matrices leave products of theirs in the model that is exported.
@@ -145,7 +146,7 @@ class RotationModule(LightningModule):
         compensate: int = 0,
         scope: Scope = "row",
         layer_sparsity: LayerSparsity = "uniform",
-        keep_statistics: bool = False,
+        cache_dense: bool = False,
         spaces: list[str] = ["residual", "value_heads"],  # noqa: B006 - read by the command line, never changed
         placement: Placement = "shared",
         orthogonal_map: MapName = "cayley",
@@ -168,7 +169,7 @@ class RotationModule(LightningModule):
         self.compensate = compensate
         check_compensation(compensate, None, self.pattern)
         check_offload(offload, gradient_checkpointing)
-        self.layer_sparsity, self.keep_statistics = layer_sparsity, keep_statistics
+        self.layer_sparsity, self.cache_dense = layer_sparsity, cache_dense
         self.model_name, self.spaces = model, spaces
         config = load_config(model)
         trial = optimizer([torch.nn.Parameter(torch.eye(2))])
@@ -258,7 +259,7 @@ class RotationModule(LightningModule):
             console=Console(stderr=True),
             disable=self.trainer.progress_bar_callback is None or not self.trainer.is_global_zero,
         )
-        self.rotated.calibrate(tokens.to(self.device).split(1), progress, self.keep_statistics)
+        self.rotated.calibrate(tokens.to(self.device).split(1), progress, self.cache_dense)
 
     def on_train_start(self) -> None:
         """Choose the first masks, or those of a checkpoint: some strategies read it only after `on_fit_start`."""

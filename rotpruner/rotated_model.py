@@ -20,6 +20,7 @@ from transformers import PreTrainedModel
 
 from rotpruner.basis import Basis, BasisChange, RotatedLinear, check_offload
 from rotpruner.concentration import concentration
+from rotpruner.dense_cache import DenseCache
 from rotpruner.distributed import Ranks, whole
 from rotpruner.families import (
     block_linears,
@@ -28,7 +29,6 @@ from rotpruner.families import (
     residual_sublayers,
 )
 from rotpruner.fusion import fuse_block_norms
-from rotpruner.kept_statistics import kept_moments
 from rotpruner.objectives import Objective
 from rotpruner.oneshot import LayerSparsity, check_layer_sparsity, layer_patterns, linears_to_watch
 from rotpruner.orthogonal import rotate_features, rotate_weight
@@ -185,7 +185,8 @@ class RotatedModel(nn.Module):
         Args:
             batches: token ids, each (sequences, seq_len).
             progress: wraps the iteration over batches, for a progress bar.
-            keep: leave them in the cache, and take them from there if they are in it (`rotpruner.kept_statistics`).
+            keep: leave them in the cache, and take them from there if they are in it; so too the dense model's final
+                states of what is learned on (`rotpruner.dense_cache`).
         """
         with self.dense() as base:
             if isinstance(self.pattern, Slice):
@@ -198,12 +199,13 @@ class RotatedModel(nn.Module):
             def gather() -> dict[str, Moment]:
                 return gather_moments(base, linears, widths, progress(batches), self.ranks)
 
-            if not keep or not linears:
+            if not keep:
                 self.moments = gather()
                 return
             # Weights that are offloaded are no parameters of the base.
             weights = base.state_dict() | {f"{linear.place.name}.weight": linear.weight for linear in self.linears}
-            self.moments = kept_moments(gather, base, weights, widths, batches, self.ranks)
+            self._dense_states.cache = cache = DenseCache(base, weights, self.ranks)
+            self.moments = cache.moments(gather, widths, batches) if linears else {}
 
     def start_from_statistics(self, start: Start) -> None:
         """After `calibrate`: put the rotations where a start that hangs on statistics has them."""

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from rotpruner.dense_cache import DenseCache
 from rotpruner.distributed import Ranks
 from rotpruner.families import family_of
 from rotpruner.objectives import Head
@@ -37,15 +38,24 @@ class DenseStates:
     Args:
         run: token ids (1, seq_len) → states (1, seq_len, d), without gradients.
         ranks: that run the model together.
+
+    Attributes:
+        cache: where they stay for later runs, if anywhere.
     """
 
     def __init__(self, run: Callable[[Tensor], Tensor], ranks: Ranks) -> None:
         self._run, self._ranks = run, ranks
+        self.cache: DenseCache | None = None
         self.kept: dict[int, Tensor] = {}
 
     def __call__(self, input_ids: Tensor, index: Tensor | None = None) -> Tensor:
         """States (batch, seq_len, d) for ids (batch, seq_len) of the rows `index` (batch,); None keeps nothing."""
         rows = [None] * len(input_ids) if index is None else index.tolist()
+        for row, ids in zip(rows, input_ids, strict=True):
+            if row is not None and row not in self.kept and self.cache is not None:
+                found = self.cache.states(ids)
+                if found is not None:
+                    self.kept[row] = found
         unknown = torch.tensor([row not in self.kept for row in rows], device=input_ids.device)
         states = []
         # Row by row, so that a row's states do not depend on the batch that it first came in; and on all ranks
@@ -55,6 +65,8 @@ class DenseStates:
                 state = self._run(ids[None])[0]
                 if row is not None:
                     self.kept[row] = state.cpu()
+                    if self.cache is not None:
+                        self.cache.keep_states(ids, state)
             else:
                 state = self.kept[row].to(input_ids.device)
             states.append(state)

@@ -126,7 +126,7 @@ def test_fit_writes_results_and_export_and_is_shown_again(fit, capsys, prune):
     assert "another configuration" in complaint
     assert "trainer.max_steps is 2 instead of 3; choose another" in complaint
     with pytest.raises(SystemExit):
-        fit("--model.keep_statistics", "true")  # where statistics come from changes nothing
+        fit("--model.cache_dense", "true")  # where statistics come from changes nothing
 
     # The rotations of the run prune the model to the same export, by hand.
     config = results["config"]

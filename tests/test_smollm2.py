@@ -17,7 +17,7 @@ pytestmark = pytest.mark.slow
 QUICK = {
     "--data.num_sequences": 16,
     "--data.seq_len": 256,
-    "--trainer.max_steps": 16,
+    "--trainer.max_steps": 10,
     "--trainer.callbacks.init_args.seq_len": 256,
     "--trainer.callbacks.init_args.max_tokens": 4096,
 }

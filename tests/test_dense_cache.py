@@ -1,4 +1,4 @@
-"""Calibration statistics from the cache: the same to the bit, and gathered anew for whatever would change them."""
+"""Statistics and final states from the cache: the same to the bit, computed anew for whatever would change them."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ from conftest import tiny_llama
 from processes import recorded, start_ranks, together
 from test_sharded import sharded
 
-import rotpruner.kept_statistics as kept_module
 from rotpruner.errors import InputError
 from rotpruner.patterns import parse_pattern
 from rotpruner.pruners import resolve_pruner
@@ -107,12 +106,16 @@ def test_what_is_damaged_is_gathered_again(ids, cache):
         assert path.read_bytes() == sound
 
 
+def full_disk():
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
 def test_a_full_disk_costs_the_file_only(ids, cache, monkeypatch, caplog):
     def full(tensors, path, metadata):
         path.write_bytes(b"half")
-        raise OSError(errno.ENOSPC, "No space left on device")
+        full_disk()
 
-    monkeypatch.setattr(kept_module, "save_file", full)
+    monkeypatch.setattr("rotpruner.dense_cache.save_file", full)
     rotated, _ = calibrated(ids)
     assert rotated.moments
     assert "No space left on device" in caplog.text
@@ -127,9 +130,63 @@ def test_a_cache_that_cannot_be_written_is_refused_before_the_work(ids, tmp_path
         calibrated(ids)
 
 
+def learned(rotated, ids, index) -> tuple[torch.Tensor, int]:
+    """The loss of a batch, and how many sequences the dense model has run for it."""
+    run, ran = rotated._dense_states._run, []
+    rotated._dense_states._run = lambda ids: ran.append(ids) or run(ids)
+    rotated.refresh_masks()
+    loss = rotated.loss(ids, torch.tensor(index))["loss"]
+    rotated._dense_states._run = run
+    return loss, len(ran)
+
+
+def test_final_states_come_from_the_cache_to_the_bit(ids, cache):
+    for pruner in ("wanda", "magnitude"):  # which needs no statistics
+        expected = learned(calibrated(ids, keep=False, pruner=pruner)[0], ids, [0, 1, 2])
+        assert expected[1] == 3
+        assert torch.equal(learned(calibrated(ids, pruner=pruner)[0], ids, [0, 1, 2])[0], expected[0])
+        again, ran = learned(calibrated(ids, pruner=pruner)[0], ids.roll(1, 0), [7, 8, 9])
+        assert ran == 0, "found by tokens, whatever their number"
+        torch.testing.assert_close(again, expected[0])
+    assert len(list((cache.parent / "states").glob("*.safetensors"))) == 3
+
+
+def test_final_states_are_those_of_the_weights_the_tokens_and_the_dtype(ids, cache):
+    learned(calibrated(ids)[0], ids, [0, 1, 2])
+    changed = tiny_llama()
+    with torch.no_grad():
+        changed.model.norm.weight[3] += 1e-6
+    assert learned(calibrated(ids, model=changed)[0], ids, [0, 1, 2])[1] == 3
+    rotated, _ = calibrated(ids)
+    assert learned(rotated, ids[:, 1:], [0, 1, 2])[1] == 3
+    with torch.autocast("cpu", torch.bfloat16):
+        assert learned(calibrated(ids)[0], ids, [0, 1, 2])[1] == 3
+    other = ids.clone()
+    other[1, 5] += 1
+    assert learned(calibrated(ids)[0], other, [0, 1, 2])[1] == 1
+
+
+def test_damaged_states_are_computed_again(ids, cache):
+    expected, _ = learned(calibrated(ids)[0], ids, [0, 1, 2])
+    for path, content in zip(sorted((cache.parent / "states").glob("*.safetensors")), (b"", b"\0" * 99), strict=False):
+        path.write_bytes(content)
+    found, ran = learned(calibrated(ids)[0], ids, [0, 1, 2])
+    assert ran == 2
+    assert torch.equal(found, expected)
+    assert learned(calibrated(ids)[0], ids, [0, 1, 2])[1] == 0
+
+
+def test_a_disk_that_fills_up_is_told_once(ids, cache, monkeypatch, caplog):
+    rotated, _ = calibrated(ids)
+    monkeypatch.setattr("rotpruner.dense_cache.save_file", lambda *given, **named: full_disk())
+    assert learned(rotated, ids, [0, 1, 2])[1] == 3
+    assert caplog.text.count("No space left on device") == 1
+    assert learned(rotated, ids, [0, 1, 2])[1] == 0, "kept in memory all the same"
+
+
 @pytest.mark.parametrize("shards", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_two_ranks_find_what_two_ranks_have_gathered(shards, parallel_config, tmp_path, cache):
-    config, keep = sharded(parallel_config, False) if shards else parallel_config, ["--model.keep_statistics", "true"]
+    config, keep = sharded(parallel_config, False) if shards else parallel_config, ["--model.cache_dense", "true"]
     runs = [tmp_path / name for name in ("plain", "gathered", "found")]
     for run, choice in zip(runs, ([], keep, keep), strict=True):
         assert start_ranks([*together(config, run), *choice], exact=True) == [0, 0]
