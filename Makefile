@@ -13,10 +13,9 @@ STAMP := $(VENV)/.rotpruner-installed
 
 install: $(STAMP)
 
-# Without compiling: most modules are never imported, and Python compiles the others when they are.
 $(STAMP): pyproject.toml constraints.txt
 	test -x $(PY) || python3 -m venv $(VENV)
-	$(PY) -m pip install --quiet --no-compile --constraint constraints.txt --editable '.[dev]'
+	$(PY) -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
 	touch $@
 
 quickstart: $(STAMP)
