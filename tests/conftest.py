@@ -60,6 +60,12 @@ def tiny_llama(**overrides) -> LlamaForCausalLM:
     return model
 
 
+@pytest.fixture
+def ids() -> torch.Tensor:
+    """Three sequences of 24 tokens of `tiny_llama`."""
+    return torch.randint(0, 320, (3, 24), generator=torch.Generator().manual_seed(1))
+
+
 def in_float64(model):
     """The model in float64 with `torch.nn.RMSNorm`; stock norms compute in float32 whatever the model's dtype."""
     model = model.double()

@@ -10,25 +10,18 @@ import pytest
 import torch
 from conftest import in_float64, tiny_llama
 
-from rotpruner.errors import InputError
 from rotpruner.families import block_linears
 from rotpruner.fusion import fuse_norms
 from rotpruner.objectives import Objective
 from rotpruner.oneshot import gather_model_moments, prune_model, sparsity_of
 from rotpruner.orthogonal import (
-    OrthogonalMatrices,
-    cayley,
     orthogonality_error,
-    random_orthogonal,
-    rotate_features,
     rotate_weight,
-    skew_symmetric,
 )
 from rotpruner.patterns import parse_pattern
 from rotpruner.pruners import resolve_pruner
 from rotpruner.rotated_model import RotatedModel
 from rotpruner.rotations import LearnedRotations, merge_rotations, random_rotations, sides
-from rotpruner.statistics import Moment, gather_moments
 from rotpruner.surrogates import Surrogate
 
 SPACES = ("residual", "value_heads")
@@ -42,11 +35,6 @@ def exact(rotations):
 def rotated_model(model, dtype=torch.float64, **settings) -> RotatedModel:
     rotations = LearnedRotations(model.config, SPACES).to(dtype)
     return RotatedModel(model, rotations, resolve_pruner("wanda"), parse_pattern("2:4"), **settings)
-
-
-@pytest.fixture
-def ids():
-    return torch.randint(0, 320, (3, 24), generator=torch.Generator().manual_seed(1))
 
 
 @pytest.mark.parametrize("tied", [True, False])
@@ -130,27 +118,6 @@ def test_wanda_scores_do_not_change_by_fusion_but_magnitude_scores_do(ids):
         assert torch.equal(*masks) == equal, name
 
 
-@pytest.mark.parametrize("map_name", ["cayley", "exponential"])
-def test_orthogonal_maps(map_name):
-    matrices = OrthogonalMatrices(2, 3, 6, map_name)
-    assert torch.equal(matrices(), torch.eye(6).expand(2, 3, 6, 6))
-    start = random_orthogonal(2, 3, 6, torch.Generator().manual_seed(0))
-    matrices.restart(start)
-    torch.testing.assert_close(matrices(), start)
-    with torch.no_grad():
-        matrices.turn.normal_()
-    assert orthogonality_error(matrices()) < 1e-5
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert matrices().dtype == torch.float32
-        assert orthogonality_error(matrices()) < 1e-5
-
-
-def test_cayley_agrees_with_the_exponential_to_second_order():
-    A = 1e-2 * skew_symmetric(torch.randn(15, dtype=torch.float64, generator=torch.Generator().manual_seed(0)), 6)
-    difference = (cayley(A) - torch.linalg.matrix_exp(A)).abs().max()
-    assert difference < torch.linalg.matrix_norm(A, 2) ** 3 / 6
-
-
 def test_random_rotations_are_orthogonal_and_reproducible():
     config = tiny_llama().config
     first, again, other = (random_rotations(config, SPACES, seed) for seed in (0, 0, 1))
@@ -158,71 +125,6 @@ def test_random_rotations_are_orthogonal_and_reproducible():
         assert orthogonality_error(first[space]) < 1e-5
         assert torch.equal(first[space], again[space])
         assert not torch.equal(first[space], other[space])
-
-
-def test_rotate_weight_is_the_block_diagonal_product():
-    generator = torch.Generator().manual_seed(0)
-    weight = torch.randn(24, 16, dtype=torch.float64, generator=generator)
-    reads = random_orthogonal(1, 2, 4, generator)[0].double()  # two heads that serve two query heads each
-    writes = random_orthogonal(1, 3, 8, generator)[0].double()
-    Q_A = torch.block_diag(*reads.repeat_interleave(2, 0))
-    Q_B = torch.block_diag(*writes)
-    torch.testing.assert_close(rotate_weight(weight, reads, writes), Q_B.T @ weight @ Q_A)
-    torch.testing.assert_close(rotate_features(weight, reads), weight @ Q_A)
-
-
-def test_rotated_moments_are_the_moments_of_rotated_inputs():
-    generator = torch.Generator().manual_seed(0)
-    x = torch.randn(50, 24, dtype=torch.float64, generator=generator)
-    H = x.T @ x / 50
-    head_blocks = torch.stack([H[8 * i : 8 * i + 8, 8 * i : 8 * i + 8] for i in range(3)])
-    residual = random_orthogonal(1, 1, 24, generator)[0].double()
-    shared_head = random_orthogonal(1, 1, 8, generator)[0].double()
-    heads = random_orthogonal(1, 3, 8, generator)[0].double()
-    for blocks, Q in (
-        (H[None], residual),
-        (H[None], heads),
-        (head_blocks, heads),
-        (head_blocks, shared_head),
-    ):
-        y = rotate_features(x, Q)
-        moment = Moment(blocks).rotate(Q)
-        torch.testing.assert_close(moment.diagonal(), y.square().mean(0))
-        if len(blocks) == 1:
-            torch.testing.assert_close(moment.full(), y.T @ y / 50)
-
-
-def test_gathered_moments_are_means_over_all_tokens(ids):
-    model = in_float64(tiny_llama())
-    seen = []
-    layer = model.model.layers[1].mlp
-    layer.down_proj.register_forward_pre_hook(lambda module, args: seen.append(args[0].flatten(0, 1)))
-    full, diagonal = (
-        gather_moments(model, {"down": layer.down_proj}, {"down": width}, ids.split(2))["down"] for width in (48, 1)
-    )
-    x = torch.cat(seen[: len(seen) // 2])
-    torch.testing.assert_close(full.full(), x.T @ x / len(x))
-    torch.testing.assert_close(diagonal.diagonal(), x.square().mean(0))
-
-
-# -- surrogates ------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("name", ["constant", "straight_through", "sr_ste"])
-def test_surrogates_compute_their_stated_forward_and_gradient(name):
-    generator = torch.Generator().manual_seed(0)
-    weight = torch.randn(6, 8, dtype=torch.float64, generator=generator, requires_grad=True)
-    g = torch.randn(6, 8, dtype=torch.float64, generator=generator)
-    mask = parse_pattern("2:4").mask(weight.detach().abs())
-    masked = Surrogate(name, decay=0.3)(weight, mask)
-    assert torch.equal(masked, weight * mask)
-    masked.backward(g)
-    expected = {
-        "constant": g * mask,
-        "straight_through": g,
-        "sr_ste": g + 0.3 * weight * ~mask,
-    }[name]
-    torch.testing.assert_close(weight.grad, expected)
 
 
 def test_sr_ste_is_straight_through_plus_the_penalty(ids):
@@ -261,49 +163,6 @@ def test_constant_mask_gradient_is_that_of_the_masked_model(ids):
             parameter.copy_(step * direction)
             values.append(online.loss(ids)["loss"])
     torch.testing.assert_close((values[0] - values[1]) / 2e-5, expected, rtol=1e-5, atol=1e-9)
-
-
-# -- objectives ------------------------------------------------------------------------------------
-
-
-def test_objective_terms_equal_their_definitions(ids):
-    generator = torch.Generator().manual_seed(0)
-    student, teacher = torch.randn(2, 3, 24, 16, dtype=torch.float64, generator=generator)
-    head = torch.nn.Linear(16, 320, bias=False, dtype=torch.float64)
-    objective = Objective(cross_entropy=0.5, kl=2.0, cosine=3.0)
-    found = objective.weighted(objective(student, teacher, ids, head))
-    log_p, log_q = (head(states[:, :-1]).log_softmax(-1) for states in (teacher, student))
-    expected = {
-        "cross_entropy": -log_q.gather(-1, ids[:, 1:, None]).mean(),
-        "kl": (log_p.exp() * (log_p - log_q)).sum(-1).mean(),
-        "cosine": 1 - torch.cosine_similarity(student[:, :-1], teacher[:, :-1], dim=-1).mean(),
-    }
-    for name, value in expected.items():
-        torch.testing.assert_close(found[name].double(), value, rtol=1e-6, atol=1e-6)
-    total = 0.5 * expected["cross_entropy"] + 2 * expected["kl"] + 3 * expected["cosine"]
-    torch.testing.assert_close(found["loss"].double(), total, rtol=1e-6, atol=1e-6)
-
-
-def test_dense_states_are_computed_once_a_row(ids):
-    online = rotated_model(in_float64(tiny_llama()))
-    online.calibrate(ids.split(1))
-    online.refresh_masks()
-    index = torch.tensor([5, 2, 7])
-    first = online.loss(ids, index)["loss"]
-    with torch.no_grad():
-        online.base.model.norm.weight.mul_(0)  # a dense model computed anew would now say something else
-    kept = online._dense_states(ids.flip(0), index.flip(0))
-    with torch.no_grad():
-        anew = online._dense_states(ids, None)
-    assert kept.abs().sum() > 0
-    assert anew.abs().sum() == 0
-    assert torch.isfinite(first)
-
-
-@pytest.mark.parametrize("bad", [dict(kl=-1.0), dict(kl=0.0), dict(kl=float("nan"))])
-def test_bad_objectives_are_refused(bad):
-    with pytest.raises(InputError, match="objective"):
-        Objective(**bad)
 
 
 # -- training --------------------------------------------------------------------------------------

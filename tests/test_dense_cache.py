@@ -23,11 +23,6 @@ def cache(tmp_path, monkeypatch):
     return tmp_path / "statistics"
 
 
-@pytest.fixture
-def ids():
-    return torch.randint(0, 320, (3, 24), generator=torch.Generator().manual_seed(1))
-
-
 def calibrated(
     ids, keep=True, model=None, pruner="wanda", pattern="2:4", spaces=("residual", "value_heads"), **settings
 ):
@@ -138,6 +133,18 @@ def learned(rotated, ids, index) -> tuple[torch.Tensor, int]:
     loss = rotated.loss(ids, torch.tensor(index))["loss"]
     rotated._dense_states._run = run
     return loss, len(ran)
+
+
+def test_states_are_computed_once_a_row(ids):
+    rotated, _ = calibrated(ids, keep=False)
+    first, ran = learned(rotated, ids, [5, 2, 7])
+    assert ran == 3
+    again, ran = learned(rotated, ids, [5, 2, 7])
+    assert ran == 0
+    assert torch.equal(again, first)
+    kept = rotated._dense_states(ids.flip(0), torch.tensor([7, 2, 5]))
+    assert torch.equal(kept.flip(0), rotated._dense_states(ids, torch.tensor([5, 2, 7])))
+    assert learned(rotated, ids, [5, 3, 7])[1] == 1
 
 
 def test_final_states_come_from_the_cache_to_the_bit(ids, cache):

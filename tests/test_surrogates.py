@@ -1,4 +1,4 @@
-"""Surrogates with a temperature: what they compute, their gradients, their schedule and what they do not go with."""
+"""Surrogates: what they compute, their gradients, the schedule of a temperature and what they do not go with."""
 
 from __future__ import annotations
 
@@ -36,11 +36,6 @@ def drawn(*shape, seed=0):
     return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
 
 
-@pytest.fixture
-def ids():
-    return torch.randint(0, 320, (3, 24), generator=torch.Generator().manual_seed(1))
-
-
 def rotated_model(surrogate, dtype=torch.float64, **settings) -> RotatedModel:
     model = tiny_llama()
     rotations = LearnedRotations(model.config, ("residual", "value_heads")).to(dtype)
@@ -61,6 +56,26 @@ def directional_derivative(loss, parameters, directions, step=1e-5):
             for parameter, direction in zip(parameters, directions, strict=True):
                 parameter.sub_(sign * step * direction)
     return (values[0] - values[1]) / (2 * step)
+
+
+# -- constant and straight through ----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["constant", "straight_through", "sr_ste"])
+def test_surrogates_compute_their_stated_forward_and_gradient(name):
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(6, 8, dtype=torch.float64, generator=generator, requires_grad=True)
+    g = torch.randn(6, 8, dtype=torch.float64, generator=generator)
+    mask = parse_pattern("2:4").mask(weight.detach().abs())
+    masked = Surrogate(name, decay=0.3)(weight, mask)
+    assert torch.equal(masked, weight * mask)
+    masked.backward(g)
+    expected = {
+        "constant": g * mask,
+        "straight_through": g,
+        "sr_ste": g + 0.3 * weight * ~mask,
+    }[name]
+    torch.testing.assert_close(weight.grad, expected)
 
 
 # -- sigmoid ---------------------------------------------------------------------------------------
