@@ -64,10 +64,11 @@ def _values_and_gradients(
     with torch.enable_grad():
         values = piece(inputs)
         rows: list[Sequence[Tensor | None]] = [
-            torch.autograd.grad(value, learning, retain_graph=True, allow_unused=True)
+            # The last one lets go of the graph on its way through it.
+            torch.autograd.grad(value, learning, retain_graph=number < len(values), allow_unused=True)
             if learning and value.requires_grad
             else [None] * len(learning)
-            for value in values
+            for number, value in enumerate(values, 1)
         ]
     return values.detach(), rows
 
