@@ -44,7 +44,7 @@ class DenseCache:
     def __init__(self, model: PreTrainedModel, weights: Mapping[str, Tensor], ranks: Ranks) -> None:
         self._ranks, self._device = ranks, model.device
         self._model = {"format": _FORMAT, **identity(model, weights), "ranks": ranks.size}
-        self._full = False
+        self._gave_up = False
 
     def moments(
         self, gather: Callable[[], dict[str, Moment]], block_widths: Mapping[str, int], batches: Sequence[Tensor]
@@ -93,7 +93,7 @@ class DenseCache:
         return cache_directory() / kind / f"{digest}.safetensors"
 
     def _save(self, tensors: Mapping[str, Tensor], path: Path) -> None:
-        if self._full:
+        if self._gave_up:
             return
         tensors = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
         scratch = path.with_suffix(".tmp")
@@ -103,7 +103,7 @@ class DenseCache:
                 save_file(tensors, scratch, metadata={"sha256": tensors_digest(tensors)})
                 os.replace(scratch, path)
             except (OSError, SafetensorError) as error:
-                self._full = True
+                self._gave_up = True
                 logger.warning("what the dense model gave is not kept, %s cannot be written: %s", path, error)
             finally:
                 scratch.unlink(missing_ok=True)

@@ -31,25 +31,32 @@ class _SumOfPieces(torch.autograd.Function):
         ctx: Any, pieces: Sequence[Piece], lengths: Mapping[str, int], captured: tuple[Tensor, ...], *flat: Tensor
     ) -> Tensor:
         ctx.needed = ctx.needs_input_grad[3:]
-        given = zip(flat[: len(flat) - len(captured)], ctx.needed, strict=False)
-        leaves = [tensor.detach().requires_grad_(needed) for tensor, needed in given]
+        given = len(flat) - len(captured)
+        leaves = [
+            tensor.detach().requires_grad_(needed)
+            for tensor, needed in zip(flat[:given], ctx.needed[:given], strict=True)
+        ]
         with torch.enable_grad():
             # Modules with hooks on gradients, as counters of operations have them, take no leaves.
             rest = iter([leaf.view_as(leaf) for leaf in leaves])
         inputs = {name: [next(rest) for _ in range(length)] for name, length in lengths.items()}
         learning = [tensor for tensor, needed in zip([*leaves, *captured], ctx.needed, strict=True) if needed]
-        totals, ctx.rows = _values_and_gradients(pieces[0], inputs, learning)
+        totals, rows = _values_and_gradients(pieces[0], inputs, learning)
         for piece in pieces[1:]:
-            values, rows = _values_and_gradients(piece, inputs, learning)
+            values, more = _values_and_gradients(piece, inputs, learning)
             totals = totals + values
-            ctx.rows = [list(map(_sum, *pair)) for pair in zip(ctx.rows, rows, strict=True)]
+            rows = [list(map(_sum, *pair)) for pair in zip(rows, more, strict=True)]
+        # Saved, not kept: autograd lets go of them in the backward pass.
+        ctx.save_for_backward(*(gradient for row in rows for gradient in row))
         return totals
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, outer: Tensor) -> tuple[Any, ...]:
         found: list[Tensor | None] = [None] * sum(ctx.needed)
-        for factor, row in zip(outer, ctx.rows, strict=True):
+        saved = iter(ctx.saved_tensors)
+        for factor in outer:
+            row = [next(saved) for _ in found]
             found = [
                 _sum(known, None if part is None else factor * part) for known, part in zip(found, row, strict=True)
             ]
