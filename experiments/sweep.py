@@ -62,7 +62,7 @@ def main(arguments: list[str]) -> None:
     for name, row, command in rows(sweep, options.runs / options.file.stem):
         target = directory / f"{name}.json"
         if target.is_file():
-            console.print(f"{name}: done before")
+            console.print(f"{name}: {_done(target, command)}", markup=False, highlight=False)
             continue
         console.print(f"{name}: {shlex.join(command)}", markup=False, highlight=False)
         begun_at = commit()  # the row may take hours, and the checkout move on
@@ -156,6 +156,14 @@ def _flags(arguments: dict[str, Any], repeat: bool = True) -> list[str]:
 def _public(command: list[str]) -> str:
     """The command as another machine would give it: local files by their name alone, in lists too."""
     return shlex.join(re.sub(r"(?<![\w.])\.{0,2}/[^\s,\]]*", lambda path: Path(path[0]).name, word) for word in command)
+
+
+def _done(target: Path, command: list[str]) -> str:
+    """That a row has a result; and that of which command, if of another than it would be now."""
+    ran = json.loads(target.read_text(encoding="utf-8"))["command"]
+    if ran == _public(command):
+        return "done before"
+    return f"done before by another command, and kept ({ran}); remove {target} to run it again"
 
 
 def _found(command: list[str], output: str) -> dict[str, Any]:

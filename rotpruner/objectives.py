@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from rotpruner.errors import InputError
+from rotpruner.memory import release_freed
 from rotpruner.piecewise import Named, sum_of_pieces
 
 
@@ -118,6 +119,7 @@ def _mean(term: Callable[[Tensor, Tensor, Head], Tensor], states: Tensor, other:
 
     sums = [partial(sum_of, number, part) for number, part in enumerate(other.split(CHUNK))]
     learning = [weight for weight in head.parameters() if weight.requires_grad]
+    release_freed(states.device)  # of the blocks; logits are the largest tensors of a step
     return sum_of_pieces(sums, {"states": states.split(CHUNK)}, learning)[0] / len(states)
 
 

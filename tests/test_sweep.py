@@ -54,6 +54,20 @@ def test_a_sweep_runs_its_rows_once_and_results_become_a_table(model_directory, 
     assert " ± " in line
 
 
+def test_a_row_that_another_command_has_made_is_kept_and_named(tmp_path, capsys):
+    file = tmp_path / "one.yaml"
+    file.write_text("{title: One, command: prune, arguments: {model: of nobody}, rows: [{seed: 0}]}")
+    target = tmp_path / "results" / "one" / "0.json"
+    target.parent.mkdir(parents=True)
+    arguments = ["sweep", str(file), "--results", str(tmp_path / "results")]
+    for ran, other in (("prune --model 'of nobody' --seed 0 --json", False), ("prune --seed 0 --json", True)):
+        target.write_text(json.dumps({"command": ran}))
+        assert main(arguments) == 0
+        shown = " ".join(capsys.readouterr().err.split())
+        assert ("by another command" in shown) is other
+        assert (f"({ran})" in shown) is other
+
+
 def test_gaps_are_counted_from_the_dense_row():
     records = [
         ("dense", {"command": "evaluate", "result": {"ppl": {"text": 10.0}}}),
