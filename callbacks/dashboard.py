@@ -20,6 +20,7 @@ from rotpruner.orthogonal import is_order, permutation_matrix
 
 _PIXELS = 256  # of a rotation's picture, at most, in each direction
 _SECRET = ("api_key", "apikey", "password", "passwd", "secret", "token", "credential")
+_HARMLESS = "max_tokens"
 
 
 class Dashboard(Callback):
@@ -140,11 +141,12 @@ class Dashboard(Callback):
 
 def without_secrets(config: Any) -> Any:
     """A configuration without the values whose names sound secret."""
+
+    def secret(name: str) -> bool:
+        return name != _HARMLESS and any(word in name.lower() for word in _SECRET)
+
     if isinstance(config, Mapping):
-        return {
-            key: "(not logged)" if any(word in str(key).lower() for word in _SECRET) else without_secrets(value)
-            for key, value in config.items()
-        }
+        return {key: "(not logged)" if secret(str(key)) else without_secrets(value) for key, value in config.items()}
     return [without_secrets(item) for item in config] if isinstance(config, (list, tuple)) else config
 
 

@@ -16,9 +16,10 @@ from transformers import PreTrainedModel
 from callbacks.terminal import console, results_table, track
 from datamodules.evaluation import perplexities, tokenize_texts
 from datamodules.texts import check_text
+from lightning_modules.devices import root_device
 from rotpruner.artifacts import write_json
 from rotpruner.errors import InputError
-from rotpruner.loading import load_tokenizer
+from rotpruner.loading import check_seq_len, load_config, load_tokenizer
 from rotpruner.oneshot import parameter_count, sparsity_of
 from rotpruner.provenance import commit
 from rotpruner.shortcuts import online_cost
@@ -46,6 +47,7 @@ class Ending(Callback, ABC):
         self._ids: dict[str, Tensor] = {}
         self._training_seconds = 0.0
         self._started = 0.0
+        self._device = torch.device("cpu")
 
     def state_dict(self) -> dict[str, Any]:
         """Seconds of training so far, so that a resumed run reports all of them."""
@@ -61,17 +63,21 @@ class Ending(Callback, ABC):
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Read the test texts before anything long begins; on every rank, so that all of them stop at a bad one."""
         self._started = time.perf_counter()
-        tokenizer = load_tokenizer(pl_module.model_name)  # type: ignore[arg-type]
+        name: Any = pl_module.model_name
+        check_seq_len(load_config(name), self.seq_len)
+        tokenizer = load_tokenizer(name)
         self._ids = tokenize_texts(self.texts, tokenizer, self.seq_len, self.max_tokens)
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Only after training has run to its end; an interrupted one is resumed, not finished.
 
-        The first rank works on a model of its own, the others wait for it.
+        The first rank works on a model of its own in main memory, whose blocks are run where training was, one at a
+        time; the others wait for it.
         """
         if trainer.interrupted or trainer.received_sigterm:
             return
         module: Any = pl_module
+        self._device = root_device(module)  # the module itself is back in main memory
         with torch.no_grad(), module.ranks.waiting():
             self.gather(module)
             if trainer.is_global_zero:
@@ -96,7 +102,9 @@ class Ending(Callback, ABC):
             "pattern": None if pattern is None else str(pattern),
             "sparsity": sparsity_of(model),
             "seconds": round(seconds, 1),
-            "ppl": perplexities(model, self._ids, self.seq_len, self.max_tokens, track, keep=reference),
+            "ppl": perplexities(
+                model, self._ids, self.seq_len, self.max_tokens, track, keep=reference, device=self._device
+            ),
             "parameters": parameter_count(model),
             "online_flops": online_cost(model).flops,
         }

@@ -78,6 +78,7 @@ class Finish(Ending):
         started = {space: Q.cpu() for space, Q in module.rotated.rotations.started().items()}
         drawn = random_rotations(module.rotated.base.config, module.spaces, module.seed, placement=module.placement)
         moments = {group: moment.to("cpu") for group, moment in module.rotated.moments.items()}
+        running: dict[str, Any] = {"calibration_dtype": dtype, "device": self._device, "progress": track}
 
         def pruned(rotations: dict[str, Tensor] | None, directory: Path) -> Row:
             model, found = load_model(name), Row()
@@ -93,14 +94,13 @@ class Finish(Ending):
                 known,
                 masks=self._masks if rotations is learned else None,
                 layer_sparsity=module.layer_sparsity,
-                calibration_dtype=dtype,
-                progress=track,
+                patterns=module.rotated.patterns if rotations is learned else None,
+                **running,
             )
             if module.compensate:
                 dense = load_model(name)
                 merge_rotations(dense, rotations or {})
-                length = compensate(model, dense, batches[: module.compensate], calibration_dtype=dtype, progress=track)
-                found["step_length"] = length
+                found["step_length"] = compensate(model, dense, batches[: module.compensate], **running)
             save_model(model, tokenizer, directory, replace=True)
             return found
 

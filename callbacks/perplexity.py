@@ -13,7 +13,7 @@ from torchmetrics import Metric
 from datamodules.evaluation import token_ids
 from datamodules.texts import check_text, text_name
 from rotpruner.errors import InputError
-from rotpruner.loading import load_tokenizer
+from rotpruner.loading import check_seq_len, load_config, load_tokenizer
 from rotpruner.perplexity import summed_nll, windows
 
 
@@ -69,7 +69,9 @@ class Perplexity(Callback):
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Tokenise the texts before anything long begins."""
-        tokenizer = load_tokenizer(pl_module.model_name)  # type: ignore[arg-type]
+        name: Any = pl_module.model_name
+        check_seq_len(load_config(name), self.seq_len)
+        tokenizer = load_tokenizer(name)
         self._windows = {
             text_name(text): windows(token_ids(text, tokenizer), self.seq_len, self.max_tokens) for text in self.texts
         }

@@ -29,9 +29,9 @@ class Repruning(Callback):
         self._last = -1
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """Once a step, also when gradients of several batches accumulate."""
+        """Once a step, also when gradients of several batches accumulate; the module has chosen those of the first."""
         step = trainer.global_step
-        if step % self.every_n_steps == 0 and step != self._last:
+        if step > 0 and step % self.every_n_steps == 0 and step != self._last:
             self._last = step
             flipped = pl_module.rotated.refresh_masks()  # type: ignore[operator, union-attr]
             error = pl_module.orthogonality_error()  # type: ignore[operator]

@@ -89,7 +89,7 @@ class RotationCheckpoint(Checkpoint):
         self._last = step
         ranks: Any = pl_module.ranks
         ending = bool(ranks.any(torch.tensor(self._terminated, device=pl_module.device)))
-        if ending or step % self.every_n_steps == 0 or step == trainer.max_steps:
+        if ending or step % self.every_n_steps == 0 or step == trainer.estimated_stepping_batches:
             self._save(trainer, pl_module)
         if ending:
             if trainer.is_global_zero:

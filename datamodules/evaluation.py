@@ -57,20 +57,25 @@ def perplexities(
     max_tokens: int | None,
     progress: Callable[..., Any],
     keep: bool = False,
+    device: torch.device | None = None,
 ) -> dict[str, float]:
-    """Perplexity of each tokenised text; `progress(windows, description)` wraps the iteration.
+    """Perplexity of each tokenised text; `progress(items, description)` wraps the iteration over windows or blocks.
+
+    With a `device` that is not the model's, the model stays where it is, and its blocks go there one at a time.
 
     With `keep`, which is for models that many runs are compared with, each value is measured once and stays in the
     cache. It is found again only for the same configuration and weights to the bit, the same windows, device type and
     versions of torch and transformers; what is damaged is measured again.
     """
-    model_identity, found = identity(model) if keep else {}, {}
+    model_identity = identity(model) | {"device": (device or model.device).type} if keep else {}
+    found = {}
     for name, ids in texts.items():
         path = _cache_path(model_identity, windows(ids, seq_len, max_tokens)) if keep else None
         value = _kept(path)
         if value is None:
             show = partial(progress, description=f"perplexity on {name}")
-            value = perplexity(model, ids.to(model.device), seq_len=seq_len, max_tokens=max_tokens, progress=show)
+            ids = ids.to(model.device)
+            value = perplexity(model, ids, seq_len=seq_len, max_tokens=max_tokens, device=device, progress=show)
             _keep(value, path)
         found[name] = value
     return found

@@ -16,20 +16,22 @@ from experiments.arguments import Parser, add_device, at_least, report
 from rotpruner.artifacts import check_new_directory, save_model
 from rotpruner.compensation import check_compensation, compensate
 from rotpruner.errors import InputError
-from rotpruner.families import available_spaces
+from rotpruner.families import available_spaces, block_linears
+from rotpruner.fusion import fuse_block_norms
 from rotpruner.loading import check_pattern, check_seq_len, load_config, load_model, load_tokenizer, meta_model
 from rotpruner.model_card import Origin, public, write_card
 from rotpruner.oneshot import (
     LayerSparsity,
     check_layer_sparsity,
-    gather_model_moments,
+    linears_to_watch,
     parameter_count,
     prune_model,
     sparsity_of,
 )
 from rotpruner.patterns import Scope, Slice, parse_pattern
-from rotpruner.precision import autocast, resolve_dtype
+from rotpruner.precision import resolve_dtype
 from rotpruner.pruners import PRUNERS, resolve_pruner
+from rotpruner.replay import moments_by_block
 from rotpruner.rotation_artifact import Rotations
 from rotpruner.rotations import RotationSet, merge_rotations, random_rotations
 from rotpruner.shortcuts import online_cost
@@ -83,8 +85,11 @@ def main(arguments: list[str]) -> None:
     if options.calibration_dtype is not None:
         dtype = resolve_dtype(options.calibration_dtype, options.device)
     if options.statistics == "dense" and not isinstance(pattern, Slice) and pattern.sparsity > 0:
-        with autocast(model.device, dtype):
-            moments = gather_model_moments(model, pruner, rotations or {}, track(batches, "calibration"))
+        spaces = rotations or {}
+        if "residual" in spaces:
+            fuse_block_norms(model)
+        watched = linears_to_watch(model, block_linears(config), pruner.needs, spaces)
+        moments = moments_by_block(model, *watched, batches, dtype, options.device, track)
     parameters = None
     if isinstance(pattern, Slice) and options.placement == "per_block":
         parameters = slice_per_block(model, sliced_width(config, pattern), batches, dtype, progress=track)
@@ -106,7 +111,8 @@ def main(arguments: list[str]) -> None:
     if options.compensate:
         dense = load_model(options.model)
         merge_rotations(dense, rotations or {})
-        length = compensate(model, dense, batches[: options.compensate], calibration_dtype=dtype, progress=track)
+        fitted = batches[: options.compensate]
+        length = compensate(model, dense, fitted, calibration_dtype=dtype, device=options.device, progress=track)
     seconds = round(time.perf_counter() - started, 1)
     result: dict[str, Any] = {"pattern": str(pattern), "sparsity": sparsity_of(model), "seconds": seconds}
     if isinstance(pattern, Slice):
@@ -122,9 +128,8 @@ def main(arguments: list[str]) -> None:
         console.print(f"saved {options.output}")
         result["output"] = str(options.output)
     if texts:
-        result["ppl"] = perplexities(
-            model.float().to(options.device), texts, options.seq_len, options.max_tokens, track
-        )
+        measured = texts, options.seq_len, options.max_tokens, track
+        result["ppl"] = perplexities(model.float(), *measured, device=options.device)
         if options.output is not None:
             write_card(options.output, _origin(options, rotations, [{"name": "pruned", **result}]), config)
     report(result, options.json)

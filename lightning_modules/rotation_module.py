@@ -37,6 +37,7 @@ from rotpruner.rotations import (
     Placement,
     Start,
     basis_changes,
+    check_going_on,
     check_start,
     residual_sites,
     space_constraint,
@@ -177,7 +178,9 @@ class RotationModule(LightningModule):
         check_choices(config, self.pattern, objective, layer_sparsity, spaces, placement, first, orthogonal_map, trial)
         self.placement: Placement = placement
         if init_rotations is not None:
-            Rotations.from_pretrained(init_rotations).check_config(config)
+            given = Rotations.from_pretrained(init_rotations)
+            given.check_config(config)
+            check_going_on(given, spaces, residual_sites(config, placement) if "residual" in spaces else 0)
         check_surrogate(surrogate, self.pattern, self.pruner, objective)
         if surrogate.name == "gumbel" and isinstance(trial, CayleySGD):
             raise InputError("CayleySGD moves orthogonal matrices, not the logits of surrogate gumbel; take Adam")

@@ -16,7 +16,7 @@ from rotpruner import compensation
 from rotpruner.artifacts import check_new_directory, save_model
 from rotpruner.embedded import embedded_name
 from rotpruner.errors import InputError
-from rotpruner.loading import check_pattern
+from rotpruner.loading import check_pattern, check_seq_len
 from rotpruner.model_card import Origin, pruner_name, write_card
 from rotpruner.objectives import Objective
 from rotpruner.oneshot import prune_model
@@ -121,6 +121,7 @@ def prune(
     """
     resolved, parsed = resolve_pruner(pruner), parse_pattern(pattern, scope)
     check_pattern(model, parsed)
+    check_seq_len(model.config, seq_len)
     compensation.check_compensation(compensate, num_sequences, parsed)
     given = _check_rotate(rotate, model, parsed)
     if rotations_directory is not None:
@@ -182,7 +183,9 @@ def prune(
     learned = {space: Q.detach() for space, Q in rotations().items()}
     if rotations_directory is not None:
         Rotations.of(learned, model).save_pretrained(rotations_directory)
-    prune_model(pruned, resolved, parsed, rotations=learned, moments=rotated.moments)
+    # Pruners that rebuild the outputs of what they have pruned get the statistics of pruned predecessors.
+    moments = None if resolved.rebuilds else rotated.moments
+    prune_model(pruned, resolved, parsed, rows.split(1), learned, moments)
     if compensate:
         dense: Any = copy.deepcopy(model).eval()
         merge_rotations(dense, learned)

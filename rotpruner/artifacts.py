@@ -28,14 +28,16 @@ def new_directory(path: str | Path, replace: bool = False) -> Iterator[Path]:
     check_new_directory(path, replace)
     path.parent.mkdir(parents=True, exist_ok=True)
     scratch = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+    former = scratch.with_name(f"{scratch.name}.former")
     try:
         scratch.chmod(0o755)
         yield scratch
         if path.exists():
-            shutil.rmtree(path)
+            os.replace(path, former)
         os.replace(scratch, path)
     finally:
-        shutil.rmtree(scratch, ignore_errors=True)
+        for directory in (scratch, former):
+            shutil.rmtree(directory, ignore_errors=True)
 
 
 def check_new_directory(path: str | Path, replace: bool = False) -> None:

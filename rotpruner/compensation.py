@@ -31,11 +31,10 @@ from rotpruner.families import (
 )
 from rotpruner.objectives import Objective
 from rotpruner.patterns import Pattern, Slice
-from rotpruner.precision import autocast
 from rotpruner.pruners.reconstruction import conjugate_gradients, damped_hessian, normalise
-from rotpruner.replay import BlockReplay
+from rotpruner.replay import BlockReplay, final_states, visiting
 from rotpruner.statistics import Moment
-from rotpruner.teacher import head_of
+from rotpruner.teacher import head_at
 
 #: The share of the sequences that is kept from the fit, for the line search.
 _HELD_OUT = 1 / 8
@@ -52,6 +51,7 @@ def compensate(
     *,
     damping: float = 0.01,
     calibration_dtype: torch.dtype | None = None,
+    device: torch.device | None = None,
     progress: Callable[..., Any] = lambda items, description: items,
 ) -> float:
     """Update the decoder weights of a pruned model that are not zero, in place.
@@ -62,29 +62,32 @@ def compensate(
         batches: two or more of calibration token ids, each (sequences, seq_len); the last eighth finds the step length.
         damping: λ = damping · mean(diag H) holds a row's weights near those that it has.
         calibration_dtype: of the matrix products of the two models; None is their own.
+        device: where blocks are run and updated, one of each model at a time; None leaves them where they are.
         progress: wraps the iteration over blocks.
 
     Returns:
         The step length α; 0 if no update brings the pruned model nearer to the dense one.
-
     """
     assert len(batches) >= 2, "one batch to fit and one to try"
     tried = max(1, int(_HELD_OUT * len(batches)))
     fitted, held_out = batches[:-tried], batches[-tried:]
-    weights = {place.name: module_at(pruned, place.name).weight for place in block_linears(pruned.config)}
-    before = {name: weight.clone() for name, weight in weights.items()}
-    _fit(pruned, dense, fitted, damping, calibration_dtype, progress)
-    updates = {name: weight - before[name] for name, weight in weights.items()}
+    linears = {place.name: module_at(pruned, place.name) for place in block_linears(pruned.config)}
+    before = {name: linear.weight.clone() for name, linear in linears.items()}
+    _fit(pruned, dense, fitted, damping, calibration_dtype, device, progress)
+    updates = {name: linear.weight - before[name] for name, linear in linears.items()}
 
-    distance = _distance_to(dense, held_out, calibration_dtype)
+    distance = _distance_to(dense, held_out, calibration_dtype, device)
 
-    def at(length: float) -> float:
-        for name, weight in weights.items():
-            weight.copy_(before[name] + length * updates[name])
+    def go(length: float) -> None:
+        for name, linear in linears.items():
+            linear.weight.copy_(before[name] + length * updates[name])
+
+    def distance_at(length: float) -> float:
+        go(length)
         return distance(pruned)
 
-    best = line_search(at)
-    at(best)
+    best = line_search(distance_at)
+    go(best)
     return best
 
 
@@ -114,21 +117,20 @@ def line_search(loss: Callable[[float], float]) -> float:
     return min(losses, key=losses.__getitem__)
 
 
-def _distance_to(dense: Any, batches: Sequence[Tensor], dtype: torch.dtype | None) -> Callable[[Any], float]:
+def _distance_to(
+    dense: Any, batches: Sequence[Tensor], dtype: torch.dtype | None, device: torch.device | None
+) -> Callable[[Any], float]:
     """Mean KL divergence of a model from the dense one, in nats a token of the batches."""
-
-    def states(model: Any, batch: Tensor) -> Tensor:
-        with autocast(batch.device, dtype):
-            return model.base_model(input_ids=batch, use_cache=False).last_hidden_state
-
     objective = Objective(kl=1.0)
-    expected = [states(dense, batch) for batch in batches]
+    expected = final_states(dense, batches, dtype, device)
 
     def distance(model: Any) -> float:
-        found = [
-            objective(states(model, batch), teacher, batch, head_of(model), head_of(dense))["kl"].item()
-            for batch, teacher in zip(batches, expected, strict=True)
-        ]
+        items = zip(final_states(model, batches, dtype, device), expected, batches, strict=True)
+        with head_at(model, device) as head, head_at(dense, device) as dense_head:
+            found = [
+                objective(*(tensor.to(device or tensor.device) for tensor in item), head, dense_head)["kl"].item()
+                for item in items
+            ]
         return sum(found) / len(found)
 
     return distance
@@ -176,30 +178,32 @@ def _fit(
     batches: Sequence[Tensor],
     damping: float,
     dtype: torch.dtype | None,
+    device: torch.device | None,
     progress: Callable[..., Any],
 ) -> None:
     """One pass through the blocks; every group of linears sees what its updated predecessors give."""
     config: Any = pruned.config
-    ahead, behind = BlockReplay(dense, batches, dtype), BlockReplay(pruned, batches, dtype)
+    ahead, behind = BlockReplay(dense, batches, dtype, device), BlockReplay(pruned, batches, dtype, device)
     blocks = [
         (layer, list(members)) for layer, members in groupby(block_linears(config), key=lambda place: place.layer)
     ]
     for layer, members in progress(blocks, "updating block by block"):
-        groups = _groups(config, members)
-        modules = [module for group in groups for module in group.watched(dense)]
-        # What the dense block's modules get, in the same order, and its output.
-        expected = list(ahead.watch(layer, modules, behind=True))
-        first = 0
-        for group in groups:
-            own = group.watched(pruned)
-            stops = not group.writes or group.behind is not None
-            found = behind.watch(layer, own, behind=not stops)
-            last = first + 1 if group.behind else -1
-            pairs = ((items[first], items[last]) for items in expected)
-            _fit_group(pruned, dense, group, zip(pairs, found, strict=True), damping)
-            first += len(own)
-        ahead.states = [items[-1] for items in expected]
-        behind.advance(layer)
+        with visiting(ahead.blocks[layer], device), visiting(behind.blocks[layer], device):
+            groups = _groups(config, members)
+            modules = [module for group in groups for module in group.watched(dense)]
+            # What the dense block's modules get, in the same order, and its output.
+            expected = list(ahead.watch(layer, modules, behind=True))
+            first = 0
+            for group in groups:
+                own = group.watched(pruned)
+                stops = not group.writes or group.behind is not None
+                found = behind.watch(layer, own, behind=not stops)
+                last = first + 1 if group.behind else -1
+                pairs = ((items[first], items[last]) for items in expected)
+                _fit_group(pruned, dense, group, zip(pairs, found, strict=True), damping)
+                first += len(own)
+            ahead.states = [items[-1] for items in expected]
+            behind.advance(layer)
 
 
 def _fit_group(
@@ -223,10 +227,10 @@ def _fit_group(
     H = cross = torch.zeros((), device=V.device)
     tokens = 0
     for (x, s), found in batches:
-        x_pruned = found[0].flatten(0, -2).to(dtype)
+        x_pruned = found[0].flatten(0, -2).to(V)
         H = H + x_pruned.mT @ x_pruned
         wanted = s - found[-1] if group.writes else x
-        cross = cross + wanted.flatten(0, -2).to(dtype).mT @ x_pruned
+        cross = cross + wanted.flatten(0, -2).to(V).mT @ x_pruned
         tokens += len(x_pruned)
     H, cross = H / tokens, cross / tokens
     if group.writes:

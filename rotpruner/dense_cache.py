@@ -23,6 +23,7 @@ from transformers import PreTrainedModel
 
 from rotpruner.distributed import Ranks
 from rotpruner.embedded import cache_directory, locked
+from rotpruner.errors import InputError
 from rotpruner.identity import identity, tensors_digest
 from rotpruner.statistics import Moment
 
@@ -97,16 +98,17 @@ class DenseCache:
             return
         tensors = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
         scratch = path.with_suffix(".tmp")
-        with locked(path.parent):
-            try:
-                path.parent.mkdir(exist_ok=True)
-                save_file(tensors, scratch, metadata={"sha256": tensors_digest(tensors)})
-                os.replace(scratch, path)
-            except (OSError, SafetensorError) as error:
-                self._gave_up = True
-                logger.warning("what the dense model gave is not kept, %s cannot be written: %s", path, error)
-            finally:
-                scratch.unlink(missing_ok=True)
+        try:
+            with locked(path.parent):
+                try:
+                    path.parent.mkdir(exist_ok=True)
+                    save_file(tensors, scratch, metadata={"sha256": tensors_digest(tensors)})
+                    os.replace(scratch, path)
+                finally:
+                    scratch.unlink(missing_ok=True)
+        except (InputError, OSError, SafetensorError) as error:
+            self._gave_up = True
+            logger.warning("what the dense model gave is not kept, %s cannot be written: %s", path, error)
 
 
 def _load(path: Path) -> dict[str, Tensor] | None:

@@ -76,7 +76,8 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
 
 def _packed_weights(directory: str, config: Any) -> dict[str, Any]:
     """What `from_pretrained` takes in place of a directory."""
-    weights = {"config": config, "state_dict": read_packed(directory)}
+    with torch.device("cpu"):  # whatever device is the default of the moment
+        weights = {"config": config, "state_dict": read_packed(directory)}
     if (Path(directory) / "generation_config.json").is_file():
         weights["generation_config"] = _pretrained(GenerationConfig, directory)
     return weights

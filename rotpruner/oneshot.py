@@ -17,12 +17,11 @@ from rotpruner.fusion import fuse_block_norms
 from rotpruner.loading import check_pattern
 from rotpruner.owl import outlier_sparsities
 from rotpruner.patterns import NM, Pattern, Slice, Unstructured
-from rotpruner.precision import autocast
 from rotpruner.pruners import Pruner, resolve_pruner
 from rotpruner.pruners.base import Needs
-from rotpruner.replay import BlockReplay, visiting
+from rotpruner.replay import BlockReplay, moments_by_block, visiting
 from rotpruner.rotations import merge_rotations, sides, space_shape, turns
-from rotpruner.slicing import residual_moments, residual_pca, slice_residual, sliced_width
+from rotpruner.slicing import residual_pca, residual_readers, slice_residual, sliced_width
 from rotpruner.statistics import Moment, gather_moments, watch_inputs
 
 LayerSparsity = Literal["uniform", "owl"]
@@ -82,6 +81,7 @@ def prune_model(
     masks: Mapping[str, Tensor] | None = None,
     update: Pruner | None = None,
     layer_sparsity: LayerSparsity = "uniform",
+    patterns: Sequence[Pattern] | None = None,
     calibration_dtype: torch.dtype | None = None,
     device: torch.device | None = None,
     progress: Callable[..., Any] = lambda items, description: items,
@@ -102,6 +102,7 @@ def prune_model(
         update: a pruner whose weight update follows under the masks that `pruner` chose, with statistics of what
             the pruned predecessors give, whatever chose the masks.
         layer_sparsity: `uniform`, or `owl` to let blocks with many outliers keep more (unstructured patterns only).
+        patterns: one a block, if `layer_sparsity` has shared the pattern out before.
         calibration_dtype: of the matrix products that give the statistics of a block; None is the model's own.
         device: where blocks are run and pruned, one at a time, while the rest of the model stays where it is; None
             leaves them there.
@@ -114,9 +115,9 @@ def prune_model(
     check_layer_sparsity(pattern, layer_sparsity)
     rotations = rotations or {}
     if isinstance(pattern, Slice):
-        _slice(model, pattern, batches, rotations, calibration_dtype)
+        _slice(model, pattern, batches, rotations, calibration_dtype, device, progress)
         return
-    patterns = layer_patterns(model, pattern, layer_sparsity, batches)
+    patterns = patterns or layer_patterns(model, pattern, layer_sparsity, batches)
     if rotations:
         merge_rotations(model, rotations)
     if pattern.sparsity == 0:
@@ -130,8 +131,7 @@ def prune_model(
     # What each block's statistics are gathered for, if anything.
     needs = update.needs if update is not None else "nothing" if moments is not None else pruner.needs
     replay = None if needs == "nothing" else BlockReplay(model, batches, calibration_dtype, device)
-    blocks = [(layer, list(members)) for layer, members in groupby(linears, key=lambda linear: linear.layer)]
-    for layer, members in progress(blocks, "pruning block by block"):
+    for layer, members in progress(_by_block(model), "pruning block by block"):
         with visiting(module_at(model, family_of(model.config).blocks)[layer], device):
             seen: dict[str, Moment] = {}
             if replay is not None:
@@ -144,18 +144,27 @@ def prune_model(
                 replay.advance(layer)
 
 
+def _by_block(model: nn.Module) -> list[tuple[int, list[BlockLinear]]]:
+    return [
+        (layer, list(members))
+        for layer, members in groupby(block_linears(model.config), key=lambda linear: linear.layer)
+    ]
+
+
 def _slice(
     model: nn.Module,
     pattern: Slice,
     batches: Sequence[Tensor],
     rotations: Mapping[str, Tensor],
     dtype: torch.dtype | None,
+    device: torch.device | None,
+    progress: Callable[..., Any],
 ) -> None:
     """Remove residual directions: the last ones of a given rotation, or those of least variance."""
     width = sliced_width(model.config, pattern)
     if "residual" not in rotations:
-        with autocast(batches[0].device, dtype):
-            moments = residual_moments(model, batches)
+        fuse_block_norms(model)
+        moments = moments_by_block(model, *residual_readers(model), batches, dtype, device, progress)
         rotations = {**rotations, "residual": residual_pca(model.config, moments)}
     merge_rotations(model, rotations)
     slice_residual(model, width)

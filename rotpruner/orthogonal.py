@@ -151,7 +151,10 @@ def random_orthogonal(
 ) -> Tensor:
     """Haar-distributed orthogonal blocks (S, B, n, n) (Stewart, 1980: QR with positive diagonal)."""
     subgroup = _SUBGROUPS[constraint]
-    Q, R = torch.linalg.qr(torch.randn(sites, blocks, *subgroup.core(n), generator=generator, dtype=torch.float64))
+    shape = sites, blocks, *subgroup.core(n)
+    # Where the generator is, whatever device is the default of the moment.
+    normal = torch.randn(shape, generator=generator, dtype=torch.float64, device=generator.device)
+    Q, R = torch.linalg.qr(normal)
     return subgroup.embed(Q * R.diagonal(dim1=-2, dim2=-1).sign().unsqueeze(-2)).to(dtype)
 
 

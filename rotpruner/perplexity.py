@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -11,6 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from rotpruner.errors import InputError
+from rotpruner.replay import final_states
+from rotpruner.teacher import head_at
 
 
 def windows(input_ids: Tensor, seq_len: int, max_tokens: int | None = None) -> Tensor:
@@ -46,28 +48,41 @@ def summed_nll(logits: Tensor, input_ids: Tensor) -> tuple[Tensor, int]:
 
 @torch.no_grad()
 def perplexity(
-    model: Callable[..., Any],
+    model: Any,
     input_ids: Tensor,
     *,
     seq_len: int = 1024,
     max_tokens: int | None = None,
-    progress: Callable[[Tensor], Any] = lambda windows: windows,
+    device: torch.device | None = None,
+    progress: Callable[[Any], Any] = lambda items: items,
 ) -> float:
     """exp of the mean negative log-likelihood over `seq_len − 1` targets a window.
 
     Args:
-        model: a causal language model in evaluation mode.
+        model: a causal language model in evaluation mode; without a device any callable of `input_ids` does.
         input_ids: (tokens,), a text tokenised once without special tokens.
         seq_len: tokens a window.
         max_tokens: use only the first tokens of the text.
-        progress: wraps the iteration over windows, for a progress bar.
+        device: where the model is run one block at a time, while the rest of it and its states stay where they are.
+            None, or where it is, runs it there as a whole.
+        progress: wraps the iteration over windows or blocks, for a progress bar.
 
     Raises:
         InputError: as `windows`.
     """
+    cut = windows(input_ids, seq_len, max_tokens)
+    if device is None or device == cut.device:
+        logits = (model(input_ids=window, use_cache=False).logits for window in progress(cut.split(1)))
+        return _perplexity(cut, logits)
+    states = final_states(model, cut.split(1), device=device, progress=progress)
+    with head_at(model, device) as head:
+        return _perplexity(cut, (head(state.to(device)) for state in states))
+
+
+def _perplexity(cut: Tensor, logits: Iterable[Tensor]) -> float:
     total, count = 0.0, 0
-    for window in progress(windows(input_ids, seq_len, max_tokens)):
-        nll, targets = summed_nll(model(input_ids=window[None], use_cache=False).logits, window[None])
+    for window, found in zip(cut.split(1), logits, strict=True):
+        nll, targets = summed_nll(found, window.to(found.device))
         total += nll.item()
         count += targets
     return math.exp(total / count) if total / count < 700 else math.inf

@@ -20,6 +20,8 @@ def sum_of_pieces(pieces: Sequence[Piece], inputs: Named, captured: Sequence[Ten
     Each piece is differentiated right after it has been computed, so that its graph is gone before the next one's
     comes. For that all that learns must be known: the inputs, and `captured`, leaves that pieces use besides.
     """
+    if not torch.is_grad_enabled():
+        return torch.stack([piece(inputs) for piece in pieces]).sum(0)
     lengths = {name: len(tensors) for name, tensors in inputs.items()}
     flat = (tensor for tensors in inputs.values() for tensor in tensors)
     return _SumOfPieces.apply(pieces, lengths, tuple(captured), *flat, *captured)

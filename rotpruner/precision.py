@@ -9,7 +9,8 @@ import torch
 
 from rotpruner.errors import InputError
 
-DtypeName = Literal["auto", "bfloat16", "float16", "float32", "float64"]
+#: Not float16, in which the gradients of a mean over tokens vanish unless they are scaled.
+DtypeName = Literal["auto", "bfloat16", "float32", "float64"]
 
 
 def resolve_dtype(name: DtypeName, device: torch.device) -> torch.dtype:

@@ -81,4 +81,4 @@ class SparseRecovery(nn.Module):
 def _learn_survivors(weight: Tensor) -> None:
     """Let a weight learn where it is not zero. Optimisers without weight decay leave zeros alone then."""
     mask = weight != 0
-    weight.requires_grad_(True).register_hook(lambda gradient: gradient * mask)
+    weight.requires_grad_(True).register_hook(lambda gradient: gradient * mask.to(gradient.device))

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 
 from rotpruner.families import family_of, module_at
 from rotpruner.precision import autocast
+from rotpruner.statistics import Moment, watch_inputs
 
 
 class _Reached(Exception):  # noqa: N818 - a signal, not an error
@@ -29,14 +31,14 @@ def _moved(value: Any, device: torch.device) -> Any:
 
 
 @contextmanager
-def visiting(block: nn.Module, device: torch.device | None) -> Iterator[None]:
-    """Have a block on a device for the time of a `with` block; None leaves it where it is."""
-    home = next(block.parameters()).device
-    block.to(device or home)
+def visiting(module: nn.Module, device: torch.device | None) -> Iterator[None]:
+    """Have a module on a device for the time of a `with` block; None leaves it where it is."""
+    home = next(module.parameters()).device
+    module.to(device or home)
     try:
         yield
     finally:
-        block.to(home)
+        module.to(home)
 
 
 class BlockReplay:
@@ -59,6 +61,7 @@ class BlockReplay:
         dtype: torch.dtype | None = None,
         device: torch.device | None = None,
     ) -> None:
+        self._model, self._batches = model, batches
         self._home = batches[0].device
         self._device = device or self._home
         self._autocast = autocast(self._device, dtype)
@@ -68,36 +71,36 @@ class BlockReplay:
         #: What the next block gets, (sequences, seq_len, d) for each batch.
         self.states: list[Tensor] = []
         for input_ids in batches:
-            self._record(model, input_ids)
+            self._record(input_ids)
 
     @torch.no_grad()
-    def _record(self, model: nn.Module, input_ids: Tensor) -> None:
+    def _record(self, input_ids: Tensor) -> None:
         """Let the model hand its blocks their arguments, without computing the blocks."""
 
-        def skip(layer: int, block: nn.Module) -> Any:
-            own = vars(block).get("forward")
+        def keep(layer: int, hidden_states: Tensor, **kwargs: Any) -> Tensor:
+            if layer == 0:
+                self.states.append(hidden_states)
+            self._arguments[layer].append(kwargs)
+            if layer == len(self.blocks) - 1:
+                raise _Reached
+            return hidden_states
 
-            def forward(hidden_states: Tensor, **kwargs: Any) -> Any:
-                if layer == 0:
-                    self.states.append(hidden_states)
-                self._arguments[layer].append(kwargs)
-                if layer == len(self.blocks) - 1:
-                    raise _Reached
-                return hidden_states
+        with self._instead_of_blocks(keep), suppress(_Reached):
+            self._model(input_ids=input_ids, use_cache=False)
 
-            block.forward = forward
-            return own
-
-        held = [skip(layer, block) for layer, block in enumerate(self.blocks)]
+    @contextmanager
+    def _instead_of_blocks(self, forward: Callable[..., Tensor]) -> Iterator[None]:
+        """Have the model call forward(layer, hidden_states, …) where it calls its blocks, for a `with` block."""
+        own = [vars(block).get("forward") for block in self.blocks]
+        for layer, block in enumerate(self.blocks):
+            block.forward = partial(forward, layer)
         try:
-            model(input_ids=input_ids, use_cache=False)
-        except _Reached:
-            pass
+            yield
         finally:
-            for block, own in zip(self.blocks, held, strict=True):
+            for block, held in zip(self.blocks, own, strict=True):
                 del block.forward
-                if own is not None:
-                    block.forward = own
+                if held is not None:
+                    block.forward = held
 
     @torch.no_grad()
     def run(self, layer: int) -> list[Tensor]:
@@ -123,7 +126,7 @@ class BlockReplay:
 
         def hook(last: bool) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
             def keep(module: nn.Module, args: tuple[Tensor, ...]) -> None:
-                found.append(args[0])
+                found.append(args[0].to(self._home))
                 if last:
                     raise _Reached
 
@@ -134,11 +137,8 @@ class BlockReplay:
         try:
             for batch in range(len(self.states)):
                 found.clear()
-                try:
-                    with self._autocast:
-                        found.append(self._run_one(layer, batch))
-                except _Reached:
-                    pass
+                with suppress(_Reached), self._autocast:
+                    found.append(self._run_one(layer, batch))
                 yield list(found)
         finally:
             for handle in handles:
@@ -148,3 +148,66 @@ class BlockReplay:
         """Go on to the next block with what this one gives now."""
         self.states = self.run(layer)
         self._arguments[layer] = []
+
+    @torch.no_grad()
+    def finish(self) -> list[Tensor]:
+        """After the last block: what the model makes of the states, its final ones (sequences, seq_len, d)."""
+
+        def hand_on(batch: int, layer: int, hidden_states: Tensor, **kwargs: Any) -> Tensor:
+            return self.states[batch] if layer == len(self.blocks) - 1 else hidden_states
+
+        found = []
+        for batch, input_ids in enumerate(self._batches):
+            with self._instead_of_blocks(partial(hand_on, batch)), self._autocast:
+                found.append(self._model.base_model(input_ids=input_ids, use_cache=False).last_hidden_state)
+        return found
+
+
+def final_states(
+    model: nn.Module,
+    batches: Sequence[Tensor],
+    dtype: torch.dtype | None = None,
+    device: torch.device | None = None,
+    progress: Callable[..., Any] = lambda blocks: blocks,
+) -> list[Tensor]:
+    """Final hidden states (sequences, seq_len, d) of a plain model for every batch, kept where the model is.
+
+    Args:
+        model, batches, dtype: as in `BlockReplay`.
+        device: where one block after the other is run; None is where the model is.
+        progress: wraps the iteration over blocks, for a progress bar.
+    """
+    replay = BlockReplay(model, batches, dtype, device)
+    for layer, block in enumerate(progress(list(replay.blocks))):
+        with visiting(block, device):
+            replay.advance(layer)
+    return replay.finish()
+
+
+@torch.no_grad()
+def moments_by_block(
+    model: nn.Module,
+    linears: Mapping[str, nn.Module],
+    block_widths: Mapping[str, int],
+    batches: Sequence[Tensor],
+    dtype: torch.dtype | None = None,
+    device: torch.device | None = None,
+    progress: Callable[..., Any] = lambda blocks, description: blocks,
+) -> dict[str, Moment]:
+    """The same as `rotpruner.statistics.gather_moments`, but one block after the other is run on a device.
+
+    Args:
+        model, batches, dtype, device: as in `final_states`.
+        linears, block_widths: of the decoder blocks; as in `gather_moments`.
+        progress: wraps the iteration over blocks, for a progress bar.
+    """
+    if not linears:
+        return {}
+    replay, moments = BlockReplay(model, batches, dtype, device), dict[str, Moment]()
+    for layer, block in enumerate(progress(list(replay.blocks), "calibration")):
+        inside = set(block.modules())
+        own = {name: linear for name, linear in linears.items() if linear in inside}
+        with visiting(block, device), watch_inputs(own, block_widths) as sums:
+            replay.advance(layer)
+        moments |= {name: moment.to(batches[0].device) for name, moment in sums.means().items()}
+    return moments

@@ -22,6 +22,7 @@ from rotpruner.basis import Basis, BasisChange, RotatedLinear, check_offload
 from rotpruner.concentration import concentration
 from rotpruner.dense_cache import DenseCache
 from rotpruner.distributed import Ranks, whole
+from rotpruner.errors import InputError
 from rotpruner.families import (
     block_linears,
     family_of,
@@ -212,6 +213,8 @@ class RotatedModel(nn.Module):
         with torch.no_grad():
             rotations = {space: Q.clone() for space, Q in self.rotations().items()}
         if start == "pca":
+            if not self.moments:
+                raise InputError("start pca needs the statistics of a pruner that has any, such as wanda")
             self.rotations.restart(principal_start(self.base.config, self.moments, rotations))
         elif start == "permutation":
             assert isinstance(self.pattern, NM), "an order matters to groups only"

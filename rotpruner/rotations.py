@@ -11,7 +11,7 @@ neighbours differ, the residual connection between them carries QᵢᵀQᵢ₊�
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any, Literal, get_args
 
 import torch
@@ -149,6 +149,21 @@ def check_rotation(config: Any, space: str, Q: Tensor) -> None:
         )
 
 
+def check_going_on(rotations: Mapping[str, Tensor], spaces: Collection[str], sites: int) -> None:
+    """Raise `InputError` unless learning of these spaces, `sites` matrices of the residual one, can go on from there."""
+    if set(rotations) != set(spaces):
+        raise InputError(
+            f"the rotations are of the spaces {sorted(rotations)}, but {sorted(spaces)} are to be learned; "
+            "set spaces to those"
+        )
+    given = len(rotations["residual"]) if "residual" in rotations else 0
+    if given > sites:
+        raise InputError(
+            f"the rotations have {given} matrices of the residual stream, but {sites} are to be learned; "
+            f"set placement to {given}"
+        )
+
+
 def random_rotations(
     config: Any,
     spaces: Iterable[str],
@@ -164,7 +179,7 @@ def random_rotations(
             shape, constraint = space_shape(config, space, placement), space_constraint(config, space)
             return random_orthogonal(*shape, generator, constraint, dtype)
         layers, n = _shape(config, space)
-        return torch.stack([torch.randperm(n, generator=generator) for _ in range(layers)])
+        return torch.stack([torch.randperm(n, generator=generator, device=generator.device) for _ in range(layers)])
 
     return {space: drawn(space) for space in spaces}
 
@@ -235,13 +250,9 @@ class LearnedRotations(nn.Module):
         """Start again from given rotations of the same spaces; fewer matrices of the residual stream are shared out.
 
         Raises:
-            InputError: the spaces differ, or what is given for one is not a rotation of it.
+            InputError: as `check_going_on`, or what is given for a space is not a rotation of it.
         """
-        own_spaces = {*self.spaces, *(() if self.order is None else ("mlp",))}
-        if set(rotations) != own_spaces:
-            raise InputError(
-                f"the rotations are of the spaces {sorted(rotations)}, but {sorted(own_spaces)} are to be learned"
-            )
+        check_going_on(rotations, [*self.spaces, *(() if self.order is None else ("mlp",))], self.sites)
         if self.order is not None:
             check_rotation(self.config, "mlp", rotations["mlp"])
             self.order.copy_(rotations["mlp"])
@@ -304,8 +315,9 @@ def merge_rotations(model: nn.Module, rotations: Mapping[str, Tensor]) -> None:
     """
     for space, Q in rotations.items():
         check_rotation(model.config, space, Q)
-    rotations = {space: Q.double() if turns(space) else Q for space, Q in rotations.items()}
     family = family_of(model.config)
+    device = module_at(model, family.head).weight.device
+    rotations = {space: (Q.double() if turns(space) else Q).to(device) for space, Q in rotations.items()}
     if "residual" in rotations:
         fuse_norms(model)
     for linear in block_linears(model.config):

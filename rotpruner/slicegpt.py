@@ -72,7 +72,7 @@ def _projection(H: Tensor, width: int) -> Tensor:
 
 
 def _project_input(module: nn.Module, P: Tensor) -> None:
-    module.register_forward_pre_hook(lambda module, args: (args[0] @ P.to(args[0].dtype), *args[1:]))
+    module.register_forward_pre_hook(lambda module, args: (args[0] @ P.to(args[0]), *args[1:]))
 
 
 def _project_stream(block: nn.Module, norm: str, writer: str, P: Tensor) -> None:
@@ -84,7 +84,7 @@ def _project_stream(block: nn.Module, norm: str, writer: str, P: Tensor) -> None
 
     def write(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
         stream = streams.pop()
-        return (stream + output).to(P.dtype) @ P - stream
+        return (stream + output).to(P.dtype) @ P.to(stream.device) - stream
 
     block.get_submodule(norm).register_forward_pre_hook(keep)
     block.get_submodule(writer).register_forward_hook(write)

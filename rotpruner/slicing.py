@@ -8,20 +8,18 @@ whole stream leaves an ordinary model of a smaller `hidden_size`.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from rotpruner.distributed import Ranks
 from rotpruner.errors import InputError
 from rotpruner.families import block_linears, check_space, family_of, module_at, residual_boundaries
-from rotpruner.fusion import fuse_block_norms
 from rotpruner.patterns import Slice
 from rotpruner.rotations import RotationSet, site_at
 from rotpruner.shortcuts import shortcuts_of
-from rotpruner.statistics import Moment, gather_moments
+from rotpruner.statistics import Moment
 
 
 def sliced_width(config: Any, pattern: Slice) -> int:
@@ -43,20 +41,11 @@ def sliced_width(config: Any, pattern: Slice) -> int:
     return width
 
 
-def residual_moments(model: nn.Module, batches: Iterable[Tensor], ranks: Ranks | None = None) -> dict[str, Moment]:
-    """E[x xᵀ] (d, d) of what each group of readers gets from the normed residual stream; block norms are fused.
-
-    Args:
-        model: plain model.
-        batches: token ids, each (sequences, seq_len).
-        ranks: take turns with the batches and end with the same statistics; None is this process alone.
-    """
-    fuse_block_norms(model)
-    return gather_moments(model, *residual_readers(model), batches, ranks)
-
-
 def residual_readers(model: nn.Module) -> tuple[dict[str, nn.Module], dict[str, int]]:
-    """The first linear of each group that reads the residual stream, and the width d of the blocks to gather for it."""
+    """The first linear of each group that reads the residual stream, and the width d of the blocks to gather for it.
+
+    Block norms are to be fused first: what the groups read is the normed stream then.
+    """
     config: Any = model.config
     linears = {name: module_at(model, name) for name in _residual_groups(config)}
     return linears, dict.fromkeys(linears, config.hidden_size)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +13,7 @@ from rotpruner.dense_cache import DenseCache
 from rotpruner.distributed import Ranks
 from rotpruner.families import family_of
 from rotpruner.objectives import Head
+from rotpruner.replay import visiting
 
 
 def ready_to_learn(base: PreTrainedModel, gradient_checkpointing: bool) -> PreTrainedModel:
@@ -76,15 +78,23 @@ class DenseStates:
 class _LanguageHead:
     def __init__(self, model: PreTrainedModel) -> None:
         self._config, self._family = model.config, family_of(model.config)
-        self._module = model.get_submodule(self._family.head)
+        self.module = model.get_submodule(self._family.head)
 
     def __call__(self, states: Tensor, /) -> Tensor:
-        return self._family.after_head(self._config, self._module(states))
+        return self._family.after_head(self._config, self.module(states))
 
     def parameters(self) -> Iterable[Tensor]:
-        return self._module.parameters()
+        return self.module.parameters()
 
 
 def head_of(model: PreTrainedModel) -> Head:
     """Final hidden states (…, d) → logits (…, V)."""
     return _LanguageHead(model)
+
+
+@contextmanager
+def head_at(model: PreTrainedModel, device: torch.device | None) -> Iterator[Head]:
+    """`head_of` a model, which is on a device for the time of a `with` block; None leaves it where it is."""
+    head = _LanguageHead(model)
+    with visiting(head.module, device):
+        yield head

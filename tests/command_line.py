@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 
-def fit_arguments(model_directory, text_file, test_text_file, run) -> list[str]:
+def learning_arguments(model_directory, text_file, run, more: Mapping[str, Any]) -> list[str]:
     tiny = {
         "--model.model": model_directory,
         "--model.base_dtype": "float32",
@@ -13,13 +15,20 @@ def fit_arguments(model_directory, text_file, test_text_file, run) -> list[str]:
         "--data.num_sequences": 4,
         "--data.seq_len": 32,
         "--trainer.accelerator": "cpu",
-        "--trainer.max_steps": 2,
         "--trainer.default_root_dir": run,
+        **more,
+    }
+    return [str(item) for pair in tiny.items() for item in pair]
+
+
+def fit_arguments(model_directory, text_file, test_text_file, run) -> list[str]:
+    measured = {
+        "--trainer.max_steps": 2,
         "--trainer.callbacks.init_args.texts": f"[{test_text_file}]",
         "--trainer.callbacks.init_args.seq_len": 32,
         "--trainer.callbacks.init_args.max_tokens": 256,
     }
-    return [str(item) for pair in tiny.items() for item in pair]
+    return learning_arguments(model_directory, text_file, run, measured)
 
 
 def refused(status: int, written: Path, capsys, *mentions: str) -> None:

@@ -37,7 +37,7 @@ def pair(name: str, pattern: str = "2:4"):
 def test_every_family_comes_nearer_and_keeps_its_masks(name):
     pruned, dense = pair(name)
     masks = {path: linear.weight != 0 for path, linear in linear_modules(pruned).items()}
-    distance = _distance_to(dense, batches()[-2:], None)
+    distance = _distance_to(dense, batches()[-2:], None, None)
     before = distance(pruned)
     length = compensate(pruned, dense, batches())
     assert 0 < length <= 1
@@ -52,7 +52,7 @@ def test_every_row_is_the_least_squares_of_what_it_sees(name):
     """Against `lstsq` over the kept weights: readers of the dense model's outputs, writers of its stream."""
     pruned, dense = pair(name, "0.5")
     before = copy.deepcopy(pruned)
-    _fit(pruned, dense, batches(), 1e-9, None, lambda items, description: items)
+    _fit(pruned, dense, batches(), 1e-9, None, None, lambda items, description: items)
     norm = residual_sublayers(dense.config)[1].norm
     untouched = copy.deepcopy(dense)
     # The first block: what comes later has other predecessors, but the same code.
@@ -103,7 +103,7 @@ def test_online_bases_are_made_up_for_too():
     merge_rotations(dense, rotations)
     pruned = copy.deepcopy(dense)
     prune_model(pruned, resolve_pruner("wanda"), parse_pattern("2:4"), batches())
-    distance = _distance_to(dense, batches()[-2:], None)
+    distance = _distance_to(dense, batches()[-2:], None, None)
     before = distance(pruned)
     assert compensate(pruned, dense, batches()) > 0
     assert distance(pruned) < before

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from command_line import learning_arguments
 from PIL import Image
 from wandb_file import OfflineRun
 
@@ -23,21 +24,6 @@ from rotpruner.errors import InputError
 
 SWEEPS = sorted(Path("experiments/sweeps/wandb").glob("*.yaml"))
 SECRETS = {"WANDB_API_KEY": "5ec4e7" * 6 + "abcd", "HF_TOKEN": "hf_thisMustNotBeLogged", "HARMLESS": "but-not-logged"}
-
-
-def tiny_settings(model_directory, text_file, test_text_file, run) -> list[str]:
-    tiny = {
-        "--model.model": model_directory,
-        "--model.base_dtype": "float32",
-        "--data.calibration": text_file,
-        "--data.num_sequences": 4,
-        "--data.seq_len": 32,
-        "--trainer.accelerator": "cpu",
-        "--trainer.max_steps": 6,
-        "--trainer.default_root_dir": run,
-        "--trainer.log_every_n_steps": 1,
-    }
-    return [str(item) for pair in tiny.items() for item in pair]
 
 
 @pytest.fixture
@@ -57,7 +43,8 @@ def settings(model_directory, text_file, test_text_file, tmp_path):
     overlay = tmp_path / "often.yaml"
     text = Path("experiments/configs/logging/wandb.yaml").read_text().replace("every_n_steps: 25}", "every_n_steps: 3}")
     overlay.write_text(text.replace("offline: true", f"offline: true, save_dir: {tmp_path}"))
-    given = tiny_settings(model_directory, text_file, test_text_file, tmp_path / "run")
+    six_steps = {"--trainer.max_steps": 6, "--trainer.log_every_n_steps": 1}
+    given = learning_arguments(model_directory, text_file, tmp_path / "run", six_steps)
     return ["-c", str(config), "-c", str(overlay), *given], tmp_path / "run"
 
 

@@ -12,14 +12,15 @@ from transformers import AutoModelForCausalLM
 
 from experiments.__main__ import main
 from rotpruner.errors import InputError
-from rotpruner.fusion import fuse_norms
+from rotpruner.fusion import fuse_block_norms, fuse_norms
 from rotpruner.oneshot import parameter_count, prune_model
 from rotpruner.patterns import Slice, parse_pattern
 from rotpruner.pruners import resolve_pruner
+from rotpruner.replay import moments_by_block
 from rotpruner.rotated_model import RotatedModel
 from rotpruner.rotations import LearnedRotations, merge_rotations, random_rotations
 from rotpruner.slicegpt import slice_per_block
-from rotpruner.slicing import principal_directions, residual_moments, slice_residual, sliced_width
+from rotpruner.slicing import principal_directions, residual_readers, slice_residual, sliced_width
 
 SLICEABLE = ("llama-2", "llama-3", "smollm2", "smollm3", "mistral", "qwen2", "qwen3")
 MAGNITUDE = resolve_pruner("magnitude")
@@ -111,7 +112,8 @@ def test_principal_directions_are_ordered_and_orthogonal():
 
 def test_moments_are_of_the_normed_stream():
     model = exact(tiny("smollm2"))
-    moments = residual_moments(model, batches())
+    fuse_block_norms(model)
+    moments = moments_by_block(model, *residual_readers(model), batches())
     assert len(moments) == 4
     for moment in moments.values():
         assert moment.full().shape == (24, 24)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from rotpruner.pruners.base import Pruner
@@ -15,4 +16,5 @@ class Wanda(Pruner):
 
     def saliency(self, weight: Tensor, moment: Moment | None) -> Tensor:
         assert moment is not None
-        return weight.abs().float() * moment.diagonal().clamp_min(0).sqrt()
+        # A dead input has a gradient of 0, not of infinity.
+        return weight.abs().float() * moment.diagonal().clamp_min(torch.finfo(torch.float32).tiny).sqrt()
