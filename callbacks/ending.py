@@ -60,12 +60,14 @@ class Ending(Callback, ABC):
     def _elapsed(self) -> float:
         return self._training_seconds + (time.perf_counter() - self._started if self._started else 0.0)
 
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Check the windows against the model before its weights are loaded."""
+        check_seq_len(load_config(pl_module.model_name), self.seq_len)  # type: ignore[arg-type]
+
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Read the test texts before anything long begins; on every rank, so that all of them stop at a bad one."""
         self._started = time.perf_counter()
-        name: Any = pl_module.model_name
-        check_seq_len(load_config(name), self.seq_len)
-        tokenizer = load_tokenizer(name)
+        tokenizer = load_tokenizer(pl_module.model_name)  # type: ignore[arg-type]
         self._ids = tokenize_texts(self.texts, tokenizer, self.seq_len, self.max_tokens)
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

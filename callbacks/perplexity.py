@@ -67,11 +67,13 @@ class Perplexity(Callback):
         self._windows: dict[str, Tensor] = {}
         self._last = -1
 
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Check the windows against the model before its weights are loaded."""
+        check_seq_len(load_config(pl_module.model_name), self.seq_len)  # type: ignore[arg-type]
+
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Tokenise the texts before anything long begins."""
-        name: Any = pl_module.model_name
-        check_seq_len(load_config(name), self.seq_len)
-        tokenizer = load_tokenizer(name)
+        tokenizer = load_tokenizer(pl_module.model_name)  # type: ignore[arg-type]
         self._windows = {
             text_name(text): windows(token_ids(text, tokenizer), self.seq_len, self.max_tokens) for text in self.texts
         }

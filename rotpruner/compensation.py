@@ -125,13 +125,12 @@ def _distance_to(
     expected = final_states(dense, batches, dtype, device)
 
     def distance(model: Any) -> float:
-        items = zip(final_states(model, batches, dtype, device), expected, batches, strict=True)
+        total = 0.0
         with head_at(model, device) as head, head_at(dense, device) as dense_head:
-            found = [
-                objective(*(tensor.to(device or tensor.device) for tensor in item), head, dense_head)["kl"].item()
-                for item in items
-            ]
-        return sum(found) / len(found)
+            for item in zip(final_states(model, batches, dtype, device), expected, batches, strict=True):
+                states, teacher, ids = (tensor.to(device or tensor.device) for tensor in item)
+                total += objective(states, teacher, ids, head, dense_head)["kl"].item()
+        return total / len(batches)
 
     return distance
 

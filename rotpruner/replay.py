@@ -61,7 +61,8 @@ class BlockReplay:
         dtype: torch.dtype | None = None,
         device: torch.device | None = None,
     ) -> None:
-        self._model, self._batches = model, batches
+        self._model: Any = model
+        self._batches = batches
         self._home = batches[0].device
         self._device = device or self._home
         self._autocast = autocast(self._device, dtype)

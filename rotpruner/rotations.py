@@ -150,7 +150,7 @@ def check_rotation(config: Any, space: str, Q: Tensor) -> None:
 
 
 def check_going_on(rotations: Mapping[str, Tensor], spaces: Collection[str], sites: int) -> None:
-    """Raise `InputError` unless learning of these spaces, `sites` matrices of the residual one, can go on from there."""
+    """Raise `InputError` unless these spaces, `sites` matrices of the residual one, can be learned from there on."""
     if set(rotations) != set(spaces):
         raise InputError(
             f"the rotations are of the spaces {sorted(rotations)}, but {sorted(spaces)} are to be learned; "

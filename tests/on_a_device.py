@@ -32,7 +32,7 @@ def weights(model):
 def assert_same(one, other, tolerance=1e-6):
     for first, second in zip(one, other, strict=True):
         assert first.device.type == second.device.type == "cpu"
-        assert (first - second).norm() <= tolerance * first.norm().clamp_min(1)
+        assert (first - second).double().norm() <= tolerance * first.double().norm().clamp_min(1)
 
 
 def test_the_device_tells_a_stray_tensor():
@@ -79,6 +79,24 @@ def test_rotated_masks_with_dense_statistics_and_the_update(name):
             length = compensate(model, dense, IDS.split(1), device=device)
             found.append([*weights(model), torch.tensor(length)])
     assert_same(*found, tolerance=1e-2)
+
+
+@torch.no_grad()
+def test_rotations_follow_the_model_there():
+    model = exact(tiny("llama-3"))
+    expected = model(input_ids=IDS).logits
+    with elsewhere() as device:
+        there = copy.deepcopy(model).to(device)
+        merge_rotations(there, random_rotations(model.config, ["residual", "value_heads", "mlp"], 0))
+        assert_same([expected], [there(input_ids=IDS.to(device)).logits.cpu()], tolerance=1e-5)
+
+
+def test_models_are_made_there():
+    """Lightning makes a module's tensors where it will run."""
+    with elsewhere() as device:
+        with torch.device(device):
+            rotations = LearnedRotations(tiny("llama-3").config, ["residual", "value_heads", "mlp"], start="random")
+        assert {tensor.device for tensor in rotations.state_dict().values()} == {device}
 
 
 @pytest.mark.parametrize("name", ["llama-2", "opt", "gemma-2"])

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import math
+import shutil
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -11,6 +14,7 @@ from lightning import Trainer
 from lightning.pytorch.loggers import CSVLogger, WandbLogger
 from transformers import AutoModelForCausalLM
 
+from callbacks.finish import Finish
 from callbacks.perplexity import Perplexity, WindowPerplexity
 from callbacks.repruning import Repruning
 from callbacks.rotation_checkpoint import RotationCheckpoint
@@ -18,6 +22,7 @@ from datamodules.calibration import CalibrationDataModule
 from lightning_modules.rotation_module import RotationModule
 from rotpruner.errors import InputError
 from rotpruner.loading import load_model
+from rotpruner.replay import final_states
 from rotpruner.rotation_artifact import Rotations
 
 
@@ -70,7 +75,7 @@ def test_callbacks_log_and_masks_follow_the_schedule(fit, test_text_file, tmp_pa
 
     watch = Perplexity([str(test_text_file)], every_n_steps=3, seq_len=32, max_tokens=128)
     fit([Spy(every_n_steps=2), watch], CSVLogger(tmp_path / "csv"))
-    assert chosen == [0, 2, 4]
+    assert chosen == [2, 4]  # the module has chosen those of the first step
     header = next((tmp_path / "csv").rglob("metrics.csv")).read_text().splitlines()[0].split(",")
     expected = {"train/loss", "train/kl", "masks/flipped", "rotations/orthogonality_error", "ppl/other_words"}
     assert expected <= set(header)
@@ -107,3 +112,39 @@ def test_wandb_offline_takes_two_runs_in_one_directory(fit, tmp_path, monkeypatc
 def test_callbacks_refuse_intervals_below_one(build):
     with pytest.raises(InputError, match="every_n_steps 0"):
         build(0)
+
+
+def test_the_end_of_a_fit_runs_block_by_block_where_learning_did(fit, test_text_file, tmp_path, monkeypatch):
+    """A device by another name, so that blocks visit it: what is written is what the CPU as a whole has given."""
+    found = []
+    for device in ("cpu", "cpu:0"):
+        monkeypatch.setattr("callbacks.ending.root_device", lambda module, device=device: torch.device(device))
+        monkeypatch.setenv("ROTPRUNER_CACHE", str(tmp_path / device))
+        visited: list[torch.device] = []
+
+        def spied(*given, visited=visited, **settings):
+            visited.append(settings["device"])
+            return final_states(*given, **settings)
+
+        monkeypatch.setattr(import_module("rotpruner.perplexity"), "final_states", spied)
+        fit([Finish([str(test_text_file)], 32, 256, controls=[])], compensate=4)
+        assert bool(visited) is (device == "cpu:0")
+        found.append(json.loads((tmp_path / "run" / "results.json").read_text())["rows"])
+        shutil.rmtree(tmp_path / "run")
+    for one, other in zip(*found, strict=True):
+        assert one["ppl"] == pytest.approx(other["ppl"], rel=1e-5)
+
+
+def test_a_run_that_epochs_limit_ends_with_a_checkpoint(model_directory, text_file, tmp_path):
+    trainer = Trainer(
+        default_root_dir=tmp_path,
+        max_epochs=1,
+        accelerator="cpu",
+        logger=False,
+        callbacks=[RotationCheckpoint(25)],
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    data = CalibrationDataModule(str(text_file), 6, 32, 2, model=str(model_directory))
+    trainer.fit(RotationModule(str(model_directory), base_dtype="float32"), data)
+    assert torch.load(tmp_path / "checkpoints" / "last.ckpt", weights_only=True)["global_step"] == 3

@@ -107,11 +107,16 @@ def test_an_offline_run_holds_metrics_tables_and_pictures_and_no_secrets(setting
 
 
 def test_secrets_are_left_out_of_the_settings():
-    config = {"trainer": {"logger": [{"init_args": {"api_key": "abc", "project": "p"}}]}, "HF_TOKEN": "x"}
+    config = {
+        "trainer": {"logger": [{"init_args": {"api_key": "abc", "project": "p"}}]},
+        "HF_TOKEN": "x",
+        "max_tokens": 65536,
+    }
     shown = without_secrets(config)
     assert shown == {
         "trainer": {"logger": [{"init_args": {"api_key": "(not logged)", "project": "p"}}]},
         "HF_TOKEN": "(not logged)",
+        "max_tokens": 65536,
     }
 
 

@@ -125,6 +125,19 @@ def test_a_cache_that_cannot_be_written_is_refused_before_the_work(ids, tmp_path
         calibrated(ids)
 
 
+def test_a_cache_that_can_no_longer_be_written_costs_the_states_only(ids, cache, monkeypatch, caplog):
+    rotated, _ = calibrated(ids)
+
+    def refuse(path):
+        raise InputError("the cache cannot be written to")
+
+    monkeypatch.setattr("rotpruner.dense_cache.locked", refuse)
+    loss, ran = learned(rotated, ids, [0, 1, 2])
+    assert loss.isfinite()
+    assert ran == 3
+    assert caplog.text.count("cannot be written") == 2, "the warning, and its reason, once"
+
+
 def learned(rotated, ids, index) -> tuple[torch.Tensor, int]:
     """The loss of a batch, and how many sequences the dense model has run for it."""
     run, ran = rotated._dense_states._run, []

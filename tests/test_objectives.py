@@ -60,6 +60,17 @@ def test_the_logits_of_a_chunk_are_made_once(ids, monkeypatch):
     assert sum(tokens) == 2 * 69, "those of the student and those of the teacher"
 
 
+def test_without_gradients_none_are_computed(ids, monkeypatch):
+    student, teacher, head = drawn()
+    objective = Objective(cross_entropy=1.0, kl=1.0)
+    expected = objective(student, teacher, ids, head)
+    monkeypatch.setattr(torch.autograd, "grad", lambda *given, **settings: pytest.fail("differentiated"))
+    with torch.no_grad():
+        found = objective(student, teacher, ids, head)
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name], value.detach())
+
+
 @pytest.mark.parametrize("bad", [dict(kl=-1.0), dict(kl=0.0), dict(kl=float("nan"))])
 def test_bad_objectives_are_refused(bad):
     with pytest.raises(InputError, match="objective"):

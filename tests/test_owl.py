@@ -57,6 +57,14 @@ def test_layers_alike_share_one_sparsity_and_none_give_none():
     assert outlier_sparsities([], 0.5) == []
 
 
+def test_sparsities_that_were_shared_out_before_are_kept():
+    model = tiny("opt")
+    given = [Unstructured(0.25), Unstructured(0.75)]
+    prune_model(model, resolve_pruner("magnitude"), Unstructured(0.5), patterns=given)
+    for block, pattern in zip(model.model.decoder.layers, given, strict=True):
+        assert (block.fc1.weight == 0).float().mean().item() == pytest.approx(pattern.sparsity)
+
+
 @pytest.mark.parametrize(("sparsity", "spread"), [(0.05, 0.08), (0.95, 0.08), (0.5, -0.1), (1.2, 0.0)])
 def test_a_spread_out_of_bounds_is_refused(sparsity: float, spread: float):
     with pytest.raises(InputError, match="choose a smaller spread"):

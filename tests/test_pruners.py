@@ -263,3 +263,12 @@ def test_a_users_pruner_is_named_by_its_import_path(tmp_path, monkeypatch: pytes
 def test_unknown_pruners_are_refused_with_the_known_names(name: str):
     with pytest.raises(InputError, match=r"magnitude, wanda, ria, sparsegpt, alps"):
         resolve_pruner(name)
+
+
+@pytest.mark.parametrize("name", ["wanda", "ria"])
+def test_a_dead_input_has_a_gradient(name):
+    H = torch.diag(torch.tensor([1.0, 0.0, 2.0, 0.0])).requires_grad_()
+    weight = torch.ones(2, 4, requires_grad=True)
+    resolve_pruner(name).saliency(weight, Moment(H[None])).square().sum().backward()
+    assert H.grad.isfinite().all()
+    assert weight.grad.isfinite().all()

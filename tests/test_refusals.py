@@ -11,6 +11,9 @@ from conftest import tiny_llama
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from experiments.__main__ import main
+from rotpruner.loading import load_model
+from rotpruner.rotation_artifact import Rotations
+from rotpruner.rotations import random_rotations
 
 
 @pytest.mark.parametrize(
@@ -140,12 +143,41 @@ def test_evaluate_refuses(changes, mentions, model_directory, test_text_file, ca
         (["--data.seq_len", "1000", "--data.num_sequences", "2"], ["1000", "128"]),
         (["--data.batch_size", "9"], ["9"]),
         (["--trainer.callbacks.init_args.texts", "[/no/such.txt]"], ["/no/such.txt"]),
+        (["--trainer.callbacks.init_args.seq_len", "300"], ["300", "128"]),
+        (["--model.base_dtype", "float16"], ["float16"]),
     ],
     ids=lambda value: "".join(value[:2]) if value[0].startswith("--") else "",
 )
 def test_fit_refuses(fit, capsys, changes, mentions):
     status, run = fit(*changes)
     refused(status, run, capsys, *mentions)
+
+
+@pytest.mark.parametrize(
+    ("changes", "mentions"),
+    [
+        (["--model.placement", "shared"], ["3 matrices", "placement"]),
+        (["--model.placement", "3", "--model.spaces", "[residual]"], ["value_heads", "spaces"]),
+    ],
+)
+def test_fit_refuses_rotations_that_it_cannot_go_on_from(prepared, capsys, tmp_path, changes, mentions, fit):
+    status, run = fit("--model.init_rotations", str(prepared), *changes)
+    refused(status, run, capsys, *mentions)
+
+
+@pytest.fixture
+def prepared(model_directory, tmp_path):
+    """Rotations of the tiny model, three matrices of the residual stream."""
+    model = load_model(model_directory)
+    drawn = random_rotations(model.config, ["residual", "value_heads"], 0, placement=3)
+    Rotations.of(drawn, model).save_pretrained(tmp_path / "rotations")
+    return tmp_path / "rotations"
+
+
+def test_principal_directions_need_statistics(fit, capsys):
+    status, _ = fit("--model.start", "pca", "--model.pruner", "magnitude", "--model.spaces", "[residual]")
+    assert status == 2
+    assert "wanda" in capsys.readouterr().err.splitlines()[-1]
 
 
 def test_fit_hints_at_unquoted_patterns(fit, capsys, tmp_path):

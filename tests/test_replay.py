@@ -6,12 +6,12 @@ import pytest
 import torch
 from tiny_models import MODELS, tiny
 
-from rotpruner.families import family_of, linear_modules, module_at
-from rotpruner.oneshot import gather_model_moments, prune_model, sparsity_of
+from rotpruner.families import block_linears, family_of, linear_modules, module_at
+from rotpruner.oneshot import gather_model_moments, linears_to_watch, prune_model, sparsity_of
 from rotpruner.patterns import parse_pattern
 from rotpruner.pruners import resolve_pruner
-from rotpruner.replay import BlockReplay
-from rotpruner.statistics import watch_inputs
+from rotpruner.replay import BlockReplay, moments_by_block
+from rotpruner.statistics import gather_moments, watch_inputs
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -37,6 +37,21 @@ def test_replayed_blocks_compute_what_the_model_computes(name):
         for found, states in zip(replay.run(layer), expected[layer], strict=True):
             assert torch.equal(found, states)
         replay.advance(layer)
+    final = [model.base_model(input_ids=input_ids, use_cache=False).last_hidden_state for input_ids in batches]
+    for found, states in zip(replay.finish(), final, strict=True):
+        assert torch.equal(found, states)
+    assert all("forward" not in vars(block) for block in blocks), "the blocks were left changed"
+
+
+@pytest.mark.parametrize("name", MODELS)
+@torch.no_grad()
+def test_moments_by_block_are_those_of_the_whole_model(name):
+    model, batches = tiny(name), torch.randint(0, 64, (3, 16), generator=torch.Generator().manual_seed(0)).split(1)
+    watched = linears_to_watch(model, block_linears(model.config), "full", ())
+    found, expected = moments_by_block(model, *watched, batches), gather_moments(model, *watched, batches)
+    assert found.keys() == expected.keys()
+    for group, moment in expected.items():
+        assert torch.equal(found[group].blocks, moment.blocks)
 
 
 @pytest.mark.parametrize("name", MODELS)
