@@ -60,9 +60,11 @@ def main(arguments: list[str]) -> None:
 
 HEADER = """# Results
 
-Written by `python -m experiments results` from the files under `results/`, each of which holds its command, its
-commit and what the command printed. Perplexity over non-overlapping windows of 1,024 tokens in float32;
-G = ln(ppl) − ln(ppl of the dense model) on the same tokens. Rows with several seeds show mean ± standard deviation.
+Written by `python -m experiments results` from the files under `results/`. Those of sweeps hold their command, their
+commit and what the command printed. Commands are as they were at that commit: configs and options have changed since,
+so check it out before you repeat a row; `-dirty` says that it had changes of its own. Perplexity over non-overlapping
+windows of 1,024 tokens in float32; G = ln(ppl) − ln(ppl of the dense model) on the same tokens. Rows with several seeds
+show mean ± standard deviation.
 """
 
 
@@ -104,11 +106,16 @@ def table(sweep: dict[str, Any], records: list[tuple[str, dict[str, Any]]]) -> s
         cells += [f"{results[0]['parameters'] / 1e6:.1f} M" if "parameters" in results[0] else ""]
         cells += [f"{results[0].get('online_flops', 0) / 1e6:.0f} M"]
         cells += [_pool([result["seconds"] for result in results], "{:.0f}"), str(len(results))]
-        cells += [str(results[0]["commit"])[:7]]
+        cells += [" ".join(dict.fromkeys(_short(result["commit"]) for result in results))]
         lines.append("| " + " | ".join(cells) + " |")
     commands = "\n".join(f"{record['command']}" for _, record in records)
     details = f"<details><summary>commands</summary>\n\n```\n{commands}\n```\n\n</details>\n"
     return "\n".join([*lines, "", details])
+
+
+def _short(commit: str | None) -> str:
+    """Seven digits of a commit, and whether there were changes on top of it."""
+    return "" if commit is None else commit[:7] + "-dirty" * commit.endswith("-dirty")
 
 
 def _rows(record: dict[str, Any]) -> dict[str, Row]:
@@ -121,8 +128,10 @@ def _add_steps(lines: Lines, sweep: str, records: list[tuple[str, dict[str, Any]
     """Perplexities that fits have logged on their way."""
     for name, record in records:
         for metric, points in record.get("curves", {}).items():
-            text = metric.removeprefix("ppl/")
-            lines.setdefault(text, {})[f"{sweep} {name}"] = [(step, value) for step, value in points]
+            if metric.startswith("ppl/"):
+                lines.setdefault(metric.removeprefix("ppl/"), {})[f"{sweep} {name}"] = [
+                    tuple(point) for point in points
+                ]
 
 
 def _add_sparsities(lines: Lines, sweep: str, columns: list[str], records: list[tuple[str, dict[str, Any]]]) -> None:
@@ -161,13 +170,13 @@ def _step(result: Row) -> str:
     memory = result["peak_bytes"] / result["dense_fp32_bytes"]
     lines = [
         f"## A step of learning on {result['device']}, {result['threads']} threads\n",
-        f"{result['model']}, {result['batch_size']} × {result['seq_len']:,} tokens, {recomputed} gradient "
+        f"{result['model']}{', ' + result['dtype'] if 'dtype' in result else ''}, {result['batch_size']} × {result['seq_len']:,} tokens, {recomputed} gradient "
         f"checkpointing: {result['seconds']:.1f} s ({parts}).",
         f"{result['ratio']:.3f} × forward and backward of the dense model on the same tokens "
         f"({result['dense_seconds']:.1f} s), medians of {result['repeats']} in turns.",
         f"Peak memory, imports not counted: {result['peak_bytes'] / 2**30:.2f} GiB, {memory:.2f} × the dense model in "
         "float32.\n",
-        f"`{result['command']}`, commit {result['commit'][:7]}\n",
+        f"`{result['command']}`, commit {_short(result['commit'])}\n",
     ]
     return "\n".join(lines)
 

@@ -3,7 +3,7 @@
 A sweep file is YAML: a `title`, the `command` (prune, fit or recover), its `arguments` (for the last two also
 `config`, a list of files), and a `grid` of arguments whose combinations are the rows, or the `rows` one by one, each
 with the arguments that it changes. `reference` names a model to evaluate densely on the same texts, from which gaps
-are counted. `--config experiments/configs/opt-125m.yaml` runs a table of fits on another model.
+are counted. `--config experiments/configs/opt-125m.yaml` runs a table of fits on another model, as a table of its own.
 
 ```yaml
 title: One-shot pruners
@@ -51,20 +51,21 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--runs", type=Path, default=Path("runs"), help="where fits have their run directories")
     options = parser.parse_args(arguments)
 
-    sweep = read_sweep(options.file)
+    sweep, table = read_sweep(options.file), options.file.stem
     if options.config is not None:
         sweep["config"] = on_another(sweep, options.config)
+        sweep["title"], table = f"{sweep['title']}, on {options.config.stem}", f"{table}-{options.config.stem}"
     sweep["arguments"].update(_settings(options.set))
-    directory = options.results / options.file.stem
+    directory = options.results / table
     columns = list(dict.fromkeys(key for row in sweep["rows"] for key in row))
-    write_json({"title": sweep["title"], "columns": columns}, directory / "sweep.json")
     failed = []
-    for name, row, command in rows(sweep, options.runs / options.file.stem):
+    for name, row, command in rows(sweep, options.runs / table):
         target = directory / f"{name}.json"
         if target.is_file():
             console.print(f"{name}: {_done(target, command)}", markup=False, highlight=False)
             continue
         console.print(f"{name}: {shlex.join(command)}", markup=False, highlight=False)
+        write_json({"title": sweep["title"], "columns": columns}, directory / "sweep.json")
         begun_at = commit()  # the row may take hours, and the checkout move on
         finished = subprocess.run([sys.executable, "-m", "experiments", *command], stdout=subprocess.PIPE, text=True)
         if finished.returncode:
@@ -167,10 +168,10 @@ def _done(target: Path, command: list[str]) -> str:
 
 
 def _found(command: list[str], output: str) -> dict[str, Any]:
-    """`result`, without a local path, and of a training the `curves` of perplexity that it has logged on its way."""
+    """`result`, without a local path, and of a training the `curves` of losses and perplexity that it has logged."""
     if command[0] not in ("fit", "recover"):
         return {"result": {name: value for name, value in json.loads(output).items() if name != "output"}}
     run = Path(command[command.index("--trainer.default_root_dir") + 1])
     found = json.loads((run / "results.json").read_text(encoding="utf-8"))
-    curves = {name: points for name, points in read_curves(run).items() if name.startswith("ppl/")}
+    curves = {name: points for name, points in read_curves(run).items() if name.startswith(("ppl/", "train/"))}
     return {"result": {row["name"]: row for row in found["rows"]}, "curves": curves}

@@ -161,10 +161,17 @@ def test_settings_of_every_shipped_fit_go_together(file, config, kind, tokenizer
         assert cli.model.compensate == (32 if file.stem in WITH_UPDATE else 0), name
 
 
-def test_another_config_takes_the_place_of_the_first(capsys):
+def test_another_config_takes_the_place_of_the_first(capsys, tmp_path):
     sweep = {"command": "fit", "config": ["one.yaml", "two.yaml"]}
     quickstart = "experiments/configs/quickstart.yaml"
     assert on_another(sweep, Path(quickstart)) == [quickstart, "two.yaml"]
+    kept = tmp_path / "main-quickstart" / "a.json"
+    kept.parent.mkdir()
+    kept.write_text('{"command": "of the other model"}')
+    (tmp_path / "main.yaml").write_text("{title: A, command: fit, config: [one.yaml], rows: [{model.pruner: a}]}")
+    table = ["sweep", str(tmp_path / "main.yaml"), "--config", quickstart, "--results", str(tmp_path)]
+    assert main(table) == 0
+    assert "of the other model" in capsys.readouterr().err
     assert main(["sweep", "experiments/sweeps/main.yaml", "--config", "nowhere.yaml"]) == 2
     assert "nowhere.yaml" in capsys.readouterr().err
     assert main(["sweep", "experiments/sweeps/pruners.yaml", "--config", quickstart]) == 2
