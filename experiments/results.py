@@ -168,9 +168,10 @@ def _step(result: Row) -> str:
     parts = ", ".join(f"{name} {seconds:.1f} s" for name, seconds in result["parts"].items())
     recomputed = "with" if result["gradient_checkpointing"] else "without"
     memory = result["peak_bytes"] / result["dense_fp32_bytes"]
+    model = ", ".join(filter(None, [result["model"], result.get("dtype")]))
     lines = [
         f"## A step of learning on {result['device']}, {result['threads']} threads\n",
-        f"{result['model']}{', ' + result['dtype'] if 'dtype' in result else ''}, {result['batch_size']} × {result['seq_len']:,} tokens, {recomputed} gradient "
+        f"{model}, {result['batch_size']} × {result['seq_len']:,} tokens, {recomputed} gradient "
         f"checkpointing: {result['seconds']:.1f} s ({parts}).",
         f"{result['ratio']:.3f} × forward and backward of the dense model on the same tokens "
         f"({result['dense_seconds']:.1f} s), medians of {result['repeats']} in turns.",
