@@ -36,6 +36,8 @@ def new_directory(path: str | Path, replace: bool = False) -> Iterator[Path]:
             os.replace(path, former)
         os.replace(scratch, path)
     finally:
+        if former.exists() and not path.exists():
+            os.replace(former, path)
         for directory in (scratch, former):
             shutil.rmtree(directory, ignore_errors=True)
 
