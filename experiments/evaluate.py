@@ -42,15 +42,16 @@ def main(arguments: list[str]) -> None:
     tasks: list[Any] = []
     if options.tasks:
         tasks = load_tasks(options.tasks, tokenizer, options.task_data, options.num_fewshot)
-    model = load_model(options.model, torch.float32).to(options.device)
+    model = load_model(options.model, torch.float32)
     result: dict[str, Any] = {}
     if texts:
-        result["ppl"] = perplexities(model, texts, options.seq_len, options.max_tokens, track)
+        measured = texts, options.seq_len, options.max_tokens, track
+        result["ppl"] = perplexities(model, *measured, device=options.device)
         counts = {name: windows(ids, options.seq_len, options.max_tokens).numel() for name, ids in texts.items()}
         result["tokens"] = counts
     if tasks:
         result["tasks"] = evaluate_tasks(
-            model,
+            model.to(options.device),
             tokenizer,
             tasks,
             limit=options.limit,
