@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from conftest import tiny_llama
 from transformers import LlamaConfig, OPTConfig
 
 from lightning_modules.rotation_module import RotationModule
@@ -18,12 +19,21 @@ CONFIGS = sorted(Path("experiments/configs").glob("*.yaml"))
 VARIANTS = sorted(Path("experiments/configs/variants").glob("*.yaml"))
 
 
+@pytest.fixture(scope="module")
+def roomy(tmp_path_factory, tokenizer) -> list[str]:
+    """Arguments for a tiny model that has positions for the windows that configs say."""
+    directory = tmp_path_factory.mktemp("models") / "roomy"
+    tiny_llama(tie_word_embeddings=True, max_position_embeddings=2048).save_pretrained(directory)
+    tokenizer.save_pretrained(directory)
+    return ["--model.model", str(directory)]
+
+
 @pytest.mark.parametrize("config", CONFIGS, ids=lambda path: path.stem)
-def test_every_config_parses_and_runs_two_steps_with_tiny_overrides(config, fit):
+def test_every_config_parses_and_runs_two_steps_with_tiny_overrides(config, fit, roomy):
     settings = yaml.safe_load(config.read_text())
     few = ["--model.compensate", "2"] if settings["model"].get("compensate") else []
     few += ["--data.statistics_sequences", "4"] if "statistics_sequences" in settings["data"] else []
-    status, run = fit(*few, configs=[config])
+    status, run = fit(*few, *roomy, configs=[config])
     assert status == 0
     assert ("step_length" in json.loads((run / "results.json").read_text())["rows"][-1]) == (
         "--model.compensate" in few
@@ -31,10 +41,10 @@ def test_every_config_parses_and_runs_two_steps_with_tiny_overrides(config, fit)
 
 
 @pytest.mark.parametrize("variant", VARIANTS, ids=lambda path: path.stem)
-def test_every_variant_goes_on_top_of_the_smollm2_config(variant, fit):
+def test_every_variant_goes_on_top_of_the_smollm2_config(variant, fit, roomy):
     few = ["--data.num_sequences", "4", "--data.statistics_sequences", "4"]
     few += [] if "compensate" in yaml.safe_load(variant.read_text())["model"] else ["--model.compensate", "2"]
-    status, run = fit(*few, configs=[Path("experiments/configs/smollm2-135m.yaml"), variant])
+    status, run = fit(*few, *roomy, configs=[Path("experiments/configs/smollm2-135m.yaml"), variant])
     assert status == 0
     assert (run / "results.json").is_file()
 

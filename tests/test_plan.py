@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 from collections import defaultdict
 from itertools import accumulate
 
@@ -185,6 +186,7 @@ def test_the_export_has_the_size_that_is_planned(pattern, placement, tied):
 
 def memory_of(call) -> tuple[int, int]:
     """(peak, what stays) of a call, bytes, by PyTorch's count of allocations."""
+    gc.collect()  # or what an earlier call has left is freed, and counted, in this one
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         kept = call()  # noqa: F841 - until the count is taken
     events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
