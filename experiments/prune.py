@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import shlex
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any, get_args
 
@@ -16,14 +17,13 @@ from experiments.arguments import Parser, add_device, at_least, report
 from rotpruner.artifacts import check_new_directory, save_model
 from rotpruner.compensation import check_compensation, compensate
 from rotpruner.errors import InputError
-from rotpruner.families import available_spaces, block_linears
-from rotpruner.fusion import fuse_block_norms
+from rotpruner.families import available_spaces
 from rotpruner.loading import check_pattern, check_seq_len, load_config, load_model, load_tokenizer, meta_model
 from rotpruner.model_card import Origin, public, write_card
 from rotpruner.oneshot import (
     LayerSparsity,
     check_layer_sparsity,
-    linears_to_watch,
+    gather_model_moments,
     parameter_count,
     prune_model,
     sparsity_of,
@@ -85,11 +85,8 @@ def main(arguments: list[str]) -> None:
     if options.calibration_dtype is not None:
         dtype = resolve_dtype(options.calibration_dtype, options.device)
     if options.statistics == "dense" and not isinstance(pattern, Slice) and pattern.sparsity > 0:
-        spaces = rotations or {}
-        if "residual" in spaces:
-            fuse_block_norms(model)
-        watched = linears_to_watch(model, block_linears(config), pruner.needs, spaces)
-        moments = moments_by_block(model, *watched, batches, dtype, options.device, track)
+        gather = partial(moments_by_block, dtype=dtype, device=options.device, progress=track)
+        moments = gather_model_moments(model, pruner, rotations or {}, batches, gather)
     parameters = None
     if isinstance(pattern, Slice) and options.placement == "per_block":
         parameters = slice_per_block(model, sliced_width(config, pattern), batches, dtype, progress=track)

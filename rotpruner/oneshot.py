@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from itertools import groupby
 from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
 
-from rotpruner.distributed import Ranks, whole
+from rotpruner.distributed import whole
 from rotpruner.errors import InputError
 from rotpruner.families import BlockLinear, block_linears, family_of, linear_modules, module_at
 from rotpruner.fusion import fuse_block_norms
@@ -26,13 +27,16 @@ from rotpruner.statistics import Moment, gather_moments, watch_inputs
 
 LayerSparsity = Literal["uniform", "owl"]
 
+#: (model, linears by name, widths of their moments' blocks, batches) → moments by name.
+Gather = Callable[[nn.Module, Mapping[str, nn.Module], Mapping[str, int], Sequence[Tensor]], dict[str, Moment]]
+
 
 def gather_model_moments(
     model: nn.Module,
     pruner: Pruner,
     spaces: Container[str],
-    batches: Iterable[Tensor],
-    ranks: Ranks | None = None,
+    batches: Sequence[Tensor],
+    gather: Gather = gather_moments,
 ) -> dict[str, Moment]:
     """What a pruner needs to know of each group of linears of the dense model, keyed by the group's first linear.
 
@@ -40,12 +44,12 @@ def gather_model_moments(
         model: plain model; its block norms are fused if its residual stream is to be rotated.
         spaces: names of the spaces that will be rotated, which decides how much must be gathered.
         batches: token ids, each (sequences, seq_len).
-        ranks: take turns with the batches and end with the same statistics; None is this process alone.
+        gather: `gather_moments`, which runs the model as a whole, or `moments_by_block`, their other arguments bound.
     """
     if "residual" in spaces:
         fuse_block_norms(model)
     linears = block_linears(model.config)
-    return gather_moments(model, *linears_to_watch(model, linears, pruner.needs, spaces), batches, ranks)
+    return gather(model, *linears_to_watch(model, linears, pruner.needs, spaces), batches)
 
 
 def linears_to_watch(
@@ -117,7 +121,9 @@ def prune_model(
     if isinstance(pattern, Slice):
         _slice(model, pattern, batches, rotations, calibration_dtype, device, progress)
         return
-    patterns = patterns or layer_patterns(model, pattern, layer_sparsity, batches)
+    if patterns is None:
+        there = partial(moments_by_block, device=device, progress=progress)
+        patterns = layer_patterns(model, pattern, layer_sparsity, batches, there)
     if rotations:
         merge_rotations(model, rotations)
     if pattern.sparsity == 0:
@@ -210,7 +216,7 @@ def layer_patterns(
     pattern: Pattern,
     layer_sparsity: LayerSparsity,
     batches: Sequence[Tensor],
-    ranks: Ranks | None = None,
+    gather: Gather = gather_moments,
 ) -> list[Pattern]:
     """One pattern a block: the same, or by the outlier ratios of Wanda's saliencies in the dense model (OWL).
 
@@ -219,13 +225,13 @@ def layer_patterns(
         pattern: of all blocks together.
         layer_sparsity: how they share it.
         batches: calibration token ids, each (sequences, seq_len); read for `owl` only.
-        ranks: as in `gather_model_moments`.
+        gather: as in `gather_model_moments`.
     """
     if layer_sparsity == "uniform":
         return [pattern] * len(module_at(model, family_of(model.config).blocks))
     assert isinstance(pattern, Unstructured)
     wanda = resolve_pruner("wanda")
-    moments = gather_model_moments(model, wanda, (), batches, ranks)
+    moments = gather_model_moments(model, wanda, (), batches, gather)
 
     def saliency(linear: BlockLinear) -> Tensor:
         moment = moments[linear.group]

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from itertools import groupby
 from typing import Any
 
@@ -21,7 +22,7 @@ from transformers import PreTrainedModel
 from rotpruner.basis import Basis, BasisChange, RotatedLinear, check_offload
 from rotpruner.concentration import concentration
 from rotpruner.dense_cache import DenseCache
-from rotpruner.distributed import Ranks, whole
+from rotpruner.distributed import Ranks
 from rotpruner.errors import InputError
 from rotpruner.families import (
     block_linears,
@@ -30,9 +31,10 @@ from rotpruner.families import (
     residual_sublayers,
 )
 from rotpruner.fusion import fuse_block_norms
+from rotpruner.mask_choice import choose_masks
 from rotpruner.objectives import Objective
 from rotpruner.oneshot import LayerSparsity, check_layer_sparsity, layer_patterns, linears_to_watch
-from rotpruner.orthogonal import rotate_features, rotate_weight
+from rotpruner.orthogonal import rotate_features
 from rotpruner.patterns import NM, Pattern, Slice
 from rotpruner.pruners import Pruner
 from rotpruner.relaxation import Relaxation
@@ -42,7 +44,6 @@ from rotpruner.rotations import (
     Start,
     basis_changes,
     residual_at,
-    sides,
 )
 from rotpruner.slicing import project, residual_readers, sliced_width
 from rotpruner.starts import permuted_start, principal_start
@@ -193,7 +194,8 @@ class RotatedModel(nn.Module):
             if isinstance(self.pattern, Slice):
                 linears, widths = residual_readers(base)
             else:
-                self.patterns = layer_patterns(base, self.pattern, self.layer_sparsity, batches, self.ranks)
+                together = partial(gather_moments, ranks=self.ranks)
+                self.patterns = layer_patterns(base, self.pattern, self.layer_sparsity, batches, together)
                 spaces = set(self.rotations.spaces)
                 linears, widths = linears_to_watch(base, block_linears(base.config), self.pruner.needs, spaces)
 
@@ -254,8 +256,7 @@ class RotatedModel(nn.Module):
     def refresh_masks(self, rotations: RotationSet | None = None) -> float:
         """Apply the pruner anew, in the rotations of the moment or in given ones; or take the masks that are learned.
 
-        Ranks take turns with the groups of linears and hand the masks around: all have the same ones, even where
-        kernels would not give the same twice.
+        Ranks, which share the choice, end with the same masks.
 
         Returns:
             The share of mask entries that flipped, 0 at the first call.
@@ -278,37 +279,9 @@ class RotatedModel(nn.Module):
 
     def _masks(self, rotations: RotationSet) -> Iterator[tuple[RotatedLinear, Tensor]]:
         if self.relaxation.learns_masks:
-            yield from zip(self.linears, self.relaxation.masks(), strict=True)
-            return
-        groups = self.groups()
-        for start in range(0, len(groups), self.ranks.size):
-            yield from self._choose_masks(groups[start : start + self.ranks.size], rotations)
-
-    def _choose_masks(
-        self, groups: Sequence[Sequence[RotatedLinear]], rotations: RotationSet
-    ) -> Iterator[tuple[RotatedLinear, Tensor]]:
-        """The masks of at most one group of linears a rank: all ranks choose at the same time, then tell the others."""
-        own: dict[RotatedLinear, Tensor] = {}
-        device = self.base.device
-        for source, group in enumerate(groups):
-            for linear in group:
-                weight = whole(linear.weight)  # sharded weights come together one at a time, on all ranks
-                if source == self.ranks.rank:
-                    own[linear] = weight
-        moment = None
-        for linear, weight in own.items():
-            reads, writes = sides(self.base.config, rotations, linear.place)
-            # Rotated once for the group, whose linears share what a pruner derives from it.
-            if moment is None and linear.place.group in self.moments:
-                moment = self.moments[linear.place.group].rotate(reads)
-            pattern = self.patterns[linear.place.layer]
-            own[linear] = self.pruner.mask(rotate_weight(whole(weight, device), reads, writes), moment, pattern)
-        for source, group in enumerate(groups):
-            for linear in group:
-                mask = own.get(linear)
-                if mask is None:
-                    mask = torch.empty(linear.weight.shape, dtype=torch.bool, device=device)
-                yield linear, self.ranks.broadcast(mask.contiguous(), source)
+            return zip(self.linears, self.relaxation.masks(), strict=True)
+        judged = self.moments, self.pruner, self.patterns
+        return choose_masks(self.groups(), rotations, *judged, self.ranks, self.base.device)
 
     # -- what is minimised -----------------------------------------------------------------------
 

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import copy
+from functools import partial
 
 import pytest
 import torch
 from elsewhere import ELSEWHERE, elsewhere
 from tiny_models import exact, tiny
 
+from rotpruner.api import learn
 from rotpruner.compensation import compensate
-from rotpruner.families import block_linears
 from rotpruner.objectives import Objective
-from rotpruner.oneshot import linears_to_watch, prune_model
+from rotpruner.oneshot import gather_model_moments, prune_model
 from rotpruner.patterns import parse_pattern
 from rotpruner.perplexity import perplexity
 from rotpruner.pruners import PRUNERS, resolve_pruner
@@ -72,8 +73,8 @@ def test_rotated_masks_with_dense_statistics_and_the_update(name):
             rotations = random_rotations(model.config, ["residual", "value_heads"], 0)
             merge_rotations(dense, rotations)
             pruner = resolve_pruner("wanda")
-            watched = linears_to_watch(dense, block_linears(model.config), pruner.needs, ())
-            moments = moments_by_block(dense, *watched, IDS.split(1), device=device)
+            gather = partial(moments_by_block, device=device)
+            moments = gather_model_moments(dense, pruner, (), IDS.split(1), gather)
             merge_rotations(model, rotations)
             prune_model(model, pruner, parse_pattern("2:4"), moments=moments, device=device)
             length = compensate(model, dense, IDS.split(1), device=device)
@@ -141,13 +142,7 @@ def learned(device, pruner="wanda", pattern="2:4", spaces=None, start="identity"
     ids = IDS.to(device)
     rotated.calibrate(ids.split(1))
     rotated.start_from_statistics(start)
-    optimizer = torch.optim.Adam(rotated.parameter_groups(), lr=1e-2)
-    losses = []
-    for _ in range(2):
-        rotated.refresh_masks()
-        loss = rotated.loss(ids, torch.arange(len(ids)))["loss"]
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        losses.append(loss.detach().cpu())
-    return [*losses, *(Q.detach().cpu() for Q in rotated.rotations().values())]
+    losses: list[float] = []
+    batches = [(ids, torch.arange(len(ids)))] * 2
+    learn(rotated, batches, steps=2, refresh_every=1, on_step=lambda step, found: losses.append(found["loss"]))
+    return [torch.tensor(losses), *(Q.detach().cpu() for Q in rotated.rotations().values())]

@@ -12,7 +12,7 @@ from tiny_models import tiny
 
 import rotpruner.basis as basis_module
 import rotpruner.concentration as concentration_module
-import rotpruner.rotated_model as rotated_model_module
+import rotpruner.mask_choice as mask_choice_module
 from lightning_modules.rotation_module import RotationModule
 from rotpruner.diagnostics import masked_share
 from rotpruner.errors import InputError
@@ -93,12 +93,12 @@ def test_weights_stay_where_they_are_and_come_to_where_they_are_needed(monkeypat
         return rotate_weight(weight, reads, writes)
 
     monkeypatch.setattr(basis_module, "rotate_weight", watched)
-    monkeypatch.setattr(rotated_model_module, "rotate_weight", watched)
+    monkeypatch.setattr(mask_choice_module, "rotate_weight", watched)
     monkeypatch.setattr(concentration_module, "rotate_weight", watched)
     for linear in rotated.linears:
         linear(torch.zeros(1, linear.in_features, device="meta"))
-    next(rotated._choose_masks([rotated.linears[:1]], {}))
     groups, device = [rotated.linears[:1]], rotated.base.device
+    next(mask_choice_module.choose_masks(groups, {}, {}, rotated.pruner, rotated.patterns, rotated.ranks, device))
     concentration_module.concentration(
         groups, {}, {}, rotated.pruner, rotated.patterns, Objective(kl=0, lost_mass=1.0), device
     )
