@@ -22,7 +22,7 @@ quickstart: $(STAMP)
 	$(PY) -m experiments fit -c experiments/configs/quickstart.yaml
 
 test: $(STAMP)
-	OMP_NUM_THREADS=1 $(PY) -m pytest -m "not slow" --numprocesses auto --dist loadfile
+	OMP_NUM_THREADS=1 $(PY) -m pytest -m "not slow" --numprocesses auto --dist worksteal
 
 test-slow: $(STAMP)
 	OMP_NUM_THREADS=1 $(PY) -m pytest -m slow --numprocesses auto --dist worksteal

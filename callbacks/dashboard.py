@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import WandbLogger
 
+from callbacks.steps import EverySteps
 from rotpruner.diagnostics import LAYERS, block_means, masked_share
 from rotpruner.errors import InputError
 from rotpruner.orthogonal import is_order, permutation_matrix
@@ -44,17 +45,16 @@ class Dashboard(Callback):
       table `sparsity` of all linears; the picture `rotations/SPACE` of the first matrix of each space, |Q|;
     * at the end, if `Finish` came before: `results/ROW/TEXT` perplexities and the tables `results` and `layers`.
 
+    A recovery, which has neither rotations nor masks of its own, shows its settings, speed and results.
+
     Args:
         every_n_steps: how often masks and rotations are looked at; it costs as much as a refresh of the masks.
     """
 
     def __init__(self, every_n_steps: int = 25) -> None:
-        if every_n_steps < 1:
-            raise InputError(f"every_n_steps {every_n_steps} of Dashboard is not positive; give 1 or more")
-        self.every_n_steps = every_n_steps
+        self._steps = EverySteps(every_n_steps, "Dashboard")
         #: What to record as the run's configuration; the command line fills it in.
         self.config: Mapping[str, Any] = {}
-        self._last = -1
         self._clock = 0.0
         self._logger: WandbLogger | None = None
 
@@ -79,7 +79,8 @@ class Dashboard(Callback):
         return self._logger
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Start the clock."""
+        """Start the clock; a checkpoint's own step has been looked at."""
+        self._steps.go_on_from(trainer.global_step)
         self._clock = time.perf_counter()
 
     def on_train_batch_end(
@@ -89,10 +90,8 @@ class Dashboard(Callback):
         now = time.perf_counter()
         tokens = batch["input_ids"].numel() * trainer.world_size
         pl_module.log("throughput/tokens_per_second", tokens / (now - self._clock))
-        step = trainer.global_step
-        if step % self.every_n_steps == 0 and step != self._last:
-            self._last = step
-            self._look(pl_module, step)
+        if self._steps.due(trainer.global_step) and hasattr(pl_module, "rotated"):
+            self._look(pl_module, trainer.global_step)
         self._clock = time.perf_counter()  # looking is not learning
 
     @torch.no_grad()
@@ -134,6 +133,8 @@ class Dashboard(Callback):
             for text, ppl in row["ppl"].items()
         ]  # fmt: skip
         self._wandb.log_table("results", columns, table, step=step)
+        if not (run / LAYERS).is_file():
+            return
         linears = json.loads((run / LAYERS).read_text(encoding="utf-8"))["linears"]
         columns = ["name", "layer", "sparsity", "error"]
         self._wandb.log_table("layers", columns, [[row[column] for column in columns] for row in linears], step=step)

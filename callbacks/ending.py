@@ -20,6 +20,7 @@ from lightning_modules.devices import root_device
 from rotpruner.artifacts import write_json
 from rotpruner.errors import InputError
 from rotpruner.loading import check_seq_len, load_config, load_tokenizer
+from rotpruner.model_card import evaluation_of
 from rotpruner.oneshot import parameter_count, sparsity_of
 from rotpruner.provenance import commit
 from rotpruner.shortcuts import online_cost
@@ -48,6 +49,7 @@ class Ending(Callback, ABC):
         self._training_seconds = 0.0
         self._started = 0.0
         self._device = torch.device("cpu")
+        self._commit: str | None = None
 
     def state_dict(self) -> dict[str, Any]:
         """Seconds of training so far, so that a resumed run reports all of them."""
@@ -66,7 +68,7 @@ class Ending(Callback, ABC):
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Read the test texts before anything long begins; on every rank, so that all of them stop at a bad one."""
-        self._started = time.perf_counter()
+        self._started, self._commit = time.perf_counter(), commit()  # the checkout may move on while this runs
         tokenizer = load_tokenizer(pl_module.model_name)  # type: ignore[arg-type]
         self._ids = tokenize_texts(self.texts, tokenizer, self.seq_len, self.max_tokens)
 
@@ -79,7 +81,8 @@ class Ending(Callback, ABC):
         if trainer.interrupted or trainer.received_sigterm:
             return
         module: Any = pl_module
-        self._device = root_device(module)  # the module itself is back in main memory
+        # Most strategies have put the module itself back into main memory by now.
+        self._device = root_device(module)
         with torch.no_grad(), module.ranks.waiting():
             self.gather(module)
             if trainer.is_global_zero:
@@ -114,21 +117,18 @@ class Ending(Callback, ABC):
     def described(self, trainer: Trainer) -> Row:
         """What model cards say of every training and its evaluation, by `Origin`'s names."""
         data: Any = trainer.datamodule  # type: ignore[attr-defined]
-        sequences = trainer.global_step * trainer.accumulate_grad_batches * trainer.world_size * data.batch_size
-        first = f"the first {self.max_tokens:,} tokens" if self.max_tokens is not None else "all tokens"
         return {
             "calibration": data.calibration,
             "seq_len": data.seq_len,
             "steps": trainer.global_step,
-            "training_tokens": sequences * data.seq_len,
-            "evaluation": f"in float32 over windows of {self.seq_len:,} tokens that do not overlap, "
-            f"{first} of each text",
+            "training_tokens": data.sequences_learned * data.seq_len,
+            "evaluation": evaluation_of(self.seq_len, self.max_tokens),
             "config": self.config,
         }
 
     def record(self, run: Path, rows: list[Row]) -> None:
         """Write `results.json`, which makes the run a finished one, and show it."""
-        results = {"rows": rows, "config": self.config, "commit": commit()}
+        results = {"rows": rows, "config": self.config, "commit": self._commit}
         write_json(results, run / "results.json")
         console.print(results_table(results))
         console.print(f"export: {run / 'export'}")

@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from lightning import Trainer
+from lightning import LightningModule, Trainer
 from torch import Tensor
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM
 
 from callbacks.ending import Ending, Row
 from callbacks.terminal import console, track
@@ -65,6 +65,11 @@ class Finish(Ending):
         self._learned: RotationSet = {}
         self._masks: dict[str, Tensor] | None = None
 
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
+        """Rows that the end of an earlier training has left are none of this one's."""
+        if trainer.is_global_zero:
+            shutil.rmtree(Path(trainer.default_root_dir) / "rows", ignore_errors=True)
+
     def gather(self, module: Any) -> None:
         """The learned rotations, and masks if they are learned too."""
         self._learned = {space: Q.cpu() for space, Q in module.rotated.rotations().items()}
@@ -105,16 +110,18 @@ class Finish(Ending):
             return found
 
         Rotations.of(learned, module.rotated.base).save_pretrained(run / "rotations", replace=True)
-        rows = [self._row(run, "dense", None, lambda directory: {}, load_model(name, torch.float32))]
+        rows = [self._kept(run, "dense", lambda: self._dense(name))]
         for control, rotations in (("pruner", None), ("start", started), ("random_rotation", drawn)):
             if control in self.controls:
                 control = "pca" if control == "pruner" and isinstance(pattern, Slice) else control
-                rows.append(self._row(run, control, pattern, partial(pruned, rotations)))
-        rows.append(self._row(run, "rotpruner", pattern, partial(pruned, learned), seconds=seconds))
+                build = partial(self._pruned, run, control, pattern, partial(pruned, rotations))
+                rows.append(self._kept(run, control, build))
+        build = partial(self._pruned, run, "rotpruner", pattern, partial(pruned, learned), seconds)
+        rows.append(self._kept(run, "rotpruner", build))
         exported = AutoModelForCausalLM.from_pretrained(run / "export")
         patterns = module.rotated.patterns
         write_diagnostics(run, load_model(name), exported, learned, moments, pruner, patterns, track)
-        write_card(run / "export", self._origin(trainer, module, rows), module.rotated.base.config)
+        write_card(run / "export", self._origin(trainer, module, rows), module.rotated.base.config, self._commit)
         self.record(run, rows)
         shutil.rmtree(run / "rows")
 
@@ -135,28 +142,28 @@ class Finish(Ending):
             **self.described(trainer),
         )
 
-    def _row(
-        self,
-        run: Path,
-        name: str,
-        pattern: Any,
-        build: Callable[[Path], Row],
-        model: PreTrainedModel | None = None,
-        seconds: float = 0.0,
+    def _dense(self, name: str) -> Row:
+        return self.evaluated("dense", None, load_model(name, torch.float32), 0.0, reference=True)
+
+    def _pruned(
+        self, run: Path, name: str, pattern: Any, build: Callable[[Path], Row], learning_seconds: float = 0.0
     ) -> Row:
-        """Build, reload, evaluate; or read what an interrupted finish has left of it. `build` may add to the row."""
+        """Build, reload, evaluate; `build` may add to the row."""
+        started = time.perf_counter()
+        with tempfile.TemporaryDirectory(dir=run) as scratch:
+            directory = run / "export" if name == "rotpruner" else Path(scratch) / name
+            console.print(f"{name}: prune, save, load again")
+            found = build(directory)
+            model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
+            seconds = learning_seconds + time.perf_counter() - started
+            return self.evaluated(name, pattern, model, seconds) | found
+
+    @staticmethod
+    def _kept(run: Path, name: str, make: Callable[[], Row]) -> Row:
+        """A row, or what an interrupted finish has left of it."""
         kept = run / "rows" / f"{name}.json"
         if kept.is_file():
             return json.loads(kept.read_text(encoding="utf-8"))
-        started, given = time.perf_counter(), model is not None
-        with tempfile.TemporaryDirectory(dir=run) as scratch:
-            directory = run / "export" if name == "rotpruner" else Path(scratch) / name
-            found: Row = {}
-            if model is None:
-                console.print(f"{name}: prune, save, load again")
-                found = build(directory)
-                model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
-            seconds += time.perf_counter() - started
-            row = self.evaluated(name, pattern, model, seconds, reference=given) | found
+        row = make()
         write_json(row, kept)
         return row

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, cast
 
 import torch
 from lightning import Callback, LightningModule, Trainer
 from torch import Tensor
 from torchmetrics import Metric
 
-from datamodules.evaluation import token_ids
-from datamodules.texts import check_text, text_name
-from rotpruner.errors import InputError
+from callbacks.steps import EverySteps, log_at
+from datamodules.evaluation import tokenize_texts
+from datamodules.texts import check_text
 from rotpruner.loading import check_seq_len, load_config, load_tokenizer
 from rotpruner.perplexity import summed_nll, windows
 
@@ -58,14 +58,11 @@ class Perplexity(Callback):
     """
 
     def __init__(self, texts: list[str], every_n_steps: int = 50, seq_len: int = 1024, max_tokens: int = 8192) -> None:
-        if every_n_steps < 1:
-            raise InputError(f"every_n_steps {every_n_steps} of Perplexity is not positive; give 1 or more")
         for text in texts:
             check_text(text)
-        self.texts, self.every_n_steps = texts, every_n_steps
+        self.texts, self._steps = texts, EverySteps(every_n_steps, "Perplexity")
         self.seq_len, self.max_tokens = seq_len, max_tokens
         self._windows: dict[str, Tensor] = {}
-        self._last = -1
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Check the windows against the model before its weights are loaded."""
@@ -74,25 +71,28 @@ class Perplexity(Callback):
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Tokenise the texts before anything long begins."""
         tokenizer = load_tokenizer(pl_module.model_name)  # type: ignore[arg-type]
-        self._windows = {
-            text_name(text): windows(token_ids(text, tokenizer), self.seq_len, self.max_tokens) for text in self.texts
-        }
+        texts = tokenize_texts(self.texts, tokenizer, self.seq_len, self.max_tokens)
+        self._windows = {name: windows(ids, self.seq_len, self.max_tokens) for name, ids in texts.items()}
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """A checkpoint's own step has been watched."""
+        self._steps.go_on_from(trainer.global_step)
 
     @torch.no_grad()
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Ranks share the windows."""
-        step = trainer.global_step
-        if step % self.every_n_steps or step == self._last:
+        step, module = trainer.global_step, cast(Any, pl_module)
+        if not self._steps.due(step):
             return
-        self._last = step
         for name, text_windows in self._windows.items():
             metric = WindowPerplexity().to(pl_module.device)
-            rotated: Any = pl_module.rotated
-            for window, counts in rotated.ranks.share(text_windows.to(pl_module.device).split(1)):
-                logits = rotated(window).logits
+            for window, counts in module.ranks.share(text_windows.to(pl_module.device).split(1)):
+                logits = module(window)
                 if counts:
                     metric.update(logits, window)
             value = metric.compute().item()
-            pl_module.log(f"ppl/{name}", value if math.isfinite(value) else math.inf, prog_bar=True)
+            value = value if math.isfinite(value) else math.inf
+            log_at(trainer, {f"ppl/{name}": value}, step)
+            module.log(f"ppl/{name}", value, prog_bar=True, logger=False)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from lightning import LightningModule, Trainer
@@ -15,9 +16,11 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
+from callbacks.steps import EverySteps
 from callbacks.terminal import console
 
 _LINES = 20  # that a run leaves in a log file, where a bar cannot be redrawn
+_ENDLESS = 50  # steps between lines of a run that only time ends
 
 
 class StepProgress(ProgressBar):
@@ -34,6 +37,7 @@ class StepProgress(ProgressBar):
         super().__init__()
         self._enabled = True
         self._bar: Progress | None = None
+        self._lines = EverySteps(1, "StepProgress")
 
     def disable(self) -> None:
         """Called by Lightning on every rank but the first."""
@@ -48,6 +52,9 @@ class StepProgress(ProgressBar):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Draw the bar where it can be redrawn."""
+        total = _total(trainer)
+        self._lines = EverySteps(max(1, total // _LINES) if total else _ENDLESS, "StepProgress")
+        self._lines.go_on_from(trainer.global_step)
         if not (self._enabled and console.is_terminal):
             return
         self._bar = Progress(
@@ -59,7 +66,6 @@ class StepProgress(ProgressBar):
             TimeRemainingColumn(),
             console=console,
         )
-        total = int(trainer.estimated_stepping_batches)
         self._task = self._bar.add_task("", total=total, completed=trainer.global_step)
         self._bar.start()
 
@@ -71,11 +77,11 @@ class StepProgress(ProgressBar):
             return
         metrics = {name: value for name, value in trainer.progress_bar_metrics.items() if name != "v_num"}
         text = "  ".join(f"{name.removeprefix('train/')} {float(value):.4g}" for name, value in metrics.items())
-        total = int(trainer.estimated_stepping_batches)
         if self._bar is not None:
             self._bar.update(self._task, completed=trainer.global_step, description=text)
-        elif trainer.global_step % max(1, total // _LINES) == 0:
-            console.print(f"step {trainer.global_step} of {total}  {text}")
+        elif self._lines.due(trainer.global_step):
+            of = f" of {total}" if (total := _total(trainer)) else ""
+            console.print(f"step {trainer.global_step}{of}  {text}")
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Leave the terminal to whatever follows."""
@@ -89,3 +95,9 @@ class StepProgress(ProgressBar):
         if self._bar is not None:
             self._bar.stop()
             self._bar = None
+
+
+def _total(trainer: Trainer) -> int | None:
+    """Steps of the whole run; None if only time ends it."""
+    steps = trainer.estimated_stepping_batches
+    return None if math.isinf(steps) else int(steps)

@@ -44,7 +44,9 @@ class RecoveryFinish(Ending):
 
     def finish(self, run: Path, trainer: Trainer, module: Any, seconds: float) -> None:
         """Export what was learned and compare it with both models that it came from."""
-        save_model(module.recovery.pruned, load_tokenizer(module.model_name), run / "export", replace=True)
+        # It has learned in float32, and goes back to the bits that it came in; zeros stay zero.
+        recovered = module.recovery.pruned.to(load_config(module.model_name).dtype or torch.float32)
+        save_model(recovered, load_tokenizer(module.model_name), run / "export", replace=True)
         sources = {"dense": module.teacher, "pruned": module.model_name, "recovered": str(run / "export")}
         rows = []
         for name, source in sources.items():
@@ -61,5 +63,5 @@ class RecoveryFinish(Ending):
             command="python -m experiments recover -c config.yaml" if self.config else None,
             **self.described(trainer),
         )
-        write_card(run / "export", origin, load_config(module.teacher))
+        write_card(run / "export", origin, load_config(module.teacher), self._commit)
         self.record(run, rows)

@@ -6,7 +6,7 @@ from typing import Any
 
 from lightning import Callback, LightningModule, Trainer
 
-from rotpruner.errors import InputError
+from callbacks.steps import EverySteps, log_at
 
 
 class Repruning(Callback):
@@ -23,16 +23,12 @@ class Repruning(Callback):
     """
 
     def __init__(self, every_n_steps: int = 5) -> None:
-        if every_n_steps < 1:
-            raise InputError(f"every_n_steps {every_n_steps} of Repruning is not positive; give 1 or more")
-        self.every_n_steps = every_n_steps
-        self._last = -1
+        self._steps = EverySteps(every_n_steps, "Repruning")
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Once a step, also when gradients of several batches accumulate; the module has chosen those of the first."""
-        step = trainer.global_step
-        if step > 0 and step % self.every_n_steps == 0 and step != self._last:
-            self._last = step
-            flipped = pl_module.rotated.refresh_masks()  # type: ignore[operator, union-attr]
-            error = pl_module.orthogonality_error()  # type: ignore[operator]
-            pl_module.log_dict({"masks/flipped": flipped, "rotations/orthogonality_error": error})
+        if self._steps.due(trainer.global_step):
+            module: Any = pl_module
+            flipped = module.rotated.refresh_masks()
+            found = {"masks/flipped": flipped, "rotations/orthogonality_error": module.orthogonality_error()}
+            log_at(trainer, found, trainer.global_step)

@@ -13,8 +13,8 @@ import torch
 from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
 
+from callbacks.steps import EverySteps
 from callbacks.terminal import console
-from rotpruner.errors import InputError
 from rotpruner.rotation_artifact import Rotations
 
 #: What a shell reports of a process that SIGTERM has ended.
@@ -55,16 +55,14 @@ class RotationCheckpoint(Checkpoint):
           init_args: {every_n_steps: 25}
     ```
 
-    The checkpoint holds all that a resume needs and no base weights; the one before it is replaced only
-    once the new one is whole. SIGTERM, to one process or to all, ends the run after the step that it is in:
-    with status 143, as a scheduler expects it of a job that it may put back into its queue.
+    The checkpoint holds all that a resume needs: of a fit no base weights, of a recovery the whole model. The former
+    one is replaced only once the new one is whole. SIGTERM, to one process or to all, ends the run after the step that
+    it is in: with status 143, as a scheduler expects it of a job that it may put back into its queue. The last step is
+    that of `max_steps` or `max_epochs`; a run that time ends may lose what came after its last checkpoint.
     """
 
     def __init__(self, every_n_steps: int = 25) -> None:
-        if every_n_steps < 1:
-            raise InputError(f"every_n_steps {every_n_steps} of RotationCheckpoint is not positive; give 1 or more")
-        self.every_n_steps = every_n_steps
-        self._last = 0
+        self._steps = EverySteps(every_n_steps, "RotationCheckpoint")
         self._terminated = False
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -72,7 +70,7 @@ class RotationCheckpoint(Checkpoint):
 
         The trainer puts back the handler that it found when training is over.
         """
-        self._last = trainer.global_step
+        self._steps.go_on_from(trainer.global_step)
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, self._take_note)
 
@@ -84,12 +82,11 @@ class RotationCheckpoint(Checkpoint):
     ) -> None:
         """Save at the end of a step, never between batches whose gradients accumulate."""
         step = trainer.global_step
-        if step == self._last:
+        if not self._steps.ended(step):
             return
-        self._last = step
         ranks: Any = pl_module.ranks
         ending = bool(ranks.any(torch.tensor(self._terminated, device=pl_module.device)))
-        if ending or step % self.every_n_steps == 0 or step == trainer.estimated_stepping_batches:
+        if ending or step % self._steps.every_n_steps == 0 or step == trainer.estimated_stepping_batches:
             self._save(trainer, pl_module)
         if ending:
             if trainer.is_global_zero:

@@ -263,6 +263,11 @@ class CalibrationDataModule(lightning.LightningDataModule):
             self._saved = None
         return self._batches
 
+    @property
+    def sequences_learned(self) -> int:
+        """How many sequences all ranks together have been given so far, repeated ones counted each time."""
+        return 0 if self._batches is None else self._batches.position * self._batches.global_batch
+
     # Lightning restores a loader's own state only when it resumes within an epoch, the data module's always.
 
     def state_dict(self) -> dict[str, Any]:
@@ -270,5 +275,7 @@ class CalibrationDataModule(lightning.LightningDataModule):
         return self._batches.state_dict() if self._batches is not None else {}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Kept until the batches are made, which is after a checkpoint is read."""
+        """Kept until the batches are made; some strategies read a checkpoint only after that."""
         self._saved = state_dict or None
+        if self._batches is not None and self._saved is not None:
+            self._batches.load_state_dict(self._saved)

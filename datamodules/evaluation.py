@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
@@ -19,6 +20,8 @@ from rotpruner.embedded import cache_directory, locked
 from rotpruner.errors import InputError
 from rotpruner.identity import identity
 from rotpruner.perplexity import perplexity, windows
+
+logger = logging.getLogger(__name__)
 
 _FORMAT = 1  # of a kept perplexity: raise it whenever the same model and windows would give another value
 
@@ -74,7 +77,6 @@ def perplexities(
         value = _kept(path)
         if value is None:
             show = partial(progress, description=f"perplexity on {name}")
-            ids = ids.to(model.device)
             value = perplexity(model, ids, seq_len=seq_len, max_tokens=max_tokens, device=device, progress=show)
             _keep(value, path)
         found[name] = value
@@ -101,6 +103,10 @@ def _kept(path: Path | None) -> float | None:
 
 
 def _keep(value: float, path: Path | None) -> None:
-    if path is not None:
+    if path is None:
+        return
+    try:
         with locked(path):
             write_json({"perplexity": value}, path)
+    except (InputError, OSError) as error:  # it is only what another run would have been spared
+        logger.warning("a reference's perplexity is not kept, %s cannot be written: %s", path, error)

@@ -31,7 +31,6 @@ from rotpruner.rotations import LearnedRotations
 
 def main(arguments: list[str]) -> None:
     """Print `{"ratio", "seconds", "dense_seconds", "parts", "peak_bytes", "dense_fp32_bytes"}` and what was timed."""
-    imported = _peak_bytes()
     parser = Parser("benchmark step", "Time a step of learning against a step of the dense model.")
     parser.add_argument("--model", default="smollm2-135m", help="embedded name, directory or hub name")
     parser.add_argument("--pruner", default="wanda")
@@ -46,6 +45,7 @@ def main(arguments: list[str]) -> None:
     add_device(parser)
     options = parser.parse_args(arguments)
 
+    imported = _peak_bytes(options.device)
     tokens = calibration_tokens(
         options.calibration,
         load_tokenizer(options.model),
@@ -99,7 +99,7 @@ def main(arguments: list[str]) -> None:
     result |= {"seconds": total, "parts": parts}
     if not options.learning_only:
         result |= {"ratio": total / seconds["dense"], "dense_seconds": seconds["dense"]}
-    result |= {"peak_bytes": _peak_bytes() - imported, "dense_fp32_bytes": dense_bytes}
+    result |= {"peak_bytes": _peak_bytes(options.device) - imported, "dense_fp32_bytes": dense_bytes}
     report(result, options.json)
 
 
@@ -123,7 +123,9 @@ def _timed(work: Callable[[], Any], device: torch.device) -> float:
     return time.perf_counter() - started
 
 
-def _peak_bytes() -> int:
-    """Largest resident size of this process so far."""
+def _peak_bytes(device: torch.device) -> int:
+    """The most that PyTorch has held on a GPU so far; on a CPU the largest resident size of this process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else 1024 * peak

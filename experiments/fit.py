@@ -102,7 +102,7 @@ class FitCLI(LightningCLI):
         if not recorded.is_file():
             return
         finished = (self.run_directory / "results.json").is_file()
-        known = yaml.safe_load(recorded.read_text(encoding="utf-8"))
+        known = self._complete(yaml.safe_load(recorded.read_text(encoding="utf-8")))
         then, now = (_what_is_learned(config, finished) for config in (known, self.config_record))
         differing = list(_differences(then, now))
         if differing:
@@ -118,6 +118,14 @@ class FitCLI(LightningCLI):
             check_checkpoint(self.resume_from)
             rank_zero_only(console.print)(f"going on from {self.resume_from}")
 
+    def _complete(self, known: dict[str, Any]) -> dict[str, Any]:
+        """A recorded configuration with today's defaults for options that are younger than it."""
+        defaults = yaml.safe_load(self.parser.dump(self.parser.get_defaults(), skip_validation=True, skip_none=False))
+        return {
+            part: {**defaults[part], **settings} if isinstance(settings, dict) and part in defaults else settings
+            for part, settings in known.items()
+        }
+
     def instantiate_classes(self) -> None:
         """Build everything; the parser wraps what a callback's constructor refuses, once for each type it tries."""
         try:
@@ -129,11 +137,14 @@ class FitCLI(LightningCLI):
             raise cause or error from None
 
     def instantiate_trainer(self, **kwargs: Any) -> Any:
-        """Log to CSV files in the run directory unless a logger is asked for."""
+        """Log to CSV files in the run directory, from which reports are made, besides loggers that are asked for."""
+        own = CSVLogger(self.run_directory, name="logs")
         if self.config.trainer.logger is None:
-            kwargs["logger"] = CSVLogger(self.run_directory, name="logs")
-        trainer = super().instantiate_trainer(**kwargs)
-        trainer.callbacks.append(RunRecord(self.config_record))  # type: ignore[attr-defined]
+            kwargs["logger"] = own
+        trainer: Any = super().instantiate_trainer(**kwargs)
+        if trainer.loggers and not any(isinstance(logger, CSVLogger) for logger in trainer.loggers):
+            trainer.loggers = [*trainer.loggers, own]
+        trainer.callbacks.append(RunRecord(self.config_record))
         sharded = self.resume_from is not None and self.resume_from.is_dir()
         if sharded and not isinstance(trainer.strategy, ModelParallelStrategy):
             raise InputError(
@@ -144,13 +155,16 @@ class FitCLI(LightningCLI):
 
 
 def _what_is_learned(config: dict[str, Any], finished: bool) -> dict[str, Any]:
-    """A configuration without what says where it runs.
+    """A configuration without what says where it runs and what is seen of it.
 
     An unfinished run may go on with other processes, and then with another `batch_size`, which counts one
     process's rows; that the batches of all of them stay alike is checked against the checkpoint.
     """
     places = {
-        "trainer": {"accelerator", "strategy", "devices", "num_nodes"},
+        "trainer": {
+            *("accelerator", "strategy", "devices", "num_nodes"),
+            *("logger", "log_every_n_steps", "profiler", "enable_progress_bar", "enable_model_summary"),
+        },
         "model": {"cache_dense"},
         "data": set(),
     }
@@ -179,7 +193,7 @@ def check_checkpoint(checkpoint: Path) -> None:
         if checkpoint.is_dir() and not (checkpoint / ".metadata").is_file():
             raise FileNotFoundError(".metadata")
         file = checkpoint / "meta.pt" if checkpoint.is_dir() else checkpoint
-        torch.load(file, map_location="cpu", weights_only=True)
+        torch.load(file, map_location="cpu", weights_only=True, mmap=True)  # a recovery's is larger than its model
     except Exception as error:  # a damaged archive shows itself in many ways
         raise InputError(
             f"checkpoint '{checkpoint}' is damaged ({type(error).__name__}); remove it to begin the run again"
@@ -200,7 +214,7 @@ def main(arguments: list[str]) -> None:
 
 
 def run_to_the_end(cli: FitCLI) -> None:
-    """Train, with the configuration recorded; what refuses its input leaves no run directory behind."""
+    """Train, with the configuration recorded; what refuses its input before a step leaves no run directory behind."""
     for callback in cli.trainer.callbacks:  # type: ignore[attr-defined]
         if isinstance(callback, (Ending, Dashboard)):
             callback.config = cli.config_record
@@ -208,7 +222,9 @@ def run_to_the_end(cli: FitCLI) -> None:
     try:
         cli.trainer.fit(cli.model, cli.datamodule, ckpt_path=cli.resume_from, weights_only=True)
     except InputError:
-        if not existed:  # Lightning makes the loggers' directories before it looks at the model
+        if (
+            not existed and cli.trainer.global_step == 0
+        ):  # Lightning makes the loggers' directories before it looks at the model
             shutil.rmtree(cli.run_directory, ignore_errors=True)
         raise
     except RuntimeError as error:

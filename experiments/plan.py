@@ -9,10 +9,12 @@ import logging
 import os
 from dataclasses import asdict, dataclass, replace
 from importlib import import_module
+from inspect import signature
 from typing import Any
 
 import torch
 
+from datamodules.calibration import CalibrationDataModule
 from experiments.arguments import Parser, at_least
 from experiments.arguments import report as print_json
 from experiments.fit import FitCLI
@@ -130,6 +132,7 @@ def read_setup(arguments: list[str], gpu: str, count: int) -> tuple[Setup, str]:
     choices = model.layer_sparsity, model.spaces, model.placement, start, model.orthogonal_map
     check_choices(config, pattern, objective, *choices, optimizer)
     check_seq_len(config, data.seq_len)
+    CalibrationDataModule(**{name: data[name] for name in signature(CalibrationDataModule).parameters})
     statistics_sequences = data.statistics_sequences or data.num_sequences
     check_compensation(model.compensate, statistics_sequences, pattern)
     surrogate = Surrogate(**_plain(model.surrogate))
@@ -153,7 +156,7 @@ def read_setup(arguments: list[str], gpu: str, count: int) -> tuple[Setup, str]:
         batch_size=data.batch_size,
         num_sequences=data.num_sequences,
         statistics_sequences=statistics_sequences,
-        steps=_steps(trainer, data),
+        steps=_steps(trainer, data, count),
         gradient_checkpointing=model.gradient_checkpointing,
         offload=model.offload,
         optimizer_states=_states(optimizer),
@@ -165,11 +168,25 @@ def read_setup(arguments: list[str], gpu: str, count: int) -> tuple[Setup, str]:
     return setup, model.model
 
 
-def _steps(trainer: Any, data: Any) -> int:
-    """Of the whole fit; Lightning goes on for 1000 epochs where neither steps nor epochs are limited."""
-    if trainer.max_steps > 0:
-        return trainer.max_steps
-    return (trainer.max_epochs or 1000) * (data.num_sequences // data.batch_size)
+def _steps(trainer: Any, data: Any, ranks: int) -> int:
+    """Of the whole fit; Lightning goes on for 1000 epochs where neither steps nor epochs are limited.
+
+    Raises:
+        InputError: the ranks' batches are more than the sequences.
+    """
+    batches = data.num_sequences // (data.batch_size * ranks)
+    if batches == 0:
+        raise InputError(
+            f"batch_size {data.batch_size} on each of {ranks} ranks is more than {data.num_sequences} sequences: "
+            "give a smaller batch_size or more num_sequences"
+        )
+    epochs = trainer.max_epochs if trainer.max_epochs is not None else -1 if trainer.max_steps > 0 else 1000
+    limits = [trainer.max_steps] if trainer.max_steps > 0 else []
+    if epochs >= 0:
+        limits.append(epochs * -(-batches // (trainer.accumulate_grad_batches or 1)))
+    if not limits:
+        raise InputError("the fit has no last step: set trainer.max_steps or trainer.max_epochs")
+    return min(limits)
 
 
 def _plain(settings: Any) -> dict[str, Any]:
@@ -183,7 +200,7 @@ def _plain(settings: Any) -> dict[str, Any]:
 def _shards(strategy: Any) -> bool:
     """Whether a Trainer's strategy spreads the weights."""
     name = strategy if isinstance(strategy, str) else getattr(strategy, "class_path", "")
-    return "ModelParallel" in name or "fsdp" in name.lower()
+    return "ModelParallel" in name
 
 
 def _trial(model: Any) -> torch.optim.Optimizer:

@@ -19,7 +19,7 @@ from rotpruner.compensation import check_compensation, compensate
 from rotpruner.errors import InputError
 from rotpruner.families import available_spaces
 from rotpruner.loading import check_pattern, check_seq_len, load_config, load_model, load_tokenizer, meta_model
-from rotpruner.model_card import Origin, public, write_card
+from rotpruner.model_card import Origin, evaluation_of, public, write_card
 from rotpruner.oneshot import (
     LayerSparsity,
     check_layer_sparsity,
@@ -48,6 +48,8 @@ def main(arguments: list[str]) -> None:
     pattern = parse_pattern(options.pattern, options.scope)
     if isinstance(pattern, Slice):
         _check_slice(options)
+    elif options.placement != "shared":
+        raise InputError(f"--placement {options.placement} is of a slice's PCA, not of pattern {pattern}: leave it out")
     elif options.pruner is None:
         raise InputError(f"pattern {pattern} needs a --pruner: {', '.join(PRUNERS)}, or an import path")
     pruner = resolve_pruner(options.pruner or "magnitude")
@@ -89,7 +91,7 @@ def main(arguments: list[str]) -> None:
         moments = gather_model_moments(model, pruner, rotations or {}, batches, gather)
     parameters = None
     if isinstance(pattern, Slice) and options.placement == "per_block":
-        parameters = slice_per_block(model, sliced_width(config, pattern), batches, dtype, progress=track)
+        parameters = slice_per_block(model, sliced_width(config, pattern), batches, dtype, options.device, track)
     else:
         prune_model(
             model,
@@ -138,7 +140,6 @@ def _origin(options: argparse.Namespace, rotations: RotationSet | None, rows: li
     basis = "none" if options.rotations is None else "random" if options.rotations == "random" else "learned"
     if sliced and options.rotations is None:
         basis = "pca"
-    first = f"the first {options.max_tokens:,} tokens" if options.max_tokens is not None else "all tokens"
     return Origin(
         base_model=options.model,
         pattern=rows[0]["pattern"],
@@ -152,7 +153,7 @@ def _origin(options: argparse.Namespace, rotations: RotationSet | None, rows: li
         seq_len=options.seq_len,
         seed=options.seed,
         rows=rows,
-        evaluation=f"in float32 over windows of {options.seq_len:,} tokens that do not overlap, {first} of each text",
+        evaluation=evaluation_of(options.seq_len, options.max_tokens),
         command=_command(options),
     )
 
@@ -223,5 +224,8 @@ def _check_slice(options: argparse.Namespace) -> None:
     """Refuse what means nothing for a slice."""
     if options.pruner is not None:
         raise InputError(f"a slice removes directions, not weights: leave --pruner {options.pruner} out")
+    for name, plain in (("update", None), ("statistics", "sequential"), ("scope", "row")):
+        if getattr(options, name) != plain:
+            raise InputError(f"a slice removes directions, not weights: leave --{name} {getattr(options, name)} out")
     if options.placement == "per_block" and (options.output is not None or options.rotations is not None):
         raise InputError("placement per_block finds its own bases and has no plain checkpoint: give --text only")

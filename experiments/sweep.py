@@ -55,11 +55,22 @@ def main(arguments: list[str]) -> None:
     if options.config is not None:
         sweep["config"] = on_another(sweep, options.config)
         sweep["title"], table = f"{sweep['title']}, on {options.config.stem}", f"{table}-{options.config.stem}"
-    sweep["arguments"].update(_settings(options.set))
-    directory = options.results / table
+    settings = _settings(options.set)
     columns = list(dict.fromkeys(key for row in sweep["rows"] for key in row))
+    if fixed := settings.keys() & columns:
+        raise InputError(
+            f"--set {', '.join(sorted(fixed))} would be overruled by the rows of {options.file}: edit those"
+        )
+    sweep["arguments"].update(settings)
+    directory, planned = options.results / table, list(rows(sweep, options.runs / table))
+    names = [name for name, _, _ in planned]
+    if alike := {name for name in names if names.count(name) > 1}:
+        raise InputError(
+            f"rows of {options.file} have the same name, {', '.join(sorted(alike))}, which is made of their values: "
+            "give all rows the same keys"
+        )
     failed = []
-    for name, row, command in rows(sweep, options.runs / table):
+    for name, row, command in planned:
         target = directory / f"{name}.json"
         if target.is_file():
             console.print(f"{name}: {_done(target, command)}", markup=False, highlight=False)
@@ -168,10 +179,11 @@ def _done(target: Path, command: list[str]) -> str:
 
 
 def _found(command: list[str], output: str) -> dict[str, Any]:
-    """`result`, without a local path, and of a training the `curves` of losses and perplexity that it has logged."""
+    """`result`, without a local path; of a training also the `curves` of losses and perplexity that it has logged, and
+    its own `commit`, since it may have been finished before."""
     if command[0] not in ("fit", "recover"):
         return {"result": {name: value for name, value in json.loads(output).items() if name != "output"}}
     run = Path(command[command.index("--trainer.default_root_dir") + 1])
     found = json.loads((run / "results.json").read_text(encoding="utf-8"))
     curves = {name: points for name, points in read_curves(run).items() if name.startswith(("ppl/", "train/"))}
-    return {"result": {row["name"]: row for row in found["rows"]}, "curves": curves}
+    return {"result": {row["name"]: row for row in found["rows"]}, "curves": curves, "commit": found["commit"]}

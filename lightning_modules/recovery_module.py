@@ -9,8 +9,8 @@ from lightning import LightningModule
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor
 
-from lightning_modules.devices import root_device
-from lightning_modules.schedules import with_schedule
+from lightning_modules.devices import check_trainer, root_device
+from lightning_modules.schedules import check_schedule, with_schedule
 from rotpruner.distributed import Ranks
 from rotpruner.errors import InputError
 from rotpruner.loading import check_seq_len, load_config, load_model
@@ -75,7 +75,11 @@ class RecoveryModule(LightningModule):
         return resolve_dtype(self._compute_dtype, root_device(self))
 
     def setup(self, stage: str) -> None:
-        """Check the data against the model before its weights are loaded."""
+        """Check the data against the model, and the strategy, before its weights are loaded."""
+        check_trainer(self)
+        check_schedule(self._lr_scheduler, self)
+        if self.device_mesh is not None:
+            raise InputError("recovery trains whole copies of the model, which ModelParallelStrategy shards: take ddp")
         check_seq_len(self._config, self.trainer.datamodule.seq_len)  # type: ignore[attr-defined]
 
     def configure_model(self) -> None:
@@ -99,6 +103,10 @@ class RecoveryModule(LightningModule):
         """Only surviving weights learn."""
         parameters = [parameter for parameter in self.recovery.parameters() if parameter.requires_grad]
         return with_schedule(self._optimizer(parameters), self._lr_scheduler, self.trainer)
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        """Logits (B, T, V) of the pruned model as it is now."""
+        return self.recovery(input_ids)
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         """The core's loss of `{"input_ids": (B, T), "index": (B,)}`."""

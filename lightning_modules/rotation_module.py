@@ -15,8 +15,8 @@ from rich.progress import track
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from lightning_modules.devices import root_device
-from lightning_modules.schedules import with_schedule
+from lightning_modules.devices import check_trainer, endless, root_device
+from lightning_modules.schedules import check_schedule, with_schedule
 from rotpruner.basis import check_offload
 from rotpruner.compensation import check_compensation
 from rotpruner.distributed import Ranks
@@ -200,6 +200,7 @@ class RotationModule(LightningModule):
 
     def setup(self, stage: str) -> None:
         """Check the data against the model, and the strategy, before its weights are loaded."""
+        check_trainer(self)
         if self.device_mesh is not None and self.device_mesh["tensor_parallel"].size() > 1:
             raise InputError(
                 f"tensor_parallel_size {self.device_mesh['tensor_parallel'].size()} splits single weights; "
@@ -208,7 +209,8 @@ class RotationModule(LightningModule):
         if self.device_mesh is not None and self.surrogate.name == "gumbel":
             raise InputError("surrogate gumbel learns masks, which ModelParallelStrategy does not share out; use ddp")
         check_offload(self.offload, self.gradient_checkpointing, self.device_mesh is not None)
-        if self.surrogate.anneals and self.trainer.max_steps == self.trainer.max_epochs == -1:
+        check_schedule(self._lr_scheduler, self)
+        if self.surrogate.anneals and endless(self):
             raise InputError(f"surrogate {self.surrogate.name} anneals over the run, which has no end; set max_steps")
         data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
         check_compensation(self.compensate, data.statistics_sequences, self.pattern)
@@ -270,6 +272,10 @@ class RotationModule(LightningModule):
         if self.init_rotations is None and restored is None:
             self.rotated.start_from_statistics(self.start)
         self.rotated.refresh_masks(restored and {space: Q.to(self.device) for space, Q in restored.items()})
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        """Logits (B, T, V) of the pruned model, with the rotations and masks of the moment."""
+        return self.rotated(input_ids).logits
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         """The core's loss of `{"input_ids": (B, T), "index": (B,)}`."""

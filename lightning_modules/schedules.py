@@ -4,10 +4,22 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from lightning import Trainer
+from lightning import LightningModule, Trainer
 from lightning.pytorch.cli import LRSchedulerCallable
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import CosineAnnealingLR
+
+from lightning_modules.devices import endless
+from rotpruner.errors import InputError
+
+
+def check_schedule(schedule: Any, module: LightningModule) -> None:
+    """Raise `InputError` if a schedule needs to know the last step of a run that has none."""
+    if schedule == "cosine" and endless(module):
+        raise InputError(
+            "lr_scheduler cosine falls to zero at the run's last step, and this run has none: set trainer.max_steps, "
+            "or lr_scheduler to constant"
+        )
 
 
 def with_schedule(

@@ -89,6 +89,7 @@ def prune(
     seq_len: int = 1024,
     seed: int = 0,
     dtype: torch.dtype | None = None,
+    gradient_checkpointing: bool = False,
     rotations_directory: str | Path | None = None,
     on_step: Callable[[int, dict[str, float]], None] = lambda step, losses: None,
 ) -> PreTrainedModel:
@@ -108,29 +109,33 @@ def prune(
         compensate: how many of the sequences the weights that stay are fitted on, in closed form, see
             `rotpruner.compensation`; 0 leaves them as they are.
         num_sequences, seq_len: size of the calibration set, taken from the texts by `seed`.
+        gradient_checkpointing: recompute each block in the backward pass; slower, much smaller.
         dtype: of the frozen weights while learning; the result is pruned in the model's own dtype. None is bfloat16
             where the model's device has instructions for it, else float32.
         rotations_directory: where the learned rotations are written as well; must not exist yet.
         on_step: called with each step and its losses.
 
     Returns:
-        A model of the same class, its head untied if the residual stream was rotated.
+        A model of the same class, its head untied if the residual stream was rotated. Only `rotpruner.save` writes
+        one with products of rotations so that it can be loaded again.
 
     Raises:
         InputError: an argument or the model cannot be used, or the texts are too short.
     """
+    if isinstance(texts, str):
+        raise InputError("texts is one string; give a list of documents, as in [text]")
     resolved, parsed = resolve_pruner(pruner), parse_pattern(pattern, scope)
     check_pattern(model, parsed)
     check_seq_len(model.config, seq_len)
     compensation.check_compensation(compensate, num_sequences, parsed)
-    given = _check_rotate(rotate, model, parsed)
+    given = _check_rotate(rotate, model, spaces, parsed)
     if rotations_directory is not None:
-        if not spaces or rotate == "none":
+        if rotate == "none" or not (spaces or given):
             raise InputError(f"nothing rotates that could be written to '{rotations_directory}'; leave it out")
         check_new_directory(rotations_directory)
     if num_sequences < 1 or steps < 0:
         raise InputError(f"num_sequences {num_sequences} and steps {steps} must be at least 1 and 0")
-    ids = tokenizer("\n\n".join(texts), add_special_tokens=False, return_tensors="pt").input_ids[0]
+    ids = tokenizer("\n\n".join(texts), add_special_tokens=False, verbose=False, return_tensors="pt").input_ids[0]
     rows = windows(ids, seq_len)
     generator = torch.Generator().manual_seed(seed)
     if len(rows) < num_sequences:
@@ -138,10 +143,9 @@ def prune(
             f"the texts fill {len(rows)} windows of {seq_len} tokens, but num_sequences is {num_sequences}; "
             "give more text or ask for fewer"
         )
-    rows = rows[torch.randperm(len(rows), generator=generator)[:num_sequences]].to(model.device)
-    pruned: Any = copy.deepcopy(model).eval()
+    rows = rows[_shuffled(len(rows), generator)[:num_sequences]].to(model.device)
     sliced = isinstance(parsed, Slice)
-    pruned.origin = Origin(
+    origin = Origin(
         base_model=embedded_name(model.config._name_or_path) or "unnamed",
         pattern=str(parsed),
         pruner=None if sliced else pruner_name(resolved),
@@ -152,10 +156,12 @@ def prune(
         basis="pca" if sliced else "none",
         update="compensation" if compensate else None,
     )
-    if not spaces or rotate == "none":
+    if rotate == "none" or not (spaces or given):
+        pruned: Any = copy.deepcopy(model).eval()
         prune_model(pruned, resolved, parsed, rows.split(1))
         if compensate:
             compensation.compensate(pruned, copy.deepcopy(model).eval(), rows[:compensate].split(1))
+        pruned.origin = origin
         return pruned
 
     start: Start = "identity"
@@ -176,29 +182,33 @@ def prune(
     rotations = rotations.to(model.device)
     base: Any = copy.deepcopy(model)
     base.to(dtype or fast_dtype(model.device))
-    rotated = RotatedModel(base, rotations, resolved, parsed, Surrogate(), Objective(kl=1.0))
+    rotated = RotatedModel(base, rotations, resolved, parsed, Surrogate(), Objective(kl=1.0), gradient_checkpointing)
     rotated.calibrate(rows.split(1))
     rotated.start_from_statistics(start)
-    learn(rotated, _passes(rows, generator), steps=steps, lr=lr, on_step=on_step)
+    with torch.enable_grad():
+        learn(rotated, _passes(rows, generator), steps=steps, lr=lr, on_step=on_step)
     learned = {space: Q.detach() for space, Q in rotations().items()}
     if rotations_directory is not None:
         Rotations.of(learned, model).save_pretrained(rotations_directory)
     # Pruners that rebuild the outputs of what they have pruned get the statistics of pruned predecessors.
     moments = None if resolved.rebuilds else rotated.moments
+    del base, rotated  # before the model is copied again
+    pruned = copy.deepcopy(model).eval()
     prune_model(pruned, resolved, parsed, rows.split(1), learned, moments)
     if compensate:
         dense: Any = copy.deepcopy(model).eval()
         merge_rotations(dense, learned)
         compensation.compensate(pruned, dense, rows[:compensate].split(1))
-    basis = "learned" if steps or given is not None else pruned.origin.basis
-    pruned.origin = replace(
-        pruned.origin, basis=basis, spaces=tuple(learned), steps=steps, training_tokens=steps * seq_len
-    )
+    basis = "learned" if steps or given is not None else origin.basis
+    pruned.origin = replace(origin, basis=basis, spaces=tuple(learned), steps=steps, training_tokens=steps * seq_len)
     return pruned
 
 
 def _check_rotate(
-    rotate: Placement | Literal["none"] | Rotations, model: PreTrainedModel, pattern: Pattern | Slice
+    rotate: Placement | Literal["none"] | Rotations,
+    model: PreTrainedModel,
+    spaces: Sequence[str],
+    pattern: Pattern | Slice,
 ) -> Rotations | None:
     """The rotations that were given, if any."""
     if isinstance(rotate, Rotations):
@@ -206,6 +216,8 @@ def _check_rotate(
         if isinstance(pattern, Slice) and set(rotate) != {"residual"}:
             raise InputError(f"pattern {pattern} removes residual directions only, but rotate has {sorted(rotate)}")
         return rotate
+    if rotate not in ("none", "shared", 1) and "residual" not in spaces and not isinstance(pattern, Slice):
+        raise InputError(f"rotate {rotate} is of the residual stream, but spaces are {list(spaces)}; add residual")
     if rotate != "none" and basis_changes(model.config, residual_sites(model.config, rotate)):
         check_exportable(model.config)
     return None
@@ -230,5 +242,9 @@ def save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, directory: 
 
 def _passes(rows: Tensor, generator: torch.Generator) -> Iterator[tuple[Tensor, Tensor]]:
     while True:
-        for row in torch.randperm(len(rows), generator=generator).split(1):
+        for row in _shuffled(len(rows), generator).split(1):
             yield rows[row], row
+
+
+def _shuffled(count: int, generator: torch.Generator) -> Tensor:
+    return torch.randperm(count, generator=generator, device=generator.device)  # whatever the default device is

@@ -79,3 +79,26 @@ def save_model(
     with new_directory(directory, replace) as scratch:
         exported.save_pretrained(scratch)
         tokenizer.save_pretrained(scratch)
+        _spell_for_version_4(scratch)
+
+
+def _spell_for_version_4(checkpoint: Path) -> None:
+    """Add the names that transformers 4 knows, and programs that bring it along; version 5 reads both.
+
+    Version 4 takes no notice of `rope_parameters`, and without a word its default for `rope_theta`.
+    """
+    config = json.loads((checkpoint / "config.json").read_text(encoding="utf-8"))
+    rope = config.get("rope_parameters") or {}
+    turning = rope.get("full_attention", rope)
+    if "rope_theta" in turning:
+        scaling = {name: value for name, value in turning.items() if name != "rope_theta"}
+        config["rope_theta"] = turning["rope_theta"]
+        if scaling.get("rope_type", "default") != "default":
+            config["rope_scaling"] = scaling
+        if "sliding_attention" in rope:
+            config["rope_local_base_freq"] = rope["sliding_attention"]["rope_theta"]
+        write_json(config, checkpoint / "config.json")
+    path = checkpoint / "tokenizer_config.json"
+    settings = json.loads(path.read_text(encoding="utf-8"))
+    if settings.get("tokenizer_class") == "TokenizersBackend":
+        write_json(settings | {"tokenizer_class": "PreTrainedTokenizerFast"}, path)

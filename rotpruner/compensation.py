@@ -126,8 +126,9 @@ def _distance_to(
 
     def distance(model: Any) -> float:
         total = 0.0
+        found = final_states(model, batches, dtype, device)  # first: a tied head takes the embedding with it
         with head_at(model, device) as head, head_at(dense, device) as dense_head:
-            for item in zip(final_states(model, batches, dtype, device), expected, batches, strict=True):
+            for item in zip(found, expected, batches, strict=True):
                 states, teacher, ids = (tensor.to(device or tensor.device) for tensor in item)
                 total += objective(states, teacher, ids, head, dense_head)["kl"].item()
         return total / len(batches)

@@ -59,7 +59,7 @@ class Ranks:
         return self.sum(flags.int()) > 0
 
     def broadcast(self, tensor: Tensor, source: int) -> Tensor:
-        """The boolean tensor of rank `source`, in place of what the others hold."""
+        """The tensor of rank `source`, which must be contiguous, in place of what the others hold."""
         if self.size > 1:
             # Not every backend knows booleans.
             dist.broadcast(tensor.view(torch.uint8), group=self.group, group_src=source)

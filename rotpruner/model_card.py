@@ -80,17 +80,25 @@ class Origin:
     config: Mapping[str, Any] = field(default_factory=dict)
 
 
-def write_card(directory: str | Path, origin: Origin, base_config: Any = None) -> None:
+def evaluation_of(seq_len: int, max_tokens: int | None) -> str:
+    """How perplexities were measured, as `Origin.evaluation` says it."""
+    first = f"the first {max_tokens:,} tokens" if max_tokens is not None else "all tokens"
+    return f"in float32 over windows of {seq_len:,} tokens that do not overlap, {first} of each text"
+
+
+def write_card(directory: str | Path, origin: Origin, base_config: Any = None, made_at: str | None = None) -> None:
     """Write the card of an exported model, with the licence of its base and the code's versions and commit.
 
     Args:
         directory: of the export.
         origin: where it comes from; local paths in it may be whole, the card has their last parts only.
         base_config: `transformers` config of the base model, in case that names a licence.
+        made_at: commit of the code that made the model; the present one if left out.
     """
     facts = Origin(**public(asdict(origin)))
     known = license_of(origin.base_model, base_config)
-    text = model_card(facts, name=Path(directory).resolve().name, license=known, commit=commit(), versions=versions())
+    made_by: Any = {"commit": made_at or commit(), "versions": versions()}
+    text = model_card(facts, name=Path(directory).resolve().name, license=known, **made_by)
     write_text(text, Path(directory) / CARD)
 
 
@@ -156,7 +164,7 @@ def model_card(
     Args:
         origin: what is known, free of private paths.
         name: of the directory that holds the model.
-        license: front matter about the licence; none if the base says none.
+        license: front matter about the licence; none if none was found.
         commit, versions: of the code.
     """
     hub_name = embedded.ORIGINS.get(origin.base_model, (origin.base_model,))[0]
@@ -201,7 +209,10 @@ def _facts(origin: Origin, hub_name: str, license: Mapping[str, str]) -> list[tu
     base = f"`{origin.base_model}`"
     if hub_name != origin.base_model:
         base += f", the weights of {hub_name} dequantised from 4 bits"
-    facts = [("base model", base), ("licence", license.get("license", "the base checkpoint names none"))]
+    facts = [
+        ("base model", base),
+        ("licence", license.get("license", "not found beside the base checkpoint: see its own page")),
+    ]
     facts.append(("pattern", f"`{origin.pattern}`"))
     if origin.pruner:
         facts.append(("pruner", origin.pruner + (f", weights updated by {origin.update}" if origin.update else "")))

@@ -9,7 +9,7 @@ Shapes: R = rows, of all linears that read the features; C = features; G = C / M
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 
 import torch
 from einops import rearrange
@@ -19,7 +19,7 @@ from torch import Tensor
 from rotpruner.patterns import NM
 
 #: Rows that an order is judged by, evenly spaced among all: enough to tell features apart, and soon done.
-_MOST_ROWS = 8192
+MOST_ROWS = 8192
 
 
 def channel_permutation(importance: Tensor, pattern: NM, rounds: int = 5) -> Tensor:
@@ -57,21 +57,20 @@ def _kept(importance: Tensor, groups: Tensor, pattern: NM) -> float:
     return importance[:, groups].topk(pattern.n, dim=-1).values.double().sum().item()
 
 
-def block_orders(importances: Sequence[Tensor], blocks: int, n: int, pattern: NM) -> Tensor:
+def block_orders(importances: Iterable[Tensor], rows: int, blocks: int, n: int, pattern: NM) -> Tensor:
     """An order of the features of each block of a space, (B, n) int64, by all linears that read it together.
 
     Args:
-        importances: of their weights, each (O, R·B·n); each counts alike, whatever its scale. Every block serves R
-            neighbouring heads.
-        blocks, n: B blocks of width n. Where M does not divide n, groups reach over blocks: they stay as they are.
+        importances: of their weights, each (O, R·B·n), one after the other, of which few rows are kept; each counts
+            alike, whatever its scale. Every block serves R neighbouring heads.
+        rows: Σ O·R, of all of them.
+        blocks, n: B blocks of width n, which M divides.
         pattern: N:M.
     """
-    if n % pattern.m:
-        return torch.arange(n, device=importances[0].device).repeat(blocks, 1)
-    rows = torch.cat([_by_block(importance / importance.sum(), blocks, n) for importance in importances], dim=1)
-    rows = rows[:, :: -(-rows.shape[1] // _MOST_ROWS)]
-    return torch.stack([channel_permutation(own.float(), pattern) for own in rows])
-
-
-def _by_block(importance: Tensor, blocks: int, n: int) -> Tensor:
-    return rearrange(importance, "o (b r n) -> b (o r) n", b=blocks, n=n)
+    stride = -(-rows // MOST_ROWS)
+    kept, first = [], 0
+    for importance in importances:
+        own = rearrange(importance / importance.sum(), "o (b r n) -> b (o r) n", b=blocks, n=n)
+        kept.append(own[:, first::stride].contiguous())  # not a view, which would hold them all
+        first = (first - own.shape[1]) % stride
+    return torch.stack([channel_permutation(own.float(), pattern) for own in torch.cat(kept, dim=1)])

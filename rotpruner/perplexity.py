@@ -60,7 +60,7 @@ def perplexity(
 
     Args:
         model: a causal language model in evaluation mode; without a device any callable of `input_ids` does.
-        input_ids: (tokens,), a text tokenised once without special tokens.
+        input_ids: (tokens,), a text tokenised once without special tokens; a copy goes to the model.
         seq_len: tokens a window.
         max_tokens: use only the first tokens of the text.
         device: where the model is run one block at a time, while the rest of it and its states stay where they are.
@@ -71,6 +71,7 @@ def perplexity(
         InputError: as `windows`.
     """
     cut = windows(input_ids, seq_len, max_tokens)
+    cut = cut.to(getattr(model, "device", cut.device))
     if device is None or device == cut.device:
         logits = (model(input_ids=window, use_cache=False).logits for window in progress(cut.split(1)))
         return _perplexity(cut, logits)

@@ -8,12 +8,14 @@ PyTorch's autograd keeps them; tests hold them against what it keeps and against
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import prod
 
 from rotpruner.block_memory import kept, recomputed
 from rotpruner.costs import MAP_COSTS
 from rotpruner.families import family_of, module_at, residual_sublayers
 from rotpruner.objectives import CHUNK
 from rotpruner.oneshot import parameter_count
+from rotpruner.permutations import MOST_ROWS
 from rotpruner.sizes import Setup, Term, summed, total
 
 #: Bytes that libraries take at their first use. CPU: measured, code and scratch space of matrix products. GPU: the
@@ -72,9 +74,7 @@ def memory_plan(setup: Setup) -> MemoryPlan:
     resident = [
         *_weights(setup),
         *_masks(setup),
-        Term("statistics H", setup.statistics * r,
-             f"L Σ I · n · r = {setup.layers} · {summed(f'{inputs} · {n}' for inputs, n in setup.moments)} · {r}: "
-             "for each input of a block, n the width of what rotates it"),
+        _statistics(setup),
         *_inverses(setup),
         _rotations(setup),
         Term("optimiser states", setup.optimizer_states * k * r,
@@ -90,6 +90,8 @@ def memory_plan(setup: Setup) -> MemoryPlan:
     }
     if setup.start == "pca":
         phases["principal directions"] = [_pca(setup)]
+    if setup.start == "permutation":
+        phases["orders of features"] = [_orders(setup), *_fetched_linear(setup)]
     if setup.layer_sparsity == "owl":
         phases["outlier ratios"] = [_outliers(setup), *_fetched_linear(setup)]
     kept_by_host = [_teacher_states(setup)] if setup.objective.needs_teacher else []
@@ -102,7 +104,8 @@ def _host_phases(setup: Setup) -> Phases:
     P, c = setup.parameters, setup.checkpoint_size
     states = 2 * setup.statistics_sequences * setup.seq_len * setup.config.hidden_size * c
     T, V = setup.seq_len, setup.config.vocab_size
-    updates = {"weights updated": _compensation(setup)} if setup.compensate else {}
+    back = _back_from_gpu(setup)
+    updates = {"weights updated": [*back, *_compensation(setup)]} if setup.compensate else {}
     return updates | {
         "loading": [
             Term("weights", setup.ranks * P * setup.s,
@@ -110,6 +113,7 @@ def _host_phases(setup: Setup) -> Phases:
             Term("checkpoint file, mapped", P * c, f"P · {c} = {P:,} · {c}"),
         ],
         "controls pruned": [
+            *back,
             Term("model", P * c, f"P · {c} = {P:,} · {c}"),
             *([Term("statistics H", setup.statistics * 4, f"L Σ I · n · 4 = {setup.statistics:,} · 4"), _pca(setup)]
               if setup.sliced
@@ -117,10 +121,23 @@ def _host_phases(setup: Setup) -> Phases:
                     f"2 N T d · {c} = 2 · {setup.statistics_sequences} · {T} · {setup.config.hidden_size} · {c}")]),
         ],
         "perplexity": [
+            *back,
             Term("model in float32", P * 4, f"P · 4 = {P:,} · 4"),
             Term("logits", 2 * T * V * 4, f"2 · T · V · 4 = 2 · {T} · {V:,} · 4"),
         ],
     }  # fmt: skip
+
+
+def _back_from_gpu(setup: Setup) -> list[Term]:
+    """What Lightning moves to the host when learning is over, on all ranks; FSDP2 leaves it where it is."""
+    if setup.device == "cpu" or setup.sharded:
+        return []
+    weights, masks, statistics = total(_weights(setup)), total(_masks(setup)), _statistics(setup)
+    return [
+        Term("frozen weights and masks, back from the GPU", setup.ranks * (weights + masks),
+             f"ranks · (weights + masks) = {setup.ranks} · ({weights:,} + {masks:,})"),
+        Term("statistics H, copied", statistics.amount, statistics.formula),
+    ]  # fmt: skip
 
 
 def _compensation(setup: Setup) -> list[Term]:
@@ -142,6 +159,13 @@ def _compensation(setup: Setup) -> list[Term]:
 def _masks(setup: Setup) -> list[Term]:
     masks = setup.decoder_weights
     return [] if setup.sliced else [Term("masks", masks, f"M · 1 = {masks:,} · 1, boolean")]
+
+
+def _statistics(setup: Setup) -> Term:
+    sizes = summed(f"{inputs} · {n}" for inputs, n in setup.moments)
+    return Term("statistics H", setup.statistics * setup.r,
+                f"L Σ I · n · r = {setup.layers} · {sizes} · {setup.r}: "
+                "for each input of a block, n the width of what rotates it")  # fmt: skip
 
 
 def _inverses(setup: Setup) -> list[Term]:
@@ -234,6 +258,19 @@ def _pca(setup: Setup) -> Term:
     return Term("principal directions", 48 * d * d + 2 * K * setup.r,
                 f"6 d² · 8 + 2 K r = 6 · {d}² · 8 + 2 · {K:,} · {setup.r}: mean, its copy, eigenvectors and "
                 "workspace in float64; what is found, and as one")  # fmt: skip
+
+
+def _orders(setup: Setup) -> Term:
+    """The importance of one linear, and a sample of the rows of all that read the same features."""
+    blocks = {"residual": setup.layers}  # whose readers share an order; others have one a block
+    read: dict[tuple[str, int], int] = {}
+    for place, outputs, inputs in setup.block:
+        space = place.spec.reads
+        read[space, inputs] = read.get((space, inputs), 0) + outputs * blocks.get(space, 1)
+    R, n = max(((min(rows, MOST_ROWS), inputs) for (_, inputs), rows in read.items()), key=prod)
+    return Term("orders of features", 12 * setup.largest + 16 * R * n,
+                f"12 · O · I of the largest linear + 16 R n = 12 · {setup.largest:,} + 16 · {R:,} · {n:,}: weight, "
+                "importance and share in float32; rows that judge an order, twice, gathered and sorted")  # fmt: skip
 
 
 def _outliers(setup: Setup) -> Term:

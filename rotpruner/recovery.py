@@ -62,6 +62,11 @@ class SparseRecovery(nn.Module):
         for linear in linears.values():
             _learn_survivors(linear.weight)
 
+    def forward(self, input_ids: Tensor) -> Tensor:
+        """Logits (batch, seq_len, V) of the pruned model for ids (batch, seq_len)."""
+        with autocast(input_ids.device, self.compute_dtype):
+            return self.pruned(input_ids=input_ids, use_cache=False).logits
+
     def loss(self, input_ids: Tensor, index: Tensor | None = None) -> dict[str, Tensor]:
         """The objective of a batch of ids (batch, seq_len), rows `index` (batch,) of the calibration tensor."""
         dense = self._dense_states(input_ids, index) if self.objective.needs_teacher else None

@@ -50,7 +50,8 @@ class BlockReplay:
     Args:
         model: plain causal language model in evaluation mode.
         batches: token ids, each (sequences, seq_len).
-        dtype: of matrix products, see `rotpruner.precision.autocast`; None keeps the model's.
+        dtype: of matrix products, see `rotpruner.precision.autocast`; None keeps the model's. A model of 16 bits keeps
+            them: its states would become float32 between its own float16 and bfloat16.
         device: where blocks are when they are run (see `visiting`); states wait where the model is. None: there.
     """
 
@@ -65,7 +66,8 @@ class BlockReplay:
         self._batches = batches
         self._home = batches[0].device
         self._device = device or self._home
-        self._autocast = autocast(self._device, dtype)
+        narrow = next(model.parameters()).dtype.itemsize < 4
+        self._autocast = autocast(self._device, None if narrow else dtype)
         self.blocks = module_at(model, family_of(model.config).blocks)
         # Blocks may get arguments of their own (sliding and full attention take turns in Gemma): ask for each.
         self._arguments: list[list[dict[str, Any]]] = [[] for _ in self.blocks]

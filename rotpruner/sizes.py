@@ -73,6 +73,7 @@ class Setup:
         ranks: GPUs that share the work.
         sharded: whether they share the blocks' weights too (FSDP2), or hold a copy each.
         device: `cpu` or `gpu`.
+        model: on the meta device; made of the config if left out, and handed on by `dataclasses.replace`.
     """
 
     config: Any
@@ -98,11 +99,11 @@ class Setup:
     ranks: int = 1
     sharded: bool = False
     device: str = "gpu"
+    model: nn.Module = None  # type: ignore[assignment] # noqa: RUF100 - made below
 
-    @cached_property
-    def model(self) -> nn.Module:
-        """The model on the meta device."""
-        return meta_model(self.config)
+    def __post_init__(self) -> None:
+        if self.model is None:
+            object.__setattr__(self, "model", meta_model(self.config))
 
     @cached_property
     def linears(self) -> list[tuple[BlockLinear, int, int]]:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from rotpruner.families import LinearSpec, block_linears, family_of, module_at
 from rotpruner.fusion import fuse_norms
-from rotpruner.replay import BlockReplay
+from rotpruner.replay import BlockReplay, visiting
 from rotpruner.slicing import principal_directions
 from rotpruner.statistics import MomentSums, watch_inputs
 
@@ -25,6 +25,7 @@ def slice_per_block(
     width: int,
     batches: Sequence[Tensor],
     calibration_dtype: torch.dtype | None = None,
+    device: torch.device | None = None,
     progress: Callable[..., Any] = lambda items, description: items,
 ) -> int:
     """SliceGPT's own placement: a PCA basis before every norm, each from what the sliced predecessors give.
@@ -38,6 +39,7 @@ def slice_per_block(
         width: k.
         batches: calibration token ids, each (sequences, seq_len).
         calibration_dtype: of the products that give the statistics; None is the model's own.
+        device: where blocks are run, one at a time; None leaves them where they are.
         progress: wraps the iteration over blocks.
 
     Returns:
@@ -46,19 +48,20 @@ def slice_per_block(
     fuse_norms(model)
     config: Any = model.config
     family, d = family_of(config), config.hidden_size
-    replay = BlockReplay(model, batches, calibration_dtype)
+    replay = BlockReplay(model, batches, calibration_dtype, device)
     for layer, block in enumerate(progress(list(replay.blocks), "PCA block by block")):
         norms = list(dict.fromkeys(spec.norm for spec in family.linears if spec.norm is not None))
-        for before, norm in zip([None, *norms], norms, strict=False):
-            reader = next(spec.path for spec in family.linears if spec.norm == norm)
-            with watch_inputs({reader: block.get_submodule(reader)}, {reader: d}) as sums:
-                replay.run(layer)
-            P = _projection(sums.means()[reader].full(), width)
-            if before is None:
-                _project_input(block, P)
-            else:
-                _project_stream(block, before, _writer_after(family.linears, before), P)
-        replay.advance(layer)
+        with visiting(block, device):
+            for before, norm in zip([None, *norms], norms, strict=False):
+                reader = next(spec.path for spec in family.linears if spec.norm == norm)
+                with watch_inputs({reader: block.get_submodule(reader)}, {reader: d}) as sums:
+                    replay.run(layer)
+                P = _projection(sums.means()[reader].full(), width)
+                if before is None:
+                    _project_input(block, P)
+                else:
+                    _project_stream(block, before, _writer_after(family.linears, before), P)
+            replay.advance(layer)
     sums = MomentSums()
     for states in replay.states:
         sums.add("final", F.rms_norm(states.float(), (d,)), d)

@@ -43,7 +43,8 @@ def permuted_start(
 ) -> RotationSet:
     """Orders of the features of every space, of which N:M keeps more than of the model's own; nothing else turns.
 
-    Features that no linear reads, those of queries and keys and the end of the stream, stay as they were.
+    Features that no linear reads, those of queries and keys and the end of the stream, stay as they were; so do those
+    of blocks over which groups reach, because M does not divide their width.
 
     Args:
         config: of the model.
@@ -60,11 +61,14 @@ def permuted_start(
             if place.spec.reads == space:
                 readers.setdefault(_site(config, place, len(Q)), []).append(place)
         blocks, n = (1, Q.shape[-1]) if is_order(Q) else Q.shape[1:3]
+        if n % pattern.m:
+            continue
         for site, places in readers.items():
-            importances = [
+            importances = (
                 pruner.importance(whole(weights[place], Q.device).float(), moments.get(place.group)) for place in places
-            ]
-            orders = ranks.broadcast(block_orders(importances, blocks, n, pattern), 0)
+            )
+            rows = sum(weights[place].numel() for place in places) // (blocks * n)
+            orders = ranks.broadcast(block_orders(importances, rows, blocks, n, pattern), 0)
             Q[site] = orders[0] if is_order(Q) else permutation_matrix(orders)
     return found
 

@@ -9,10 +9,14 @@ from pathlib import Path
 import pytest
 import torch
 from command_line import fit_arguments
+from hypothesis import settings
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from experiments.__main__ import main
+
+settings.register_profile("here", deadline=None)  # the machine may be slow
+settings.load_profile("here")
 
 WORDS = [
     "the",
@@ -39,7 +43,7 @@ WORDS = [
 
 def tiny_llama(**overrides) -> LlamaForCausalLM:
     """A random LLaMA of two blocks with random norm gains, in evaluation mode."""
-    settings = dict(
+    config = dict(
         hidden_size=32,
         intermediate_size=48,
         num_hidden_layers=2,
@@ -52,7 +56,7 @@ def tiny_llama(**overrides) -> LlamaForCausalLM:
         eos_token_id=0,
     )
     torch.manual_seed(0)
-    model = LlamaForCausalLM(LlamaConfig(**{**settings, **overrides})).eval()
+    model = LlamaForCausalLM(LlamaConfig(**{**config, **overrides})).eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "norm" in name:
@@ -148,6 +152,7 @@ trainer:
 def _alone(tmp_path_factory, monkeypatch, request):
     """Tiny models run on one thread, many times faster than on two, and with caches of their own."""
     threads = torch.get_num_threads()
+    torch.manual_seed(0)  # whatever tests came before in this process
     if "slow" not in request.keywords:
         torch.set_num_threads(1)
         monkeypatch.setenv("ROTPRUNER_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))

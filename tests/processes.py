@@ -104,7 +104,7 @@ def command(arguments: list[str], environment=None) -> None:
 
 def start(arguments: list[str], *callbacks: Callback, **settings) -> int:
     """Fit in one process; its exit status."""
-    return _join([_process(fit, arguments, callbacks, **settings)])[0]
+    return _join([_process(fit, arguments, callbacks, environment=_cache(), **settings)])[0]
 
 
 def start_ranks(
@@ -121,14 +121,18 @@ def start_ranks(
     for rank in range(ranks):
         # As torchrun does: Lightning then starts no processes of its own.
         environment = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "LOCAL_RANK": str(rank), "NODE_RANK": "0"}
-        if "ROTPRUNER_CACHE" in os.environ:  # the server that forks them has the environment of when it was started
-            environment["ROTPRUNER_CACHE"] = os.environ["ROTPRUNER_CACHE"]
+        environment |= _cache()
         own = [callback for callback in callbacks[rank : rank + 1] if callback is not None]
         given = (arguments, own) if target is fit else (arguments,)
         processes.append(_process(target, *given, environment=environment, **settings))
     if meanwhile is not None:
         meanwhile(processes)
     return _join(processes)
+
+
+def _cache() -> dict[str, str]:
+    """Where this test's cache is: the server that forks processes has the environment of when it was started."""
+    return {name: os.environ[name] for name in ("ROTPRUNER_CACHE",) if name in os.environ}
 
 
 def _process(target, *given, **settings):

@@ -8,8 +8,10 @@ from conftest import sample_text, tiny_llama
 
 import rotpruner
 from rotpruner.families import linear_modules
-from rotpruner.oneshot import sparsity_of
-from rotpruner.pruners import Pruner
+from rotpruner.oneshot import prune_model, sparsity_of
+from rotpruner.patterns import parse_pattern
+from rotpruner.pruners import Pruner, resolve_pruner
+from rotpruner.rotations import LearnedRotations, random_rotations
 
 
 class SmallestRow(Pruner):
@@ -51,15 +53,44 @@ def test_prune_returns_a_pruned_copy_and_leaves_the_model_alone(tokenizer, texts
 
 
 @pytest.mark.parametrize("rotate", ["shared", "none"])
-def test_compensate_changes_weights_under_the_same_masks(rotate, tokenizer, texts):
-    settings = dict(rotate=rotate, steps=2, num_sequences=8, seq_len=32, dtype=torch.float32)
+def test_compensate_comes_nearer_under_the_same_masks(rotate, tokenizer, texts):
+    settings = dict(rotate=rotate, steps=2, num_sequences=16, seq_len=32, dtype=torch.float32)
     plain, updated = (
-        rotpruner.prune(tiny_llama(), tokenizer, texts, **settings, compensate=compensate) for compensate in (0, 4)
+        rotpruner.prune(tiny_llama(), tokenizer, texts, **settings, compensate=compensate) for compensate in (0, 16)
     )
     one, other = (linear_modules(model) for model in (plain, updated))
     assert all(torch.equal(one[name].weight != 0, other[name].weight != 0) for name in one)
-    assert any(not torch.equal(one[name].weight, other[name].weight) for name in one)
     assert updated.origin.update == "compensation"
+    ids = tokenizer(sample_text(400, seed=9), return_tensors="pt").input_ids[:, :128].view(4, 32)
+    with torch.no_grad():
+        dense = tiny_llama()(input_ids=ids).logits
+        errors = [(model(input_ids=ids).logits - dense).square().mean() for model in (plain, updated)]
+    assert errors[1] < errors[0]
+
+
+@pytest.mark.parametrize("rotate", ["shared", "none"])
+def test_pruners_that_rebuild_outputs_see_pruned_predecessors(rotate, tokenizer, texts):
+    settings = dict(num_sequences=4, seq_len=32, dtype=torch.float32, pruner="sparsegpt", seed=3)
+    found = rotpruner.prune(tiny_llama(), tokenizer, texts, rotate=rotate, steps=0, **settings)
+    ids = tokenizer("\n\n".join(texts), add_special_tokens=False, return_tensors="pt").input_ids[0]
+    rows = ids[: len(ids) // 32 * 32].view(-1, 32)
+    rows = rows[torch.randperm(len(rows), generator=torch.Generator().manual_seed(3))[:4]]
+    expected = tiny_llama()
+    rotations = None
+    if rotate == "shared":
+        rotations = LearnedRotations(expected.config)()
+    prune_model(expected, resolve_pruner("sparsegpt"), parse_pattern("2:4"), rows.split(1), rotations)
+    for name, module in linear_modules(found).items():
+        torch.testing.assert_close(module.weight, linear_modules(expected)[name].weight, atol=1e-4, rtol=1e-3)
+
+
+def test_a_notebooks_global_state_changes_nothing(tokenizer, texts):
+    settings = dict(num_sequences=4, seq_len=32, dtype=torch.float32, steps=2, lr=1e-2)
+    expected = rotpruner.prune(tiny_llama(), tokenizer, texts, **settings)
+    with torch.no_grad():
+        found = rotpruner.prune(tiny_llama(), tokenizer, texts, gradient_checkpointing=True, **settings)
+    for name, weight in expected.state_dict().items():
+        torch.testing.assert_close(found.state_dict()[name], weight, msg=name)
 
 
 def test_prune_without_spaces_is_the_pruner_alone(tokenizer, texts):
@@ -110,8 +141,22 @@ def test_a_pruner_of_ones_own_is_named_by_its_import_path(tokenizer, texts):
         (dict(pruner="banana"), "banana"),
         (dict(rotate="banana"), "banana"),
         (dict(rotate="none", rotations_directory="kept"), "kept"),
+        (dict(rotate="per_layer", spaces=("value_heads",)), "add residual"),
     ],
 )
 def test_prune_refuses(changes, mention, tokenizer, texts):
     with pytest.raises(rotpruner.InputError, match=mention):
         rotpruner.prune(tiny_llama(), tokenizer, texts, **{"num_sequences": 2, "seq_len": 32, **changes})
+
+
+def test_one_string_is_no_list_of_texts(tokenizer, texts):
+    with pytest.raises(rotpruner.InputError, match=r"as in \[text\]"):
+        rotpruner.prune(tiny_llama(), tokenizer, texts[0], num_sequences=2, seq_len=32)
+
+
+def test_given_rotations_are_used_whatever_spaces_say(tokenizer, texts):
+    rotations = rotpruner.Rotations.of(random_rotations(tiny_llama().config, ["residual"], 0), tiny_llama())
+    pruned = rotpruner.prune(
+        tiny_llama(), tokenizer, texts, rotate=rotations, spaces=(), steps=0, num_sequences=2, seq_len=32
+    )
+    assert pruned.origin.spaces == ("residual",)

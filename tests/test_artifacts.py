@@ -1,12 +1,15 @@
-"""Directories that appear whole or not at all."""
+"""Directories that appear whole or not at all; checkpoints that other programs read."""
 
 from __future__ import annotations
 
+import json
 import os
 
 import pytest
+from tiny_models import MODELS, tiny
+from transformers import AutoConfig, AutoTokenizer
 
-from rotpruner.artifacts import new_directory
+from rotpruner.artifacts import new_directory, save_model
 
 
 def test_a_directory_is_replaced_whole(tmp_path):
@@ -35,3 +38,28 @@ def test_what_was_there_stays_if_its_successor_cannot_take_its_place(tmp_path, m
         (scratch / "file").write_text("new")
     assert (target / "file").read_text() == "old"
     assert list(tmp_path.iterdir()) == [target]
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_exports_have_the_names_of_transformers_4_too(name, tokenizer, tmp_path):
+    """Version 4, and programs that bring it along, would take other rotary frequencies without a word."""
+    model = tiny(name, vocab_size=320)
+    save_model(model, tokenizer, tmp_path / "export")
+    path = tmp_path / "export" / "config.json"
+    config, rope = json.loads(path.read_text()), getattr(model.config, "rope_parameters", None)
+    assert getattr(AutoConfig.from_pretrained(path.parent), "rope_parameters", None) == rope
+    if rope is None:
+        assert "rope_theta" not in config
+    else:
+        turning = rope.get("full_attention", rope)
+        assert config["rope_theta"] == turning["rope_theta"]
+        assert ("rope_scaling" in config) == (turning["rope_type"] != "default") == (name == "llama-3")
+        del config["rope_parameters"]
+        path.write_text(json.dumps(config))
+        assert AutoConfig.from_pretrained(path.parent).rope_parameters == rope, "from the old names alone"
+    settings = json.loads((path.parent / "tokenizer_config.json").read_text())
+    assert settings["tokenizer_class"] == "PreTrainedTokenizerFast"
+    if name != "qwen2":  # to which version 5 gives a tokenizer of its own, by either name
+        again = AutoTokenizer.from_pretrained(path.parent)
+        assert type(again) is type(tokenizer)
+        assert again("the model").input_ids == tokenizer("the model").input_ids

@@ -9,7 +9,7 @@ from pathlib import Path
 import lightning
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from lightning.pytorch.callbacks import ModelCheckpoint
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -68,7 +68,6 @@ def all_windows(text: str, seq_len: int) -> torch.Tensor:
 # Tokens
 
 
-@settings(deadline=None)  # the machine may be slow
 @given(st.lists(st.text("ab é第1.\n", max_size=40), max_size=8), st.integers(1, 30))
 def test_pieces_have_the_tokens_of_the_joined_text(parts, limit):
     joined = "".join(parts)
@@ -214,7 +213,6 @@ def indices(batches: CalibrationBatches) -> list[list[int]]:
     return [batch["index"].tolist() for batch in found]
 
 
-@settings(deadline=None)
 @given(batch_settings())
 def test_an_epoch_visits_every_sequence_once_over_the_ranks(setting):
     ranks = [make(rank=rank, **setting) for rank in range(setting["world_size"])]
@@ -231,7 +229,6 @@ def test_an_epoch_visits_every_sequence_once_over_the_ranks(setting):
             assert sorted(whole) == sorted(row for part in parts for row in part)
 
 
-@settings(deadline=None)
 @given(batch_settings(), st.integers(0, 60), st.data())
 def test_a_resumed_run_goes_on_as_the_uninterrupted_one(setting, stop, data):
     whole, first, second = make(**setting), make(**setting), make(**setting)

@@ -4,24 +4,32 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import shutil
+import time
 from importlib import import_module
 from pathlib import Path
 
 import pytest
 import torch
-from lightning import Trainer
+from lightning import Callback, Trainer
 from lightning.pytorch.loggers import CSVLogger, WandbLogger
 from transformers import AutoModelForCausalLM
 
 from callbacks.finish import Finish
 from callbacks.perplexity import Perplexity, WindowPerplexity
+from callbacks.progress import StepProgress
 from callbacks.repruning import Repruning
-from callbacks.rotation_checkpoint import RotationCheckpoint
+from callbacks.rotation_checkpoint import RotationCheckpoint, last_checkpoint
+from callbacks.rotation_checkpoint import _replace as replace_checkpoint
+from callbacks.steps import EverySteps
 from datamodules.calibration import CalibrationDataModule
+from datamodules.evaluation import token_ids
+from experiments.report_runs import read_curves
 from lightning_modules.rotation_module import RotationModule
 from rotpruner.errors import InputError
 from rotpruner.loading import load_model
+from rotpruner.perplexity import perplexity
 from rotpruner.replay import final_states
 from rotpruner.rotation_artifact import Rotations
 
@@ -30,15 +38,17 @@ from rotpruner.rotation_artifact import Rotations
 def fit(model_directory, text_file, tmp_path):
     """`fit(callbacks, logger)` → the trainer and module after six steps on a tiny model."""
 
-    def run(callbacks, logger=False, **settings) -> tuple[Trainer, RotationModule]:
+    def run(callbacks, logger=False, max_steps=6, log_every_n_steps=1, **settings) -> tuple[Trainer, RotationModule]:
+        limits = {name: settings.pop(name) for name in ("max_epochs", "max_time") if name in settings}
         trainer = Trainer(
             default_root_dir=tmp_path / "run",
-            max_steps=6,
+            max_steps=max_steps,
+            **limits,
             accelerator="cpu",
             logger=logger,
-            log_every_n_steps=1,
+            log_every_n_steps=log_every_n_steps,
             callbacks=callbacks,
-            enable_progress_bar=False,
+            enable_progress_bar=any(isinstance(callback, StepProgress) for callback in callbacks),
             enable_model_summary=False,
             enable_checkpointing=any(isinstance(callback, RotationCheckpoint) for callback in callbacks),
         )
@@ -148,3 +158,84 @@ def test_a_run_that_epochs_limit_ends_with_a_checkpoint(model_directory, text_fi
     data = CalibrationDataModule(str(text_file), 6, 32, 2, model=str(model_directory))
     trainer.fit(RotationModule(str(model_directory), base_dtype="float32"), data)
     assert torch.load(tmp_path / "checkpoints" / "last.ckpt", weights_only=True)["global_step"] == 3
+
+
+def test_the_rate_falls_along_a_cosine_step_by_step(fit):
+    rates = []
+
+    class Rates(Callback):
+        def on_before_optimizer_step(self, trainer, pl_module, optimizer):
+            rates.append(optimizer.param_groups[0]["lr"])
+
+    fit([Rates()])  # three batches an epoch
+    assert rates == pytest.approx([1e-3 * (1 + math.cos(math.pi * step / 6)) for step in range(6)])
+
+
+def test_perplexity_is_logged_at_its_own_steps(fit, test_text_file, tmp_path, tokenizer):
+    """Whatever Lightning's interval is: it would log what it finds at its own steps, and repeat it."""
+    watch = Perplexity([str(test_text_file)], every_n_steps=2, seq_len=32, max_tokens=128)
+    trainer, module = fit([Repruning(5), watch], CSVLogger(tmp_path, name="logs"), log_every_n_steps=50)
+    curves = read_curves(tmp_path)
+    assert [step for step, _ in curves["ppl/other_words"]] == [2, 4, 6]
+    assert [step for step, _ in curves["masks/flipped"]] == [5]
+    assert 0 < curves["masks/flipped"][0][1] < 1
+    ids = token_ids(str(test_text_file), tokenizer)
+    expected = perplexity(module.rotated, ids, seq_len=32, max_tokens=128)
+    assert curves["ppl/other_words"][-1][1] == pytest.approx(expected, rel=1e-5)
+    assert trainer.progress_bar_metrics["ppl/other_words"] == pytest.approx(expected, rel=1e-5)
+
+
+def test_turns_come_once_a_step():
+    steps = EverySteps(2, "Nobody")
+    asked = [0, 0, 1, 1, 2, 2, 3, 4]  # two batches a step
+    assert [step for step in asked if steps.due(step)] == [2, 4]
+    steps.go_on_from(6)
+    assert not steps.due(6)
+    assert steps.due(8)
+
+
+def test_seconds_of_training_are_those_of_all_its_parts():
+    finish = Finish()
+    finish.load_state_dict({"training_seconds": 100.0})
+    assert finish.state_dict()["training_seconds"] == 100
+    finish._started = time.perf_counter() - 5
+    assert finish.state_dict()["training_seconds"] == pytest.approx(105, abs=1)
+
+
+@pytest.mark.parametrize("fails", [1, 2])
+def test_one_checkpoint_is_whole_at_every_moment(fails, tmp_path, monkeypatch):
+    place = tmp_path / "checkpoints"
+    for name in ("last.ckpt", "new"):  # directories of shards
+        (place / name).mkdir(parents=True)
+        (place / name / "meta.pt").touch()
+    moves, move = [], os.replace
+
+    def cut(*given):
+        moves.append(given)
+        if len(moves) == fails:
+            raise KeyboardInterrupt
+        move(*given)
+
+    monkeypatch.setattr(os, "replace", cut)
+    with pytest.raises(KeyboardInterrupt):
+        replace_checkpoint(place / "new", place / "last.ckpt", place / "previous.ckpt")
+    assert (last_checkpoint(tmp_path) / "meta.pt").is_file()
+
+
+def test_rows_of_an_earlier_training_are_dropped(fit, test_text_file, tmp_path):
+    rows = tmp_path / "run" / "rows"
+    rows.mkdir(parents=True)
+    (rows / "rotpruner.json").write_text('{"name": "of another run"}')
+    fit([Finish([str(test_text_file)], 32, 256, controls=[])], max_steps=1)
+    found = json.loads((tmp_path / "run" / "results.json").read_text())["rows"]
+    assert [row["name"] for row in found] == ["dense", "rotpruner"]
+
+
+@pytest.mark.parametrize("settings", [{}, {"lr_scheduler": "constant"}])
+def test_a_run_without_a_last_step_needs_no_schedule_that_asks_for_it(settings, fit):
+    if settings:
+        trainer, _ = fit([StepProgress()], max_steps=-1, max_epochs=-1, max_time="00:00:00:01", **settings)
+        assert trainer.global_step > 0
+    else:
+        with pytest.raises(InputError, match="this run has none: set trainer"):
+            fit([], max_steps=-1, max_epochs=-1, max_time="00:00:00:01")

@@ -8,11 +8,16 @@ import sys
 
 import pytest
 import torch
+import yaml
+from conftest import tiny_llama
+from perplexity_oracle import independent_perplexity
 from tiny_models import MODELS, tiny
 from transformers import AutoModelForCausalLM
 
 from experiments.__main__ import main
+from rotpruner.errors import InputError
 from rotpruner.families import linear_modules
+from rotpruner.loading import load_model
 from rotpruner.oneshot import sparsity_of
 from rotpruner.patterns import parse_pattern
 from rotpruner.surrogates import likeliest_mask
@@ -147,6 +152,94 @@ def test_pruner_row_equals_the_prune_command(fit, prune, capsys, test_text_file)
     assert json.loads(capsys.readouterr().out)["ppl"]["other_words"] == pytest.approx(row["ppl"]["other_words"])
 
 
+@pytest.mark.parametrize(
+    ("pruner", "statistics", "compensate"),
+    [("wanda", "dense", 0), ("sparsegpt", "sequential", 0), ("wanda", "dense", 3)],
+)
+def test_the_export_is_what_the_prune_command_gives_on_the_first_sequences(pruner, statistics, compensate, fit, prune):
+    """The pruner sees `statistics_sequences`, not all that is learned on; if it rebuilds, pruned predecessors."""
+    more = ["--data.num_sequences", "6", "--data.statistics_sequences", "3", "--model.compensate", str(compensate)]
+    _, run = fit("--model.pruner", pruner, *more, "--trainer.callbacks.init_args.controls", "[]")
+    row = json.loads((run / "results.json").read_text())["rows"][-1]
+    settings = dict(pruner=pruner, statistics=statistics, compensate=compensate, num_sequences=3)
+    _, output = prune(rotations=run / "rotations", **settings)
+    for one, other in zip(*(load_model(path).parameters() for path in (run / "export", output)), strict=True):
+        torch.testing.assert_close(one, other)
+    assert row.get("step_length", 0) > 0 if compensate else "step_length" not in row
+
+
+def test_scope_update_and_seed_are_not_ignored(prune, tmp_path):
+    def weights(name, **changes):
+        status, output = prune(output=tmp_path / name, **changes)
+        assert status == 0
+        return load_model(output).model.layers[0].self_attn.q_proj.weight
+
+    for scope, alike in (("row", True), ("layer", False)):
+        kept = (weights(scope, pattern="0.5", scope=scope) != 0).sum(1)
+        assert (len(kept.unique()) == 1) is alike
+    plain, updated, other = weights("plain"), weights("updated", update="sparsegpt"), weights("seed", seed=1)
+    assert torch.equal(plain != 0, updated != 0)
+    assert not torch.equal(plain, updated)
+    assert not torch.equal(plain != 0, other != 0)
+
+
+def test_an_end_that_was_cut_short_goes_on_with_its_rows(fit, monkeypatch, tmp_path):
+    def cut(*_):
+        raise KeyError("cut short")
+
+    with monkeypatch.context() as here:
+        here.setattr("callbacks.finish.write_card", cut)
+        with pytest.raises(KeyError, match="cut short"):
+            fit("--trainer.callbacks+", "callbacks.rotation_checkpoint.RotationCheckpoint")
+    kept = {path.stem: json.loads(path.read_text()) for path in (tmp_path / "run" / "rows").iterdir()}
+    assert set(kept) == {"dense", "pruner", "random_rotation", "rotpruner"}
+    monkeypatch.setattr("callbacks.finish.prune_model", lambda *_, **__: pytest.fail("built again"))
+    status, run = fit("--trainer.callbacks+", "callbacks.rotation_checkpoint.RotationCheckpoint")
+    assert status == 0
+    assert {row["name"]: row for row in json.loads((run / "results.json").read_text())["rows"]} == kept
+
+
+@pytest.mark.parametrize("late", [False, True])
+def test_only_a_run_without_a_step_is_removed_when_its_input_is_refused(late, fit, monkeypatch, capsys, tmp_path):
+    def refuse(*_, **__):
+        raise InputError("the cache is full")
+
+    monkeypatch.setattr(
+        "callbacks.finish.write_card" if late else "rotpruner.rotated_model.RotatedModel.calibrate", refuse
+    )
+    status, run = fit("--trainer.callbacks+", "callbacks.rotation_checkpoint.RotationCheckpoint")
+    assert status == 2
+    assert "the cache is full" in capsys.readouterr().err
+    assert run.exists() is (run / "checkpoints" / "last.ckpt").is_file() is late
+
+
+def test_what_is_seen_of_a_run_may_change_and_options_may_be_younger_than_it(fit):
+    _, run = fit()
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    del config["model"]["offload"], config["trainer"]["accumulate_grad_batches"]
+    (run / "config.yaml").write_text(yaml.safe_dump(config))
+    with pytest.raises(SystemExit, match="0"):
+        fit("--trainer.log_every_n_steps", "7", "--trainer.logger", "false")
+    assert fit("--trainer.accumulate_grad_batches", "2")[0] == 2
+
+
+def test_checkpoints_in_bfloat16_are_measured_in_float32(fit, tokenizer, test_text_file, tmp_path, capsys):
+    """As real LLaMA checkpoints are; the export keeps their dtype."""
+    tiny_llama().bfloat16().save_pretrained(tmp_path / "dense")
+    tokenizer.save_pretrained(tmp_path / "dense")
+    text = test_text_file.read_text()
+    _, run = fit("--model.model", str(tmp_path / "dense"), "--trainer.callbacks.init_args.controls", "[]")
+    rows = json.loads((run / "results.json").read_text())["rows"]
+    capsys.readouterr()
+    assert load_model(run / "export").dtype == torch.bfloat16
+    for directory, row in zip((tmp_path / "dense", run / "export"), rows, strict=True):
+        arguments = ["--model", directory, "--text", test_text_file, "--seq_len", 32, "--max_tokens", 256, "--json"]
+        assert main(["evaluate", *map(str, arguments)]) == 0
+        expected = independent_perplexity(directory, text, 32, 256)
+        assert row["ppl"]["other_words"] == pytest.approx(expected, rel=1e-6)
+        assert json.loads(capsys.readouterr().out)["ppl"]["other_words"] == pytest.approx(expected, rel=1e-6)
+
+
 @pytest.mark.parametrize("name", MODELS)
 def test_every_family_is_rotated_from_the_command_line(name, prune, tokenizer, tmp_path):
     model = tiny(name, vocab_size=320, max_position_embeddings=128)
@@ -167,7 +260,7 @@ def test_fit_of_other_families(name, pruner, fit, tokenizer, tmp_path):
     model.save_pretrained(tmp_path / "dense")
     tokenizer.save_pretrained(tmp_path / "dense")
     spaces = ["--model.spaces", "[" + ", ".join(MODELS[name][2]) + "]"]
-    start = ["--model.start", "permutation"]
+    start = ["--model.start", "permutation", "--trainer.callbacks.init_args.controls", "[]"]
     status, run = fit("--model.model", str(tmp_path / "dense"), "--model.pruner", pruner, *spaces, *start)
     assert status == 0
     exported = AutoModelForCausalLM.from_pretrained(run / "export")

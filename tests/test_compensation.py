@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -11,13 +12,16 @@ from command_line import fit_arguments
 from tiny_models import MODELS, exact, tiny
 
 from experiments.__main__ import main
+from rotpruner import compensation
 from rotpruner.compensation import _distance_to, _fit, check_compensation, compensate, line_search
 from rotpruner.errors import InputError
-from rotpruner.families import block_linears, linear_modules, module_at, residual_sublayers
+from rotpruner.families import block_linears, family_of, linear_modules, module_at, residual_sublayers
 from rotpruner.oneshot import prune_model
 from rotpruner.patterns import parse_pattern
 from rotpruner.pruners import resolve_pruner
+from rotpruner.replay import final_states
 from rotpruner.rotations import merge_rotations, random_rotations
+from rotpruner.teacher import head_at
 
 
 def batches(count: int = 16, seed: int = 0) -> tuple[torch.Tensor, ...]:
@@ -55,8 +59,7 @@ def test_every_row_is_the_least_squares_of_what_it_sees(name):
     _fit(pruned, dense, batches(), 1e-9, None, None, lambda items, description: items)
     norm = residual_sublayers(dense.config)[1].norm
     untouched = copy.deepcopy(dense)
-    # The first block: what comes later has other predecessors, but the same code.
-    for place in [place for place in block_linears(dense.config) if place.layer == 0]:
+    for place in block_linears(dense.config):
         block = place.name.removesuffix(place.spec.path)
         # What the row saw: predecessors updated, itself and its successors not.
         seen = copy.deepcopy(before)
@@ -67,6 +70,7 @@ def test_every_row_is_the_least_squares_of_what_it_sees(name):
         W, V0, V = (module_at(model, place.name).weight for model in (dense, seen, pruned))
         if place.spec.writes == "residual":
             behind = block + norm if place.spec.path.endswith(("o_proj", "out_proj")) else None
+            behind = behind or place.layer + 1
             target = x @ V0.mT + _stream(dense, behind) - _stream(seen, behind)
         else:
             target = _inputs(dense, place.name) @ W.mT
@@ -88,12 +92,13 @@ def _inputs(model, path: str) -> torch.Tensor:
     return torch.cat([x.flatten(0, -2) for x in found])
 
 
-def _stream(model, norm: str | None) -> torch.Tensor:
-    """What a norm gets, or the second block."""
-    if norm is not None:
-        return _inputs(model, norm)
-    states = [model(input_ids=ids, output_hidden_states=True).hidden_states[1] for ids in batches()]
-    return torch.cat([x.flatten(0, -2) for x in states])
+def _stream(model, behind: str | int) -> torch.Tensor:
+    """What a norm gets, or a block by its number, behind the last one the final norm."""
+    if isinstance(behind, int):
+        family = family_of(model.config)
+        last = behind == model.config.num_hidden_layers
+        behind = family.final_norm if last else f"{family.blocks}.{behind}"
+    return _inputs(model, behind)
 
 
 @torch.no_grad()
@@ -116,6 +121,66 @@ def test_a_model_that_lost_nothing_stays():
     compensate(pruned, dense, batches(4))
     for one, other in zip(linear_modules(pruned).values(), linear_modules(dense).values(), strict=True):
         torch.testing.assert_close(one.weight, other.weight, rtol=1e-6, atol=1e-9)
+
+
+@torch.no_grad()
+def test_damping_holds_the_weights_as_they_are():
+    """Without the line search, which would not go where it does harm; a model that lost nothing has nothing to mend."""
+    dense = exact(tiny("smollm2"))
+    same = copy.deepcopy(dense)
+    _fit(same, dense, batches(4), 10.0, None, None, lambda items, description: items)
+    for one, other in zip(linear_modules(same).values(), linear_modules(dense).values(), strict=True):
+        torch.testing.assert_close(one.weight, other.weight)
+
+
+def test_what_finds_the_step_was_not_fitted(monkeypatch):
+    pruned, dense = pair("smollm2")
+    fitted, tried, given = [], [], batches()
+    monkeypatch.setattr(compensation, "_fit", lambda pruned, dense, these, *rest: fitted.extend(these))
+    monkeypatch.setattr(
+        compensation, "_distance_to", lambda dense, these, *rest: tried.extend(these) or (lambda model: 0.0)
+    )
+    compensate(pruned, dense, given)
+    assert len(tried) == 2
+    assert [*map(id, fitted + tried)] == [*map(id, given)]
+
+
+@torch.no_grad()
+def test_a_tied_head_is_brought_to_the_device_after_the_states_are_there(monkeypatch):
+    """On a GPU it takes the embedding with it, which the states begin with."""
+    pruned, dense = pair("smollm2")
+    assert pruned.lm_head.weight is pruned.model.embed_tokens.weight
+    at_device: list[int] = []
+
+    @contextmanager
+    def head(model, device):
+        at_device.append(1)
+        with head_at(model, None) as found:
+            yield found
+        at_device.pop()
+
+    def states(*given):
+        assert not at_device
+        return final_states(*given)
+
+    monkeypatch.setattr(compensation, "head_at", head)
+    monkeypatch.setattr(compensation, "final_states", states)
+    assert _distance_to(dense, batches(2), None, None)(pruned) > 0
+    assert not at_device
+
+
+@pytest.mark.parametrize("name", ["llama-2", "opt"])
+@torch.no_grad()
+def test_checkpoints_in_float16_are_updated_under_bfloat16(name):
+    """As the hub's OPT and LLaMA-2 are, and the shipped configs' products."""
+    dense = tiny(name).half()
+    pruned = copy.deepcopy(dense)
+    prune_model(pruned, resolve_pruner("wanda"), parse_pattern("2:4"), batches(), calibration_dtype=torch.bfloat16)
+    distance = _distance_to(dense, batches()[-2:], torch.bfloat16, None)
+    before = distance(pruned)
+    assert compensate(pruned, dense, batches(), calibration_dtype=torch.bfloat16) > 0
+    assert distance(pruned) < before
+    assert pruned.dtype == torch.float16
 
 
 @pytest.mark.parametrize("vertex", [0.1, 0.43, 0.9])
@@ -154,7 +219,7 @@ def test_the_command_says_how_far_it_went(model_directory, text_file, test_text_
     arguments += ["--output", str(tmp_path / "export"), "--text", str(test_text_file), "--json"]
     assert main(arguments) == 0
     result = json.loads(capsys.readouterr().out)
-    assert 0 <= result["step_length"] <= 1
+    assert 0 < result["step_length"] <= 1
     assert result["sparsity"] == pytest.approx(0.5)
     card = (tmp_path / "export" / "README.md").read_text()
     assert "compensation" in card

@@ -15,6 +15,7 @@ from scipy.stats import entropy as scipy_entropy
 from tiny_models import exact, tiny
 
 from experiments.__main__ import main
+from lightning_modules.rotation_module import RotationModule
 from rotpruner.concentration import entropy, lost_mass
 from rotpruner.errors import InputError
 from rotpruner.objectives import Objective
@@ -125,14 +126,28 @@ def test_learning_concentrates_importance_without_running_the_model(term, ids, m
     assert losses[-1] < losses[0] - 0.01
 
 
-def test_it_goes_with_objectives_of_outputs_and_not_with_slices(ids):
+def test_it_goes_with_objectives_of_outputs_and_not_with_slices(ids, model_directory):
     both = learner(Objective(kl=1.0, entropy=0.1))
     both.calibrate(ids.split(1))
     both.refresh_masks()
     terms = both.loss(ids)
     assert terms["loss"].item() == pytest.approx(terms["kl"].item() + 0.1 * terms["entropy"].item())
-    with pytest.raises(InputError, match="entropy, lost_mass"):
-        Objective(kl=0)
+    with pytest.raises(InputError, match="judge weights: set them to 0"):
+        RotationModule(
+            str(model_directory), pattern="slice:0.25", spaces=["residual"], objective=Objective(kl=1, entropy=1)
+        )
+
+
+def test_mass_is_lost_by_each_blocks_own_pattern(ids):
+    rotated = learner(Objective(kl=0, lost_mass=1.0))
+    rotated.calibrate(ids.split(1))
+    losses = []
+    for patterns in ((0.0, 0.0), (0.0, 0.75), (0.75, 0.0), (0.75, 0.75)):
+        rotated.patterns = [parse_pattern(sparsity) for sparsity in patterns]
+        losses.append(rotated.loss(ids)["lost_mass"].item())
+    assert losses[0] == 0
+    assert 0.01 < losses[1] != losses[2]
+    assert losses[1] + losses[2] == pytest.approx(losses[3])
 
 
 def test_a_fit_of_the_entropy_is_the_warm_start_of_a_fit_of_the_loss(model_directory, text_file, tmp_path):

@@ -1,14 +1,59 @@
-"""Perplexities of models that many runs are compared with are measured once."""
+"""Texts become tokens without additions; perplexities of models that many runs are compared with are measured once."""
 
 from __future__ import annotations
 
+import copy
 import json
 
 import pytest
 import torch
 from conftest import tiny_llama
+from perplexity_oracle import independent_perplexity
+from tokenizers.processors import TemplateProcessing
 
-from datamodules.evaluation import perplexities
+import rotpruner
+from datamodules.calibration import calibration_tokens
+from datamodules.evaluation import perplexities, token_ids
+
+
+@pytest.fixture
+def adding(tokenizer):
+    """A tokenizer that puts a token before every text if it may, as LLaMA's do."""
+    own = copy.deepcopy(tokenizer)
+    own.add_special_tokens({"bos_token": "<s>"})
+    own.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", own.bos_token_id)]
+    )
+    assert own("a model").input_ids[0] == own.bos_token_id
+    return own
+
+
+def test_no_special_token_is_added(adding, text_file, test_text_file):
+    assert adding.bos_token_id not in token_ids(str(test_text_file), adding)
+    sizes = dict(num_sequences=8, seq_len=32, seed=0, tokenizer_name="adding")
+    assert adding.bos_token_id not in calibration_tokens(str(text_file), adding, **sizes)
+    model = tiny_llama(vocab_size=len(adding))
+    seen = []
+    model.register_forward_pre_hook(lambda module, args, kwargs: seen.append(kwargs["input_ids"]), with_kwargs=True)
+    rotpruner.prune(model, adding, [text_file.read_text()], rotate="none", num_sequences=4, seq_len=32)
+    assert seen
+    assert not any((ids == adding.bos_token_id).any() for ids in seen)
+
+
+def test_values_are_those_of_the_definition(tokenizer, test_text_file, tmp_path):
+    model = tiny_llama()
+    model.save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    texts = {"text": token_ids(str(test_text_file), tokenizer)}
+    (found,) = perplexities(model, texts, 32, 256, lambda windows, description: windows).values()
+    assert found == pytest.approx(independent_perplexity(tmp_path / "model", test_text_file.read_text(), 32, 256), 1e-6)
+
+
+def test_a_cache_that_cannot_be_written_ends_nothing(texts, tmp_path, monkeypatch, caplog):
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("ROTPRUNER_CACHE", str(tmp_path / "file"))
+    assert measured(tiny_llama(), texts)[1] == ["here", "there"]
+    assert "is not kept" in caplog.text
 
 
 @pytest.fixture

@@ -70,7 +70,7 @@ def test_card_guesses_nothing():
     text = model_card(Origin("mine", "slice:0.3", basis="pca"), name="export")
     assert "license" not in front_matter(text)
     assert front_matter(text)["tags"] == ["rotpruner", "pruning", "sliced", "slice:0.3"]
-    assert "names none" in text
+    assert "see its own page" in text
     assert "Not measured." in text
     assert "commit unknown" in text
 

@@ -43,6 +43,23 @@ def test_first_step_is_along_the_riemannian_gradient():
     assert torch.allclose((Q.detach() - before) / 1e-6, expected, atol=1e-4)
 
 
+def test_a_second_step_goes_on_with_the_momentum_of_the_first():
+    """Algorithm 1 of Li et al. (2020), its Cayley transform solved exactly; for small steps it is the same."""
+    Q = nn.Parameter(drawn(5, 1)[0, 0])
+    X, M, one = Q.detach().clone(), torch.zeros(5, 5, dtype=torch.float64), torch.eye(5, dtype=torch.float64)
+    optimizer = CayleySGD([Q], lr=1e-3, momentum=0.9)
+    for seed in (0, 1):
+        G = torch.randn(5, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+        Q.grad = G
+        optimizer.step()
+        M = 0.9 * M - G
+        W = M @ X.T - 0.5 * X @ X.T @ M @ X.T
+        W = W - W.T
+        M, A = W @ X, 5e-4 * W
+        X = torch.linalg.solve(one - A, X + A @ X)
+    torch.testing.assert_close(Q.detach(), X, atol=1e-9, rtol=0)
+
+
 def test_stays_orthogonal_in_float32_over_many_large_steps():
     Q = nn.Parameter(drawn(32, 2, torch.float32))
     optimizer = CayleySGD([Q], lr=10.0)

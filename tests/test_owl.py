@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from tiny_models import tiny
 
 from rotpruner.errors import InputError
-from rotpruner.oneshot import prune_model
+from rotpruner.oneshot import layer_patterns, prune_model
 from rotpruner.owl import outlier_sparsities
 from rotpruner.patterns import NM, Unstructured
 from rotpruner.pruners import resolve_pruner
@@ -42,7 +42,7 @@ def test_threshold_is_a_multiple_of_the_layers_mean():
 
 
 @given(st.lists(st.integers(0, 100), min_size=1, max_size=40), st.floats(0.1, 0.9), st.floats(0, 0.09))
-@settings(deadline=None, max_examples=100)
+@settings(max_examples=100)
 def test_mean_is_exact_and_bounds_hold(outliers: list[int], sparsity: float, spread: float):
     sparsities = outlier_sparsities((layer(count) for count in outliers), sparsity, spread=spread)
     assert sum(sparsities) / len(sparsities) == pytest.approx(sparsity, abs=1e-12)
@@ -55,6 +55,29 @@ def test_layers_alike_share_one_sparsity_and_none_give_none():
     assert outlier_sparsities([layer(3)] * 3, 0.5) == [0.5] * 3
     assert outlier_sparsities([torch.zeros(5), torch.zeros(5)], 0.5) == [0.5, 0.5]
     assert outlier_sparsities([], 0.5) == []
+
+
+@torch.no_grad()
+def test_the_block_with_outliers_keeps_more():
+    ids, found = torch.arange(16)[None], []
+    for outlying in (0, 1):
+        model = tiny("llama-2")
+        model.model.layers[outlying].mlp.down_proj.weight[:2] *= 40
+        saliencies: list[list[torch.Tensor]] = [[], []]
+        for layer, block in enumerate(model.model.layers):
+            for linear in block.modules():
+                if isinstance(linear, torch.nn.Linear):
+                    linear.register_forward_pre_hook(
+                        lambda linear, args, own=saliencies[layer]: own.append(
+                            (linear.weight.abs() * args[0].square().mean((0, 1)).sqrt()).flatten()
+                        )
+                    )
+        found.append([each.sparsity for each in layer_patterns(model, Unstructured(0.5), "owl", [ids])])
+        for own in saliencies:
+            own.clear()
+        model(input_ids=ids)
+        assert found[-1] == pytest.approx(outlier_sparsities([torch.cat(own) for own in saliencies], 0.5))
+    assert sorted(found[-1]) == pytest.approx([0.42, 0.58])
 
 
 def test_sparsities_that_were_shared_out_before_are_kept():

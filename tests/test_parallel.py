@@ -108,8 +108,10 @@ def test_a_config_file_alone_fits_on_two_ranks_and_goes_on_after_a_kill(parallel
 
     def kill(victim: int):
         def at_first_checkpoint(processes):
-            known = _number(checkpoint)
+            known, deadline = _number(checkpoint), time.monotonic() + 120
             while _number(checkpoint) == known:
+                assert time.monotonic() < deadline
+                assert all(process.is_alive() for process in processes)
                 time.sleep(0.005)
             os.kill(processes[victim].pid, signal.SIGKILL)
 

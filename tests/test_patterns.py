@@ -11,7 +11,7 @@ from torch import Tensor
 from rotpruner.errors import InputError
 from rotpruner.patterns import NM, Unstructured, parse_pattern
 
-quick = settings(deadline=None, max_examples=60)
+quick = settings(max_examples=60)
 
 
 @st.composite

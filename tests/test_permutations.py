@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from tiny_models import exact, tiny
 
 from lightning_modules.rotation_module import RotationModule
+from rotpruner import permutations
 from rotpruner.errors import InputError
 from rotpruner.loading import load_model
 from rotpruner.oneshot import prune_model
@@ -68,12 +69,39 @@ def test_blocks_keep_their_features_and_their_heads():
     """Two blocks of width 8 that serve two heads each: one order a block, by the rows of both heads."""
     torch.manual_seed(0)
     importance = torch.rand(6, 2 * 2 * 8)
-    orders = block_orders([importance, importance * 1e6], 2, 8, NM(2, 4))
+    orders = block_orders([importance], 12, 2, 8, NM(2, 4))
     heads = importance.view(6, 2, 2, 8)
     for block, order in enumerate(orders):
-        rows = heads[:, block].reshape(-1, 8).repeat(2, 1)
+        rows = heads[:, block].reshape(-1, 8)
         assert kept(rows[:, order], NM(2, 4)) >= kept(rows[:, channel_permutation(rows, NM(2, 4))], NM(2, 4)) * 0.999
-    assert block_orders([torch.rand(3, 12)], 2, 6, NM(2, 4)).tolist() == [list(range(6))] * 2
+
+
+def test_linears_count_alike_whatever_their_scale():
+    one, other = torch.rand(2, 6, 16, generator=torch.Generator().manual_seed(0))
+    orders = [block_orders([one, other * scale], 12, 2, 8, NM(2, 4)) for scale in (1.0, 2.0**-20)]
+    assert torch.equal(*orders)
+    assert not torch.equal(orders[0], block_orders([one], 6, 2, 8, NM(2, 4)))
+
+
+def test_rows_are_sampled_evenly_over_all_linears(monkeypatch):
+    monkeypatch.setattr(permutations, "MOST_ROWS", 5)
+    seen = []
+    monkeypatch.setattr(permutations, "channel_permutation", lambda rows, pattern: seen.append(rows) or torch.arange(4))
+    importances = [torch.full((count, 4), 1.0) for count in (4, 3, 6)]
+    rows = torch.cat([importance / importance.sum() for importance in importances])
+    block_orders(iter(importances), 13, 1, 4, NM(2, 4))
+    assert torch.equal(seen[0], rows[::3])
+
+
+def test_blocks_over_which_groups_reach_stay_as_they_are():
+    stock = tiny("smollm2", head_dim=6)
+    rotations = LearnedRotations(stock.config, ["residual", "value_heads"], start="permutation")
+    rotated = RotatedModel(stock, rotations, resolve_pruner("wanda"), parse_pattern("2:4"))
+    rotated.calibrate([torch.arange(16)[None]])
+    rotated.start_from_statistics("permutation")
+    found = rotations()
+    torch.testing.assert_close(found["value_heads"], torch.eye(6).expand_as(found["value_heads"]))
+    assert not torch.equal(found["residual"][0, 0], torch.eye(24))
 
 
 def test_orders_act_as_their_matrices():

@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import copy
 import time
 
 import pytest
 import torch
 import torch.nn.functional as F
+from tiny_models import tiny
 
 from experiments.__main__ import main
 from experiments.plan import read_setup
+from rotpruner.compensation import compensate
 from rotpruner.errors import InputError
 from rotpruner.loading import load_model
-from rotpruner.oneshot import sparsity_of
+from rotpruner.oneshot import prune_model, sparsity_of
+from rotpruner.patterns import parse_pattern
 from rotpruner.precision import fast_dtype, resolve_dtype
+from rotpruner.pruners import resolve_pruner
+from rotpruner.recovery import SparseRecovery
 
 CPU = torch.device("cpu")
 
@@ -69,6 +75,26 @@ def test_prune_takes_statistics_in_every_dtype(name, model_directory, text_file,
     settings |= {"pruner": "wanda", "pattern": "2:4", "seq_len": 32, "calibration_dtype": name}
     assert main(["prune", *(str(item) for key, value in settings.items() for item in (f"--{key}", value))]) == 0
     assert sparsity_of(load_model(str(tmp_path / "pruned"))) == 0.5
+
+
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
+@torch.no_grad()
+def test_products_are_taken_in_the_dtype_that_is_asked_for(dtype):
+    seen: dict[str, set[torch.dtype]] = {}
+
+    def watched(model, name):
+        module = model.model.layers[0].mlp.up_proj
+        module.register_forward_hook(lambda module, args, output: seen.setdefault(name, set()).add(output.dtype))
+        return model
+
+    ids = torch.arange(64).view(4, 16).split(1)
+    pruned = watched(tiny("llama-2"), "pruner")
+    prune_model(pruned, resolve_pruner("wanda"), parse_pattern("2:4"), ids, calibration_dtype=dtype)
+    recovery = SparseRecovery(watched(copy.deepcopy(pruned), "recovery"), tiny("llama-2"), compute_dtype=dtype)
+    recovery.loss(ids[0])
+    compensate(pruned, watched(tiny("llama-2"), "compensation"), ids, calibration_dtype=dtype)
+    assert seen.pop("recovery") == {dtype or fast_dtype(CPU)}
+    assert seen == {name: {dtype or torch.float32} for name in ("pruner", "compensation")}
 
 
 def test_unknown_names_are_refused():

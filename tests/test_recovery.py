@@ -11,19 +11,24 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+import wandb
 import yaml
 from huggingface_hub import metadata_load
 from safetensors.torch import load_file
 from tiny_models import exact, tiny
+from wandb_file import OfflineRun
 
+from datamodules.evaluation import token_ids
 from experiments.__main__ import main
+from experiments.report_runs import read_curves
 from lightning_modules.recovery_module import RecoveryModule
 from rotpruner.errors import InputError
 from rotpruner.families import linear_modules
-from rotpruner.loading import load_model
+from rotpruner.loading import load_model, load_tokenizer
 from rotpruner.objectives import Objective
 from rotpruner.oneshot import pattern_of, prune_model, sparsity_of
 from rotpruner.patterns import parse_pattern
+from rotpruner.perplexity import perplexity
 from rotpruner.pruners import resolve_pruner
 from rotpruner.recovery import SparseRecovery
 from rotpruner.rotations import random_rotations
@@ -96,7 +101,9 @@ def test_what_cannot_recover_is_refused(model_directory):
     with pytest.raises(InputError, match="as the teacher"):
         SparseRecovery(model, tiny("llama-2", vocab_size=32))
     with pytest.raises(InputError, match="weight_decay"):
-        RecoveryModule(str(model_directory), optimizer=lambda p: torch.optim.AdamW(p, weight_decay=0.01))
+        RecoveryModule(
+            str(model_directory), str(model_directory), optimizer=lambda p: torch.optim.AdamW(p, weight_decay=0.01)
+        )
 
 
 @pytest.fixture
@@ -107,9 +114,10 @@ def recover(model_directory, text_file, test_text_file, tmp_path):
     assert main(["prune", *map(str, settings), "--seq_len", "32", "--num_sequences", "2", "--output", str(pruned)]) == 0
     config = yaml.safe_load(Path("experiments/configs/recovery/smollm2-135m.yaml").read_text())
     config["trainer"]["callbacks"][1]["init_args"]["every_n_steps"] = 2
+    config["trainer"]["callbacks"][2]["init_args"] = {"texts": [str(test_text_file)], "seq_len": 32, "max_tokens": 256}
     (tmp_path / "recovery.yaml").write_text(yaml.safe_dump(config))
 
-    def run(name: str):
+    def run(name: str, *overlays: Path):
         settings = {
             "--model.model": pruned,
             "--model.teacher": model_directory,
@@ -120,12 +128,10 @@ def recover(model_directory, text_file, test_text_file, tmp_path):
             "--trainer.accelerator": "cpu",
             "--trainer.max_steps": 6,
             "--trainer.default_root_dir": tmp_path / name,
-            "--trainer.callbacks.init_args.texts": f"[{test_text_file}]",
-            "--trainer.callbacks.init_args.seq_len": 32,
-            "--trainer.callbacks.init_args.max_tokens": 256,
         }
         given = [str(item) for pair in settings.items() for item in pair]
-        return main(["recover", "-c", str(tmp_path / "recovery.yaml"), *given]), tmp_path / name
+        files = [item for file in (tmp_path / "recovery.yaml", *overlays) for item in ("-c", str(file))]
+        return main(["recover", *files, *given]), tmp_path / name
 
     return run
 
@@ -160,6 +166,38 @@ def test_recover_exports_what_it_learned_and_shows_it_again(recover, capsys):
     with pytest.raises(SystemExit, match="0"):
         recover("run")
     assert "is finished" in " ".join(capsys.readouterr().err.split()), "wherever the line breaks"
+
+
+def test_a_recovery_is_watched_like_a_fit(recover, test_text_file, tmp_path, monkeypatch):
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    watch = tmp_path / "watch.yaml"
+    text = Path("experiments/configs/logging/validation.yaml").read_text()
+    sizes = f"{{texts: [{test_text_file}], every_n_steps: 3, seq_len: 32, max_tokens: 128}}"
+    watch.write_text(re.sub(r"init_args: \{.*\}", f"init_args: {sizes}", text))
+    dashboard = tmp_path / "dashboard.yaml"
+    text = Path("experiments/configs/logging/wandb.yaml").read_text().replace("every_n_steps: 25", "every_n_steps: 2")
+    dashboard.write_text(text.replace("offline: true", f"offline: true, save_dir: {tmp_path}"))
+    status, run = recover("run", watch, dashboard)
+    wandb.finish()
+    assert status == 0
+    watched = read_curves(run)["ppl/other_words"]
+    assert [step for step, _ in watched] == [3, 6]
+    recovered = load_model(run / "export")
+    ids = token_ids(str(test_text_file), load_tokenizer(str(run / "export")))
+    assert watched[-1][1] == pytest.approx(perplexity(recovered, ids, seq_len=32, max_tokens=128), rel=1e-5)
+    (directory,) = (tmp_path / "wandb").glob("offline-run-*")
+    assert len(OfflineRun(directory).values("results/recovered/other_words")) == 1
+
+
+def test_a_recovered_model_keeps_the_dtype_of_the_pruned_one(recover, tmp_path):
+    pruned = load_model(tmp_path / "pruned").bfloat16()
+    pruned.save_pretrained(tmp_path / "pruned")
+    status, run = recover("run")
+    assert status == 0
+    recovered = load_model(run / "export")
+    assert recovered.dtype == torch.bfloat16
+    for name, linear in linear_modules(recovered).items():
+        assert (linear.weight[linear_modules(pruned)[name].weight == 0] == 0).all()
 
 
 @pytest.mark.parametrize("pattern", ["1:4", "2:4", "4:8", "0.5"])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 import subprocess
 
 import pytest
@@ -11,9 +13,12 @@ from conftest import tiny_llama
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from experiments.__main__ import main
+from rotpruner.errors import InputError
 from rotpruner.loading import load_model
 from rotpruner.rotation_artifact import Rotations
 from rotpruner.rotations import random_rotations
+
+ENDLESS = ["--trainer.max_steps", "-1", "--trainer.max_epochs", "-1"]
 
 
 @pytest.mark.parametrize(
@@ -76,6 +81,15 @@ def test_prune_refuses_rotations_of_another_model(prune, fit, capsys, tmp_path, 
     refused(*prune(rotations=run / "rotations"), capsys, "damaged")
 
 
+def test_prune_refuses_what_a_slice_or_masks_would_ignore(prune, capsys):
+    for changes in (dict(update="sparsegpt"), dict(statistics="dense"), dict(scope="layer")):
+        # `pruner` has a default in the fixture, and comes first among what a slice refuses.
+        arguments = ["prune", "--model", "smollm2-135m", "--pattern", "slice:0.3", "--output", "nowhere"]
+        assert main([*arguments, *(item for key, value in changes.items() for item in (f"--{key}", value))]) == 2
+        assert f"leave --{next(iter(changes))} {next(iter(changes.values()))} out" in capsys.readouterr().err
+    refused(*prune(placement="per_block"), capsys, "--placement per_block", "2:4")
+
+
 def test_prune_does_not_overwrite(prune, capsys, tmp_path):
     (tmp_path / "pruned").mkdir()
     (tmp_path / "pruned" / "thesis.txt").write_text("mine")
@@ -130,7 +144,8 @@ def test_evaluate_refuses(changes, mentions, model_directory, test_text_file, ca
         (["--model.spaces", "[]"], ["spaces"]),
         (["--model.surrogate.name", "banana"], ["banana"]),
         (["--model.surrogate", "{name: sigmoid, temperature: 0.01}"], ["temperature 0.01"]),
-        (["--model.surrogate.name", "sigmoid", "--trainer.max_steps", "-1", "--trainer.max_epochs", "-1"], ["sigmoid"]),
+        ([*ENDLESS, "--model.surrogate.name", "sigmoid", "--model.lr_scheduler", "constant"], ["sigmoid", "no end"]),
+        (ENDLESS, ["cosine", "set trainer.max_steps"]),
         (["--model.surrogate.name", "sigmoid", "--model.pruner", "alps"], ["sigmoid", "ALPS"]),
         (["--model.surrogate.name", "gumbel", "--model.pattern", "0.5"], ["gumbel", "0.5"]),
         (["--model.objective.kl", "-1"], ["-1"]),
@@ -193,3 +208,16 @@ def test_an_unknown_update_is_refused_before_anything_is_gathered(prune, capsys)
     error = capsys.readouterr().err
     assert "unknown pruner 'magic'" in error
     assert "calibration" not in error
+
+
+def test_code_beside_a_checkpoint_is_not_run(model_directory, tmp_path):
+    directory, mark = tmp_path / "novel", tmp_path / "mark"
+    shutil.copytree(model_directory, directory)
+    classes = "from transformers import LlamaConfig as C, LlamaForCausalLM as M"
+    (directory / "code.py").write_text(f"open({str(mark)!r}, 'w')\n{classes}\n")
+    config = json.loads((directory / "config.json").read_text())
+    config |= {"model_type": "novel", "auto_map": {"AutoConfig": "code.C", "AutoModelForCausalLM": "code.M"}}
+    (directory / "config.json").write_text(json.dumps(config))
+    with pytest.raises(InputError):
+        load_model(directory)
+    assert not mark.exists()

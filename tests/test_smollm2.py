@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
-import math
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from perplexity_oracle import independent_perplexity
+from transformers import AutoModelForCausalLM
 
 from experiments.__main__ import main
 from rotpruner.embedded import text_path
@@ -21,18 +21,6 @@ QUICK = {
     "--trainer.callbacks.init_args.seq_len": 256,
     "--trainer.callbacks.init_args.max_tokens": 4096,
 }
-
-
-@torch.no_grad()
-def independent_perplexity(directory, text: str, window: int, tokens: int) -> float:
-    model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
-    ids = AutoTokenizer.from_pretrained(directory)(text, add_special_tokens=False).input_ids[:tokens]
-    total = 0.0
-    for start in range(0, tokens, window):
-        chunk = torch.tensor(ids[start : start + window])
-        log_p = model(chunk[None]).logits[0, :-1].double().log_softmax(-1)
-        total -= log_p.gather(1, chunk[1:, None]).sum().item()
-    return math.exp(total / (tokens - tokens // window))
 
 
 def test_quickstart_in_miniature(tmp_path):

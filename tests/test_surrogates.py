@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from itertools import combinations, pairwise
 
 import pytest
@@ -56,6 +57,19 @@ def directional_derivative(loss, parameters, directions, step=1e-5):
             for parameter, direction in zip(parameters, directions, strict=True):
                 parameter.sub_(sign * step * direction)
     return (values[0] - values[1]) / (2 * step)
+
+
+def test_learn_follows_its_schedules(monkeypatch, ids):
+    online = rotated_model(Surrogate(), torch.float32)
+    online.calibrate(ids.split(1))
+    refresh, step, chosen, rates = online.refresh_masks, torch.optim.Adam.step, [], []
+    monkeypatch.setattr(online, "refresh_masks", lambda: chosen.append(len(rates)) or refresh())
+    monkeypatch.setattr(
+        torch.optim.Adam, "step", lambda self: rates.append(self.param_groups[0]["lr"]) or step(self), raising=True
+    )
+    learn(online, [(ids, torch.arange(3))] * 6, steps=6, lr=1e-2, refresh_every=4)
+    assert chosen == [0, 4]
+    assert rates == pytest.approx([5e-3 * (1 + math.cos(math.pi * step / 6)) for step in range(6)])
 
 
 # -- constant and straight through ----------------------------------------------------------------
@@ -161,7 +175,7 @@ def test_sigmoid_moves_the_rotations_by_the_diagonals_of_the_moment_too(ids):
 # -- gumbel ----------------------------------------------------------------------------------------
 
 
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 @given(st.data(), st.integers(2, 6))
 def test_logits_of_a_prior_prefer_it(data, m):
     pattern = parse_pattern(f"{data.draw(st.integers(1, m - 1))}:{m}")

@@ -1,0 +1,49 @@
+"""When a callback's turn is, and where what it finds is logged."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from lightning import Trainer
+
+from rotpruner.errors import InputError
+
+
+class EverySteps:
+    """Counts optimiser steps for a callback that has its turn at every n-th of them, once.
+
+    Hooks of batches whose gradients accumulate are called several times a step, and before the first one too.
+
+    Args:
+        every_n_steps: n.
+        owner: the callback's name.
+
+    Raises:
+        InputError: n < 1.
+    """
+
+    def __init__(self, every_n_steps: int, owner: str) -> None:
+        if every_n_steps < 1:
+            raise InputError(f"every_n_steps {every_n_steps} of {owner} is not positive; give 1 or more")
+        self.every_n_steps = every_n_steps
+        self._last = 0
+
+    def go_on_from(self, step: int) -> None:
+        """A run that is resumed has had this step's turn."""
+        self._last = step
+
+    def ended(self, step: int) -> bool:
+        """Whether another step has ended than at the last question."""
+        ended, self._last = step != self._last, step
+        return ended
+
+    def due(self, step: int) -> bool:
+        """Whether it has, and is a multiple of n."""
+        return self.ended(step) and step % self.every_n_steps == 0
+
+
+def log_at(trainer: Trainer, metrics: Mapping[str, float], step: int) -> None:
+    """Log values of a step now, and once: what `LightningModule.log` is given waits for the trainer's intervals."""
+    for logger in trainer.loggers:
+        logger.log_metrics(dict(metrics), step)
+        logger.save()
