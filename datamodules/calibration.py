@@ -276,6 +276,7 @@ class CalibrationDataModule(lightning.LightningDataModule):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Kept until the batches are made; some strategies read a checkpoint only after that."""
-        self._saved = state_dict or None
-        if self._batches is not None and self._saved is not None:
-            self._batches.load_state_dict(self._saved)
+        if self._batches is None:
+            self._saved = state_dict or None
+        elif state_dict:
+            self._batches.load_state_dict(state_dict)

@@ -70,17 +70,6 @@ def ids() -> torch.Tensor:
     return torch.randint(0, 320, (3, 24), generator=torch.Generator().manual_seed(1))
 
 
-def in_float64(model):
-    """The model in float64 with `torch.nn.RMSNorm`; stock norms compute in float32 whatever the model's dtype."""
-    model = model.double()
-    for name, module in list(model.named_modules()):
-        if type(module).__name__ == "LlamaRMSNorm":
-            norm = torch.nn.RMSNorm(module.weight.numel(), eps=module.variance_epsilon, dtype=torch.float64)
-            norm.weight.data.copy_(module.weight)
-            model.set_submodule(name, norm)
-    return model
-
-
 def sample_text(words: int, seed: int = 0) -> str:
     chooser = random.Random(seed)
     return " ".join(chooser.choice(WORDS) for _ in range(words)) + "."

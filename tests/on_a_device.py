@@ -20,6 +20,7 @@ from rotpruner.pruners import PRUNERS, resolve_pruner
 from rotpruner.replay import moments_by_block
 from rotpruner.rotated_model import RotatedModel
 from rotpruner.rotations import LearnedRotations, merge_rotations, random_rotations
+from rotpruner.slicegpt import slice_per_block
 from rotpruner.surrogates import Surrogate
 
 DEVICES = torch.device("cpu"), ELSEWHERE
@@ -66,7 +67,7 @@ def test_blocks_are_pruned_there(pruner, pattern):
 @pytest.mark.parametrize("name", ["llama-3", "opt"])
 @torch.no_grad()
 def test_rotated_masks_with_dense_statistics_and_the_update(name):
-    found = []
+    masked, updated = [], []
     with elsewhere():
         for device in DEVICES:
             model, dense = exact(tiny(name)), exact(tiny(name))
@@ -77,9 +78,22 @@ def test_rotated_masks_with_dense_statistics_and_the_update(name):
             moments = gather_model_moments(dense, pruner, (), IDS.split(1), gather)
             merge_rotations(model, rotations)
             prune_model(model, pruner, parse_pattern("2:4"), moments=moments, device=device)
+            masked.append(weights(model))
             length = compensate(model, dense, IDS.split(1), device=device)
-            found.append([*weights(model), torch.tensor(length)])
-    assert_same(*found, tolerance=1e-2)
+            updated.append([*weights(model), torch.tensor(length)])
+    assert_same(*masked)
+    assert_same(*updated, tolerance=1e-2)  # conjugate gradients, and a parabola
+
+
+@torch.no_grad()
+def test_every_block_has_a_basis_of_its_own_there():
+    found = []
+    with elsewhere():
+        for device in DEVICES:
+            model = exact(tiny("llama-2"))
+            slice_per_block(model, 16, IDS.split(1), device=device)
+            found.append([model(input_ids=IDS).logits])
+    assert_same(*found, tolerance=1e-5)
 
 
 @torch.no_grad()

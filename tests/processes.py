@@ -11,9 +11,9 @@ from pathlib import Path
 
 import torch
 import wandb
-from conftest import in_float64
 from lightning import Callback
 from safetensors.torch import load_file, save_file
+from tiny_models import exact as in_float64
 from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 

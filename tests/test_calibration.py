@@ -243,6 +243,26 @@ def test_a_resumed_run_goes_on_as_the_uninterrupted_one(setting, stop, data):
     assert indices(second) + indices(second) == wanted[stop:]
 
 
+@pytest.mark.parametrize("made_before", [False, True])
+def test_a_data_module_goes_on_whenever_its_checkpoint_is_read(made_before, text, model):
+    """Strategies that shard read it after the batches are made, if the schedule has asked for their number."""
+
+    def module():
+        return CalibrationDataModule(text, num_sequences=6, seq_len=8, batch_size=2, model=model)
+
+    first, second = module(), module()
+    handed_out = iter(first.train_dataloader())
+    for _ in range(2):
+        next(handed_out)
+    state = json.loads(json.dumps(first.state_dict()))
+    if made_before:
+        second.train_dataloader()
+    second.load_state_dict(state)
+    loader = second._batches if made_before else second.train_dataloader()
+    assert second.sequences_learned == 4
+    assert torch.equal(next(iter(loader))["index"], next(handed_out)["index"])
+
+
 def test_epochs_and_seeds_differ():
     batches = make(16, 4)
     epochs = [indices(batches) for _ in range(3)]

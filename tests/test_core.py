@@ -8,7 +8,8 @@ import sys
 
 import pytest
 import torch
-from conftest import in_float64, tiny_llama
+from conftest import tiny_llama
+from tiny_models import exact
 
 from rotpruner.families import block_linears
 from rotpruner.fusion import fuse_norms
@@ -27,7 +28,7 @@ from rotpruner.surrogates import Surrogate
 SPACES = ("residual", "value_heads")
 
 
-def exact(rotations):
+def in_float64(rotations):
     """float32 rotations made orthogonal to float64 precision."""
     return {space: torch.linalg.qr(Q.double())[0] for space, Q in rotations.items()}
 
@@ -42,7 +43,7 @@ def rotated_model(model, dtype=torch.float64, **settings) -> RotatedModel:
 @pytest.mark.parametrize("head_dim", [8, 12])
 def test_fused_and_rotated_logits_equal_the_original(tied, kv_heads, head_dim, ids):
     shape = dict(tie_word_embeddings=tied, num_key_value_heads=kv_heads, head_dim=head_dim, attention_bias=True)
-    model = in_float64(tiny_llama(**shape))
+    model = exact(tiny_llama(**shape))
     expected = model(input_ids=ids).logits
     fused = copy.deepcopy(model)
     fuse_norms(fused)
@@ -50,7 +51,7 @@ def test_fused_and_rotated_logits_equal_the_original(tied, kv_heads, head_dim, i
     assert not fused.config.tie_word_embeddings
     assert all((module.weight == 1).all() for name, module in fused.named_modules() if name.endswith("norm"))
 
-    rotations = exact(random_rotations(model.config, SPACES, seed=3))
+    rotations = in_float64(random_rotations(model.config, SPACES, seed=3))
     merged = copy.deepcopy(model)
     merge_rotations(merged, rotations)
     assert (merged(input_ids=ids).logits - expected).abs().max() < 1e-9
@@ -68,10 +69,10 @@ def test_fused_and_rotated_logits_equal_the_original(tied, kv_heads, head_dim, i
 
 
 def test_pruned_online_model_equals_the_pruned_merged_one(ids):
-    model = in_float64(tiny_llama())
+    model = exact(tiny_llama())
     plain = copy.deepcopy(model)
     online = rotated_model(model)
-    rotations = exact(random_rotations(plain.config, SPACES, seed=4))
+    rotations = in_float64(random_rotations(plain.config, SPACES, seed=4))
     online.rotations.restart(rotations)
     online.calibrate(ids.split(1))
     online.refresh_masks()
@@ -85,7 +86,7 @@ def test_pruned_online_model_equals_the_pruned_merged_one(ids):
 def test_sequential_statistics_come_from_pruned_predecessors(ids):
     """Against pruning one block at a time by running the whole model anew."""
     pruner, pattern = resolve_pruner("wanda"), parse_pattern("2:4")
-    model, naive = in_float64(tiny_llama()), in_float64(tiny_llama())
+    model, naive = exact(tiny_llama()), exact(tiny_llama())
     prune_model(model, pruner, pattern, ids.split(1))
     for layer in range(2):
         moments = gather_model_moments(naive, pruner, (), ids.split(1))
@@ -110,7 +111,7 @@ def test_wanda_scores_do_not_change_by_fusion_but_magnitude_scores_do(ids):
     for name, equal in (("wanda", True), ("magnitude", False)):
         masks = []
         for fuse in (False, True):
-            model = in_float64(tiny_llama(tie_word_embeddings=False))
+            model = exact(tiny_llama(tie_word_embeddings=False))
             if fuse:
                 fuse_norms(model)
             prune_model(model, resolve_pruner(name), pattern, ids.split(1))
@@ -131,10 +132,10 @@ def test_sr_ste_is_straight_through_plus_the_penalty(ids):
     gradients = []
     for explicit in (False, True):
         online = rotated_model(
-            in_float64(tiny_llama()),
+            exact(tiny_llama()),
             surrogate=Surrogate("straight_through" if explicit else "sr_ste", decay=0.1),
         )
-        online.rotations.restart(exact(random_rotations(online.base.config, SPACES, seed=5)))
+        online.rotations.restart(in_float64(random_rotations(online.base.config, SPACES, seed=5)))
         online.calibrate(ids.split(1))
         online.refresh_masks()
         loss = online.loss(ids)["loss"]
@@ -150,7 +151,7 @@ def test_sr_ste_is_straight_through_plus_the_penalty(ids):
 
 
 def test_constant_mask_gradient_is_that_of_the_masked_model(ids):
-    online = rotated_model(in_float64(tiny_llama()), objective=Objective(kl=1.0, cross_entropy=0.5, cosine=0.1))
+    online = rotated_model(exact(tiny_llama()), objective=Objective(kl=1.0, cross_entropy=0.5, cosine=0.1))
     online.calibrate(ids.split(1))
     online.refresh_masks()
     parameter = online.rotations.spaces["residual"].turn
@@ -171,7 +172,7 @@ def test_constant_mask_gradient_is_that_of_the_masked_model(ids):
 def test_gradient_checkpointing_changes_memory_not_gradients(ids):
     gradients, calls = [], []
     for checkpointing in (False, True):
-        online = rotated_model(in_float64(tiny_llama()), gradient_checkpointing=checkpointing)
+        online = rotated_model(exact(tiny_llama()), gradient_checkpointing=checkpointing)
         online.calibrate(ids.split(1))
         online.refresh_masks()
         count = []
@@ -213,7 +214,7 @@ def test_the_core_imports_no_shell():
 
 def test_dense_loss_is_zero_against_itself_and_gives_weight_gradients():
     """The floor of the step benchmark runs the untouched function, with a gradient at every weight."""
-    model = in_float64(tiny_llama())
+    model = exact(tiny_llama())
     online = RotatedModel(model, LearnedRotations(model.config), resolve_pruner("magnitude"), parse_pattern("2:4"))
     online.double().refresh_masks()
     ids = torch.randint(0, 320, (2, 16))

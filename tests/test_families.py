@@ -32,15 +32,6 @@ from rotpruner.rotations import (
 )
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread():
-    """Models this small lose more to the waiting of threads than they win."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.fixture(autouse=True)
 def _softmax_in_its_own_dtype(monkeypatch):
     """Eager attention, the only one with Gemma-2's caps, asks for a softmax in float32."""

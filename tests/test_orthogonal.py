@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import in_float64, tiny_llama
+from conftest import tiny_llama
+from tiny_models import exact
 
 from rotpruner.orthogonal import (
     OrthogonalMatrices,
@@ -72,7 +73,7 @@ def test_rotated_moments_are_the_moments_of_rotated_inputs():
 
 
 def test_gathered_moments_are_means_over_all_tokens(ids):
-    model = in_float64(tiny_llama())
+    model = exact(tiny_llama())
     seen = []
     layer = model.model.layers[1].mlp
     layer.down_proj.register_forward_pre_hook(lambda module, args: seen.append(args[0].flatten(0, 1)))

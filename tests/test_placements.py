@@ -171,7 +171,7 @@ def test_learned_placements_prune_as_they_were_trained(placement, ids):
         optimizer.step()
         optimizer.zero_grad()
         losses.append(loss.item())
-    assert min(losses[-5:]) < losses[0]
+    assert sum(losses[-5:]) / 5 < 0.95 * losses[0]
     rotated.refresh_masks()
     rotations = {space: Q.detach() for space, Q in learned().items()}
     assert len(rotations["residual"].flatten(1).unique(dim=0)) > 1  # neighbours have parted

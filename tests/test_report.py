@@ -19,11 +19,12 @@ from safetensors.torch import load_file
 
 from callbacks import finish
 from experiments.__main__ import main
-from rotpruner.diagnostics import kept_mass, layer_table, relative_error, write_diagnostics
+from experiments.report_runs import read_curves
+from rotpruner.diagnostics import block_means, kept_mass, layer_table, relative_error, write_diagnostics
 from rotpruner.oneshot import gather_model_moments, prune_model
 from rotpruner.patterns import parse_pattern
 from rotpruner.pruners import resolve_pruner
-from rotpruner.rotations import random_rotations
+from rotpruner.rotations import merge_rotations, random_rotations
 from rotpruner.statistics import Moment
 
 # -- the numbers -------------------------------------------------------------------------------------
@@ -73,11 +74,40 @@ def test_layer_table_reports_what_the_pruner_did():
         assert 0.25 < row["kept_mass"]["own"] < 1
         assert 0.25 < row["kept_mass"]["learned"] < 1
         assert 0.1 < row["error"] < 1
+    # Queries, of the merged model with statistics of its own: what the pruner has judged.
+    merged, wanda = tiny_llama(), resolve_pruner("wanda")
+    merge_rotations(merged, rotations)
+    full = gather_model_moments(merged, resolve_pruner("sparsegpt"), (), batches)
+    for row in rows[::7]:
+        weight, moment = merged.get_submodule(row["name"]).weight.detach(), full[row["name"]]
+        error = relative_error(weight, pruned.get_submodule(row["name"]).weight.detach(), moment)
+        saliency = wanda.saliency(weight, moment)
+        assert row["error"] == pytest.approx(error, rel=1e-3)
+        assert row["kept_mass"]["learned"] == pytest.approx(kept_mass(saliency, pattern.mask(saliency)), rel=1e-3)
+        assert abs(row["kept_mass"]["own"] - row["kept_mass"]["learned"]) > 1e-3
     # Of a narrower model, what is missing counts; a pattern of whole directions has no masks to speak of.
     narrow = tiny_llama(hidden_size=16, intermediate_size=24)
     row = layer_table(tiny_llama(), narrow, {}, {}, pruner, [])[4]
     assert row["sparsity"] == pytest.approx(0.75)
     assert row["error"] is row["kept_mass"] is None
+
+
+def test_means_of_blocks_are_over_weights():
+    rows = [
+        {"layer": 0, "weights": 1, "of": 0},
+        {"layer": 0, "weights": 3, "of": 1},
+        {"layer": 1, "weights": 2, "of": 5},
+    ]
+    assert block_means(rows, lambda row: row["of"]) == {0: 0.75, 1: 5}
+
+
+def test_later_logs_win_where_a_resumed_run_has_repeated_a_step(tmp_path):
+    for version, (loss, made) in enumerate(((3.0, 200), (7.0, 100))):  # by time, not by number
+        path = tmp_path / "logs" / f"version_{version}" / "metrics.csv"
+        path.parent.mkdir(parents=True)
+        path.write_text(f"epoch,step,train/loss\n0,{version},1.0\n0,5,{loss}\n")
+        os.utime(path, (made, made))
+    assert read_curves(tmp_path) == {"train/loss": [(0, 1.0), (1, 1.0), (5, 3.0)]}
 
 
 def test_each_block_is_scored_by_the_pattern_that_it_was_pruned_by():

@@ -7,10 +7,11 @@ from itertools import combinations, pairwise
 
 import pytest
 import torch
-from conftest import in_float64, tiny_llama
+from conftest import tiny_llama
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import chisquare, gumbel_r, kstest
+from tiny_models import exact
 
 from rotpruner.api import learn
 from rotpruner.errors import InputError
@@ -40,7 +41,7 @@ def drawn(*shape, seed=0):
 def rotated_model(surrogate, dtype=torch.float64, **settings) -> RotatedModel:
     model = tiny_llama()
     rotations = LearnedRotations(model.config, ("residual", "value_heads")).to(dtype)
-    model = in_float64(model) if dtype == torch.float64 else model
+    model = exact(model) if dtype == torch.float64 else model
     return RotatedModel(
         model, rotations, resolve_pruner("wanda"), parse_pattern("2:4"), surrogate=surrogate, **settings
     )

@@ -101,8 +101,18 @@ def test_plots_show_steps_and_sparsities(tmp_path):
         record = {"row": {"pruner": "magnitude", "pattern": pattern}, "command": "fit", "commit": "abcdef012"}
         record |= {"result": {"rotpruner": row}, "curves": {"ppl/text": [[5, 40.0], [10, 20.0]]}}
         (directory / f"{pattern.replace(':', 'of')}.json").write_text(json.dumps(record))
+    stored = Path("experiments/results")
+    for name in ("step.json", "inference.json"):
+        shutil.copy(stored / name, tmp_path / "results")
     output = tmp_path / "RESULTS.md"
     assert main(["results", "--results", str(tmp_path / "results"), "--output", str(output)]) == 0
+    step, inference = (json.loads((stored / name).read_text()) for name in ("step.json", "inference.json"))
+    memory = step["peak_bytes"] / step["dense_fp32_bytes"]
+    for shown in (f"{step['ratio']:.3f} × forward and backward", f"{memory:.2f} × the dense model", "2 × 1,024 tokens"):
+        assert shown in output.read_text()
+    for row in inference["rows"]:
+        (line,) = (line for line in output.read_text().splitlines() if line.startswith(f"| {row['model']} | "))
+        assert f"| {row['prefill']['tokens_per_second']:.0f} | {row['prefill']['ratio']:.3f} (" in line
     assert "![Perplexity on text against step](results/plots/steps-text.svg)" in output.read_text()
     steps, sparsity = ((tmp_path / f"results/plots/{name}-text.svg").read_text() for name in ("steps", "sparsity"))
     assert all(f">tiny {name}<" in steps for name in ("0.3", "0.5", "2of4"))
