@@ -90,7 +90,7 @@ class Dashboard(Callback):
         now = time.perf_counter()
         tokens = batch["input_ids"].numel() * trainer.world_size
         pl_module.log("throughput/tokens_per_second", tokens / (now - self._clock))
-        if self._steps.due(trainer.global_step) and hasattr(pl_module, "rotated"):
+        if self._steps.take_turn(trainer.global_step) and hasattr(pl_module, "rotated"):
             self._look(pl_module, trainer.global_step)
         self._clock = time.perf_counter()  # looking is not learning
 

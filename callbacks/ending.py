@@ -52,12 +52,13 @@ class Ending(Callback, ABC):
         self._commit: str | None = None
 
     def state_dict(self) -> dict[str, Any]:
-        """Seconds of training so far, so that a resumed run reports all of them."""
-        return {"training_seconds": self._elapsed()}
+        """Seconds of training so far, so that a resumed run reports all of them, and the commit that it began at."""
+        return {"training_seconds": self._elapsed(), "commit": self._commit}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Count on."""
         self._training_seconds = state_dict["training_seconds"]
+        self._commit = state_dict.get("commit", self._commit)  # before or after `on_fit_start`, as the strategy has it
 
     def _elapsed(self) -> float:
         return self._training_seconds + (time.perf_counter() - self._started if self._started else 0.0)
@@ -68,7 +69,8 @@ class Ending(Callback, ABC):
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Read the test texts before anything long begins; on every rank, so that all of them stop at a bad one."""
-        self._started, self._commit = time.perf_counter(), commit()  # the checkout may move on while this runs
+        self._started = time.perf_counter()
+        self._commit = self._commit or commit()  # the checkout may move on while this runs
         tokenizer = load_tokenizer(pl_module.model_name)  # type: ignore[arg-type]
         self._ids = tokenize_texts(self.texts, tokenizer, self.seq_len, self.max_tokens)
 

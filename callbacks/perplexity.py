@@ -84,7 +84,7 @@ class Perplexity(Callback):
     ) -> None:
         """Ranks share the windows."""
         step, module = trainer.global_step, cast(Any, pl_module)
-        if not self._steps.due(step):
+        if not self._steps.take_turn(step):
             return
         for name, text_windows in self._windows.items():
             metric = WindowPerplexity().to(pl_module.device)

@@ -82,7 +82,7 @@ class RotationCheckpoint(Checkpoint):
     ) -> None:
         """Save at the end of a step, never between batches whose gradients accumulate."""
         step = trainer.global_step
-        if not self._steps.ended(step):
+        if not self._steps.advance(step):
             return
         ranks: Any = pl_module.ranks
         ending = bool(ranks.any(torch.tensor(self._terminated, device=pl_module.device)))

@@ -32,14 +32,14 @@ class EverySteps:
         """A run that is resumed has had this step's turn."""
         self._last = step
 
-    def ended(self, step: int) -> bool:
-        """Whether another step has ended than at the last question."""
-        ended, self._last = step != self._last, step
-        return ended
+    def advance(self, step: int) -> bool:
+        """Take note of a number of steps; whether another was noted before."""
+        advanced, self._last = step != self._last, step
+        return advanced
 
-    def due(self, step: int) -> bool:
-        """Whether it has, and is a multiple of n."""
-        return self.ended(step) and step % self.every_n_steps == 0
+    def take_turn(self, step: int) -> bool:
+        """Take note of it; whether it is a turn that has not been taken."""
+        return self.advance(step) and step > 0 and step % self.every_n_steps == 0
 
 
 def log_at(trainer: Trainer, metrics: Mapping[str, float], step: int) -> None:

@@ -121,10 +121,7 @@ class FitCLI(LightningCLI):
     def _complete(self, known: dict[str, Any]) -> dict[str, Any]:
         """A recorded configuration with today's defaults for options that are younger than it."""
         defaults = yaml.safe_load(self.parser.dump(self.parser.get_defaults(), skip_validation=True, skip_none=False))
-        return {
-            part: {**defaults[part], **settings} if isinstance(settings, dict) and part in defaults else settings
-            for part, settings in known.items()
-        }
+        return _filled(known, defaults)
 
     def instantiate_classes(self) -> None:
         """Build everything; the parser wraps what a callback's constructor refuses, once for each type it tries."""
@@ -142,7 +139,8 @@ class FitCLI(LightningCLI):
         if self.config.trainer.logger is None:
             kwargs["logger"] = own
         trainer: Any = super().instantiate_trainer(**kwargs)
-        if trainer.loggers and not any(isinstance(logger, CSVLogger) for logger in trainer.loggers):
+        others = [getattr(logger, "root_dir", None) for logger in trainer.loggers]
+        if others and own.root_dir not in others and not trainer.fast_dev_run:
             trainer.loggers = [*trainer.loggers, own]
         trainer.callbacks.append(RunRecord(self.config_record))
         sharded = self.resume_from is not None and self.resume_from.is_dir()
@@ -152,6 +150,10 @@ class FitCLI(LightningCLI):
                 "under any number of processes"
             )
         return trainer
+
+
+#: Callbacks that change nothing of what a run writes but its logs.
+_WATCHING = ("callbacks.dashboard.Dashboard", "callbacks.perplexity.Perplexity", "callbacks.progress.StepProgress")
 
 
 def _what_is_learned(config: dict[str, Any], finished: bool) -> dict[str, Any]:
@@ -170,10 +172,22 @@ def _what_is_learned(config: dict[str, Any], finished: bool) -> dict[str, Any]:
     }
     if not finished:
         places["data"].add("batch_size")
+    trainer = config.get("trainer", {})
+    if isinstance(trainer.get("callbacks"), list):
+        others = [callback for callback in trainer["callbacks"] if callback["class_path"] not in _WATCHING]
+        config = {**config, "trainer": {**trainer, "callbacks": others}}
     return {
         part: {key: value for key, value in settings.items() if key not in places[part]} if part in places else settings
         for part, settings in config.items()
     }
+
+
+def _filled(known: Any, defaults: Any) -> Any:
+    """A configuration with defaults where it says nothing; what names a class has arguments of its own."""
+    if not isinstance(known, dict) or not isinstance(defaults, dict) or "class_path" in known:
+        return known
+    filled = {key: _filled(value, defaults.get(key)) for key, value in known.items()}
+    return {**{key: value for key, value in defaults.items() if key not in known}, **filled}
 
 
 def _differences(known: Any, given: Any, name: str = "") -> Iterator[str]:
@@ -222,9 +236,8 @@ def run_to_the_end(cli: FitCLI) -> None:
     try:
         cli.trainer.fit(cli.model, cli.datamodule, ckpt_path=cli.resume_from, weights_only=True)
     except InputError:
-        if (
-            not existed and cli.trainer.global_step == 0
-        ):  # Lightning makes the loggers' directories before it looks at the model
+        # Lightning makes the loggers' directories before it looks at the model.
+        if not existed and cli.trainer.global_step == 0:
             shutil.rmtree(cli.run_directory, ignore_errors=True)
         raise
     except RuntimeError as error:

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from datamodules.calibration import CalibrationDataModule
+from datamodules.calibration import CalibrationBatches, CalibrationDataModule
 from experiments.arguments import Parser, at_least
 from experiments.arguments import report as print_json
 from experiments.fit import FitCLI
@@ -174,13 +174,14 @@ def _steps(trainer: Any, data: Any, ranks: int) -> int:
     Raises:
         InputError: the ranks' batches are more than the sequences.
     """
-    batches = data.num_sequences // (data.batch_size * ranks)
-    if batches == 0:
-        raise InputError(
-            f"batch_size {data.batch_size} on each of {ranks} ranks is more than {data.num_sequences} sequences: "
-            "give a smaller batch_size or more num_sequences"
-        )
-    epochs = trainer.max_epochs if trainer.max_epochs is not None else -1 if trainer.max_steps > 0 else 1000
+    batches = len(CalibrationBatches(torch.empty(data.num_sequences, 0), data.batch_size, world_size=ranks))
+    epochs = (
+        trainer.max_epochs
+        if trainer.max_epochs is not None
+        else -1
+        if trainer.max_steps > 0 or trainer.max_time
+        else 1000
+    )
     limits = [trainer.max_steps] if trainer.max_steps > 0 else []
     if epochs >= 0:
         limits.append(epochs * -(-batches // (trainer.accumulate_grad_batches or 1)))

@@ -30,6 +30,7 @@ from rotpruner.oneshot import (
 )
 from rotpruner.patterns import Scope, Slice, parse_pattern
 from rotpruner.precision import resolve_dtype
+from rotpruner.provenance import commit
 from rotpruner.pruners import PRUNERS, resolve_pruner
 from rotpruner.replay import moments_by_block
 from rotpruner.rotation_artifact import Rotations
@@ -43,6 +44,7 @@ def main(arguments: list[str]) -> None:
     """Print `{"pattern", "sparsity", "seconds", "parameters"}`, and `"output"` or `"ppl"` if these were asked for."""
     options = _parser().parse_args(arguments)
 
+    begun_at = commit()
     if options.output is None and not options.text:
         raise InputError("nothing to do with the pruned model: give --output, --text, or both")
     pattern = parse_pattern(options.pattern, options.scope)
@@ -123,14 +125,14 @@ def main(arguments: list[str]) -> None:
         result["online_flops"] = flops
     if options.output is not None:
         save_model(model, tokenizer, options.output)
-        write_card(options.output, _origin(options, rotations, [{"name": "pruned", **result}]), config)
+        write_card(options.output, _origin(options, rotations, [{"name": "pruned", **result}]), config, begun_at)
         console.print(f"saved {options.output}")
         result["output"] = str(options.output)
     if texts:
         measured = texts, options.seq_len, options.max_tokens, track
         result["ppl"] = perplexities(model.float(), *measured, device=options.device)
         if options.output is not None:
-            write_card(options.output, _origin(options, rotations, [{"name": "pruned", **result}]), config)
+            write_card(options.output, _origin(options, rotations, [{"name": "pruned", **result}]), config, begun_at)
     report(result, options.json)
 
 
@@ -214,7 +216,7 @@ def _parser() -> Parser:
         "--calibration_dtype",
         choices=("auto", "float32", "bfloat16"),
         help="of the matrix products that give the statistics; auto: bfloat16 where the device has instructions for "
-        "it, else float32; the model's own if left out",
+        "it, else float32; the model's own if left out, or if that has 16 bits",
     )
     add_device(parser)
     return parser

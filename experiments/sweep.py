@@ -57,10 +57,9 @@ def main(arguments: list[str]) -> None:
         sweep["title"], table = f"{sweep['title']}, on {options.config.stem}", f"{table}-{options.config.stem}"
     settings = _settings(options.set)
     columns = list(dict.fromkeys(key for row in sweep["rows"] for key in row))
-    if fixed := settings.keys() & columns:
-        raise InputError(
-            f"--set {', '.join(sorted(fixed))} would be overruled by the rows of {options.file}: edit those"
-        )
+    own = [] if sweep["command"] == "prune" else ["trainer.default_root_dir"]
+    if fixed := settings.keys() & {*columns, *own}:
+        raise InputError(f"--set {', '.join(sorted(fixed))} would be overruled by the rows of {options.file}")
     sweep["arguments"].update(settings)
     directory, planned = options.results / table, list(rows(sweep, options.runs / table))
     names = [name for name, _, _ in planned]

@@ -9,8 +9,9 @@ from lightning import LightningModule
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor
 
-from lightning_modules.devices import check_trainer, root_device
+from lightning_modules.devices import root_device
 from lightning_modules.schedules import check_schedule, with_schedule
+from lightning_modules.trainers import check_trainer
 from rotpruner.distributed import Ranks
 from rotpruner.errors import InputError
 from rotpruner.loading import check_seq_len, load_config, load_model

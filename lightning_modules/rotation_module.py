@@ -15,8 +15,9 @@ from rich.progress import track
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from lightning_modules.devices import check_trainer, endless, root_device
+from lightning_modules.devices import root_device
 from lightning_modules.schedules import check_schedule, with_schedule
+from lightning_modules.trainers import check_trainer, endless
 from rotpruner.basis import check_offload
 from rotpruner.compensation import check_compensation
 from rotpruner.distributed import Ranks

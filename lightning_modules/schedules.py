@@ -9,7 +9,7 @@ from lightning.pytorch.cli import LRSchedulerCallable
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import CosineAnnealingLR
 
-from lightning_modules.devices import endless
+from lightning_modules.trainers import endless
 from rotpruner.errors import InputError
 
 

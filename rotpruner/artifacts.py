@@ -85,20 +85,28 @@ def save_model(
 def _spell_for_version_4(checkpoint: Path) -> None:
     """Add the names that transformers 4 knows, and programs that bring it along; version 5 reads both.
 
-    Version 4 takes no notice of `rope_parameters`, and without a word its default for `rope_theta`.
+    Version 4 takes no notice of `rope_parameters`, and without a word its default for `rope_theta`; of tokenizers it
+    does not know the class, and fails at a list of `extra_special_tokens`.
     """
     config = json.loads((checkpoint / "config.json").read_text(encoding="utf-8"))
+    config["torch_dtype"] = config.get("dtype")
     rope = config.get("rope_parameters") or {}
     turning = rope.get("full_attention", rope)
     if "rope_theta" in turning:
         scaling = {name: value for name, value in turning.items() if name != "rope_theta"}
         config["rope_theta"] = turning["rope_theta"]
+        if "partial_rotary_factor" in scaling:
+            config["partial_rotary_factor"] = scaling["partial_rotary_factor"]
         if scaling.get("rope_type", "default") != "default":
             config["rope_scaling"] = scaling
         if "sliding_attention" in rope:
             config["rope_local_base_freq"] = rope["sliding_attention"]["rope_theta"]
-        write_json(config, checkpoint / "config.json")
+    write_json(config, checkpoint / "config.json")
     path = checkpoint / "tokenizer_config.json"
-    settings = json.loads(path.read_text(encoding="utf-8"))
-    if settings.get("tokenizer_class") == "TokenizersBackend":
-        write_json(settings | {"tokenizer_class": "PreTrainedTokenizerFast"}, path)
+    if path.is_file():  # some tokenizers, such as Mistral's own, are saved in other forms
+        settings = json.loads(path.read_text(encoding="utf-8"))
+        if settings.get("tokenizer_class") == "TokenizersBackend":
+            settings["tokenizer_class"] = "PreTrainedTokenizerFast"
+        if isinstance(settings.get("extra_special_tokens"), list):
+            settings["additional_special_tokens"] = settings.pop("extra_special_tokens")
+        write_json(settings, path)

@@ -61,7 +61,7 @@ def compensate(
         dense: the same model before, in the same basis.
         batches: two or more of calibration token ids, each (sequences, seq_len); the last eighth finds the step length.
         damping: λ = damping · mean(diag H) holds a row's weights near those that it has.
-        calibration_dtype: of the matrix products of the two models; None is their own.
+        calibration_dtype: of the matrix products of the two models, as in `BlockReplay`; None is their own.
         device: where blocks are run and updated, one of each model at a time; None leaves them where they are.
         progress: wraps the iteration over blocks.
 

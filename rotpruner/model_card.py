@@ -97,8 +97,8 @@ def write_card(directory: str | Path, origin: Origin, base_config: Any = None, m
     """
     facts = Origin(**public(asdict(origin)))
     known = license_of(origin.base_model, base_config)
-    made_by: Any = {"commit": made_at or commit(), "versions": versions()}
-    text = model_card(facts, name=Path(directory).resolve().name, license=known, **made_by)
+    name, at = Path(directory).resolve().name, made_at or commit()
+    text = model_card(facts, name=name, license=known, commit=at, versions=versions())
     write_text(text, Path(directory) / CARD)
 
 

@@ -73,4 +73,5 @@ def block_orders(importances: Iterable[Tensor], rows: int, blocks: int, n: int, 
         own = rearrange(importance / importance.sum(), "o (b r n) -> b (o r) n", b=blocks, n=n)
         kept.append(own[:, first::stride].contiguous())  # not a view, which would hold them all
         first = (first - own.shape[1]) % stride
+        del importance, own  # before the next is made
     return torch.stack([channel_permutation(own.float(), pattern) for own in torch.cat(kept, dim=1)])

@@ -10,12 +10,11 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
 import torch
-from torch import nn
 
 from rotpruner.families import BlockLinear, block_linears, module_at
 from rotpruner.loading import meta_model
@@ -73,7 +72,7 @@ class Setup:
         ranks: GPUs that share the work.
         sharded: whether they share the blocks' weights too (FSDP2), or hold a copy each.
         device: `cpu` or `gpu`.
-        model: on the meta device; made of the config if left out, and handed on by `dataclasses.replace`.
+        model: of the config, on the meta device; made if left out, and handed on by `dataclasses.replace`.
     """
 
     config: Any
@@ -99,7 +98,7 @@ class Setup:
     ranks: int = 1
     sharded: bool = False
     device: str = "gpu"
-    model: nn.Module = None  # type: ignore[assignment] # noqa: RUF100 - made below
+    model: Any = field(default=None, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         if self.model is None:

@@ -38,7 +38,7 @@ def slice_per_block(
         model: plain model, changed in place.
         width: k.
         batches: calibration token ids, each (sequences, seq_len).
-        calibration_dtype: of the products that give the statistics; None is the model's own.
+        calibration_dtype: of the products that give the statistics, as in `BlockReplay`; None is the model's own.
         device: where blocks are run, one at a time; None leaves them where they are.
         progress: wraps the iteration over blocks.
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
+from pathlib import Path
 
 import pytest
 from tiny_models import MODELS, tiny
@@ -43,7 +45,8 @@ def test_what_was_there_stays_if_its_successor_cannot_take_its_place(tmp_path, m
 @pytest.mark.parametrize("name", MODELS)
 def test_exports_have_the_names_of_transformers_4_too(name, tokenizer, tmp_path):
     """Version 4, and programs that bring it along, would take other rotary frequencies without a word."""
-    model = tiny(name, vocab_size=320)
+    model, tokenizer = tiny(name, vocab_size=320), copy.deepcopy(tokenizer)
+    tokenizer.add_special_tokens({"extra_special_tokens": ["<|turn|>"]})
     save_model(model, tokenizer, tmp_path / "export")
     path = tmp_path / "export" / "config.json"
     config, rope = json.loads(path.read_text()), getattr(model.config, "rope_parameters", None)
@@ -59,7 +62,20 @@ def test_exports_have_the_names_of_transformers_4_too(name, tokenizer, tmp_path)
         assert AutoConfig.from_pretrained(path.parent).rope_parameters == rope, "from the old names alone"
     settings = json.loads((path.parent / "tokenizer_config.json").read_text())
     assert settings["tokenizer_class"] == "PreTrainedTokenizerFast"
+    assert settings["additional_special_tokens"] == ["<|turn|>"]
+    assert "extra_special_tokens" not in settings
+    assert config["torch_dtype"] == "float32"
     if name != "qwen2":  # to which version 5 gives a tokenizer of its own, by either name
         again = AutoTokenizer.from_pretrained(path.parent)
         assert type(again) is type(tokenizer)
-        assert again("the model").input_ids == tokenizer("the model").input_ids
+        assert again("the<|turn|> model").input_ids == tokenizer("the<|turn|> model").input_ids
+        assert again.all_special_tokens == tokenizer.all_special_tokens
+
+
+def test_a_tokenizer_that_is_saved_in_another_form_does_not_end_an_export(tokenizer, tmp_path):
+    class Other(type(tokenizer)):
+        def save_pretrained(self, directory):
+            (Path(directory) / "tekken.json").write_text("{}")
+
+    save_model(tiny("mistral"), Other(tokenizer_object=tokenizer.backend_tokenizer), tmp_path / "export")
+    assert (tmp_path / "export" / "tekken.json").is_file()

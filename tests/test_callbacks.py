@@ -188,16 +188,17 @@ def test_perplexity_is_logged_at_its_own_steps(fit, test_text_file, tmp_path, to
 def test_turns_come_once_a_step():
     steps = EverySteps(2, "Nobody")
     asked = [0, 0, 1, 1, 2, 2, 3, 4]  # two batches a step
-    assert [step for step in asked if steps.due(step)] == [2, 4]
+    assert [step for step in asked if steps.take_turn(step)] == [2, 4]
+    assert not steps.take_turn(0), "another fit"
     steps.go_on_from(6)
-    assert not steps.due(6)
-    assert steps.due(8)
+    assert not steps.take_turn(6)
+    assert steps.take_turn(8)
 
 
 def test_seconds_of_training_are_those_of_all_its_parts():
     finish = Finish()
-    finish.load_state_dict({"training_seconds": 100.0})
-    assert finish.state_dict()["training_seconds"] == 100
+    finish.load_state_dict({"training_seconds": 100.0, "commit": "where it began"})
+    assert finish.state_dict() == {"training_seconds": 100, "commit": "where it began"}
     finish._started = time.perf_counter() - 5
     assert finish.state_dict()["training_seconds"] == pytest.approx(105, abs=1)
 

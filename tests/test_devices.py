@@ -13,8 +13,8 @@ from lightning import LightningModule, Trainer
 from lightning.pytorch.strategies import FSDPStrategy
 from torch.utils import backend_registration
 
-from lightning_modules.devices import check_trainer
 from lightning_modules.rotation_module import RotationModule
+from lightning_modules.trainers import check_trainer
 from rotpruner.errors import InputError
 
 
@@ -36,10 +36,10 @@ def test_devices_and_strategies_that_cannot_be_are_refused(monkeypatch):
     LightningModule.__init__(module)
     module._trainer = Trainer(accelerator="cpu", logger=False, enable_checkpointing=False)
     check_trainer(module)
-    monkeypatch.setattr("lightning_modules.devices.root_device", lambda module: torch.device("mps"))
+    monkeypatch.setattr("lightning_modules.trainers.root_device", lambda module: torch.device("mps"))
     with pytest.raises(InputError, match=r"set trainer\.accelerator to cpu"):
         check_trainer(module)
-    monkeypatch.setattr("lightning_modules.devices.root_device", lambda module: torch.device("cpu"))
+    monkeypatch.setattr("lightning_modules.trainers.root_device", lambda module: torch.device("cpu"))
     monkeypatch.setattr(module._trainer.strategy, "__class__", FSDPStrategy)
     with pytest.raises(InputError, match="FSDPStrategy would flatten"):
         check_trainer(module)

@@ -88,9 +88,10 @@ def test_products_are_taken_in_the_dtype_that_is_asked_for(dtype):
         return model
 
     ids = torch.arange(64).view(4, 16).split(1)
-    pruned = watched(tiny("llama-2"), "pruner")
-    prune_model(pruned, resolve_pruner("wanda"), parse_pattern("2:4"), ids, calibration_dtype=dtype)
+    pruned = tiny("llama-2")
+    prune_model(pruned, resolve_pruner("magnitude"), parse_pattern("2:4"))
     recovery = SparseRecovery(watched(copy.deepcopy(pruned), "recovery"), tiny("llama-2"), compute_dtype=dtype)
+    prune_model(watched(pruned, "pruner"), resolve_pruner("wanda"), parse_pattern("2:4"), ids, calibration_dtype=dtype)
     recovery.loss(ids[0])
     compensate(pruned, watched(tiny("llama-2"), "compensation"), ids, calibration_dtype=dtype)
     assert seen.pop("recovery") == {dtype or fast_dtype(CPU)}

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 import wandb
 import yaml
 from huggingface_hub import metadata_load
-from processes import command, start_ranks
+from lightning import Trainer
 from safetensors.torch import load_file
 from tiny_models import exact, tiny
 from wandb_file import OfflineRun
@@ -118,7 +118,7 @@ def recover(model_directory, text_file, test_text_file, tmp_path):
     config["trainer"]["callbacks"][2]["init_args"] = {"texts": [str(test_text_file)], "seq_len": 32, "max_tokens": 256}
     (tmp_path / "recovery.yaml").write_text(yaml.safe_dump(config))
 
-    def run(name: str, *overlays: Path, only_arguments: bool = False):
+    def run(name: str, *overlays: Path):
         settings = {
             "--model.model": pruned,
             "--model.teacher": model_directory,
@@ -132,8 +132,7 @@ def recover(model_directory, text_file, test_text_file, tmp_path):
         }
         given = [str(item) for pair in settings.items() for item in pair]
         files = [item for file in (tmp_path / "recovery.yaml", *overlays) for item in ("-c", str(file))]
-        arguments = ["recover", *files, *given]
-        return arguments if only_arguments else (main(arguments), tmp_path / name)
+        return main(["recover", *files, *given]), tmp_path / name
 
     return run
 
@@ -202,13 +201,12 @@ def test_a_recovered_model_keeps_the_dtype_of_the_pruned_one(recover, tmp_path):
         assert (linear.weight[linear_modules(pruned)[name].weight == 0] == 0).all()
 
 
-def test_shards_are_refused(recover, tmp_path, capfd):
-    place = tmp_path / "shards.yaml"
-    strategy = "lightning.pytorch.strategies.ModelParallelStrategy"
-    place.write_text(yaml.safe_dump({"trainer": {"strategy": strategy, "devices": 1}}))
-    ended = start_ranks(recover("run", place, only_arguments=True), target=command, ranks=1)
-    assert ended == [2]
-    assert "take ddp" in capfd.readouterr().err
+def test_shards_are_refused(model_directory):
+    module = RecoveryModule(str(model_directory), str(model_directory))
+    module._trainer = Trainer(accelerator="cpu", max_steps=1, logger=False, enable_checkpointing=False)
+    module._device_mesh = object()
+    with pytest.raises(InputError, match="take ddp"):
+        module.setup("fit")
 
 
 @pytest.mark.parametrize("pattern", ["1:4", "2:4", "4:8", "0.5"])

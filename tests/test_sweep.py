@@ -73,6 +73,8 @@ def test_what_rows_would_overrule_and_rows_of_one_name_are_refused(tmp_path, cap
     file.write_text("{title: One, command: fit, rows: [{data.num_sequences: 32}, {trainer.max_steps: 32}]}")
     assert main(["sweep", str(file), "--set", "trainer.max_steps=2"]) == 2
     assert "--set trainer.max_steps would be overruled" in capsys.readouterr().err
+    assert main(["sweep", str(file), "--set", "trainer.default_root_dir=here"]) == 2
+    assert "--set trainer.default_root_dir would be overruled" in capsys.readouterr().err
     assert main(["sweep", str(file)]) == 2
     assert "have the same name, 32" in capsys.readouterr().err
 

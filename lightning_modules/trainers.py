@@ -1,0 +1,26 @@
+"""What a trainer must be for these modules."""
+
+from __future__ import annotations
+
+from lightning import LightningModule
+from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy
+
+from lightning_modules.devices import root_device
+from rotpruner.errors import InputError
+
+
+def check_trainer(module: LightningModule) -> None:
+    """Raise `InputError` if a module's trainer has a device or a strategy on which this code does not compute."""
+    device, strategy = root_device(module), module.trainer.strategy
+    if device.type == "mps":
+        raise InputError("accelerator mps has no float64, in which errors are measured: set trainer.accelerator to cpu")
+    if isinstance(strategy, (FSDPStrategy, DeepSpeedStrategy)):
+        raise InputError(
+            f"{type(strategy).__name__} would flatten the weights that rotations are multiplied with: take ddp, or "
+            "lightning.pytorch.strategies.ModelParallelStrategy"
+        )
+
+
+def endless(module: LightningModule) -> bool:
+    """Whether neither steps nor epochs limit a module's training."""
+    return module.trainer.max_steps == module.trainer.max_epochs == -1
