@@ -10,11 +10,10 @@ from typing import Any, Literal
 import torch
 from lightning import LightningModule
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
-from rich.console import Console
-from rich.progress import track
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
+from callbacks.terminal import track
 from lightning_modules.devices import root_device
 from lightning_modules.schedules import check_schedule, with_schedule
 from lightning_modules.trainers import check_trainer, endless
@@ -259,12 +258,8 @@ class RotationModule(LightningModule):
     def on_fit_start(self) -> None:
         """Gather the calibration statistics, on all ranks together."""
         tokens = self.trainer.datamodule.statistics_tokens  # type: ignore[attr-defined]
-        progress = partial(
-            track,
-            description=f"{'calibration':<28}",
-            console=Console(stderr=True),
-            disable=self.trainer.progress_bar_callback is None or not self.trainer.is_global_zero,
-        )
+        silent = self.trainer.progress_bar_callback is None or not self.trainer.is_global_zero
+        progress = partial(track, description="calibration", disable=silent)
         self.rotated.calibrate(tokens.to(self.device).split(1), progress, self.cache_dense)
 
     def on_train_start(self) -> None:

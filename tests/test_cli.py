@@ -220,6 +220,8 @@ def test_what_is_seen_of_a_run_may_change_and_options_may_be_younger_than_it(fit
     (run / "config.yaml").write_text(yaml.safe_dump(config))
     with pytest.raises(SystemExit, match="0"):
         fit("--trainer.log_every_n_steps", "7", "--trainer.logger", "false")
+    with pytest.raises(SystemExit, match="0"):
+        fit("--trainer.callbacks+", "callbacks.perplexity.Perplexity", "--trainer.callbacks.init_args.texts", "[more]")
     assert fit("--trainer.accumulate_grad_batches", "2")[0] == 2
 
 
