@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from callbacks.terminal import track
-from datamodules.calibration import calibration_tokens
+from datamodules.tokens import calibration_tokens
 from experiments.arguments import Parser, add_device, at_least, device_name, report
 from rotpruner.loading import load_model, load_tokenizer
 from rotpruner.objectives import Objective

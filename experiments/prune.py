@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any, get_args
 
 from callbacks.terminal import console, track
-from datamodules.calibration import calibration_tokens
 from datamodules.evaluation import perplexities, tokenize_texts
 from datamodules.texts import check_text
+from datamodules.tokens import calibration_tokens
 from experiments.arguments import Parser, add_device, at_least, report
 from rotpruner.artifacts import check_new_directory, save_model
 from rotpruner.compensation import check_compensation, compensate

@@ -15,8 +15,10 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from datamodules import calibration, texts
-from datamodules.calibration import CalibrationBatches, CalibrationDataModule, calibration_tokens
+from datamodules import texts
+from datamodules import tokens as tokens_module
+from datamodules.calibration import CalibrationBatches, CalibrationDataModule
+from datamodules.tokens import calibration_tokens
 from rotpruner.errors import InputError
 
 TEXT = "\n\n".join(f"Paragraph {i} tells of the {i * i} ways home.\nIt ends well, they say: 第{i}." for i in range(60))
@@ -109,7 +111,7 @@ def test_a_stream_is_read_no_further_than_needed(tmp_path, monkeypatch):
     monkeypatch.setattr(texts.pieces, "__defaults__", (1000,))
     given_out = []
     read = texts.stream
-    monkeypatch.setattr(calibration, "stream", lambda *a, **k: (given_out.append(d) or d for d in read(*a, **k)))
+    monkeypatch.setattr(tokens_module, "stream", lambda *a, **k: (given_out.append(d) or d for d in read(*a, **k)))
     tokens = tokens_of("c4", num_sequences=4)
     assert torch.equal(tokens, all_windows("".join(given_out), 16)[:4])
     assert len(given_out) < 40
@@ -145,22 +147,22 @@ def test_a_damaged_cache_file_is_rebuilt(text, cache, damage):
         data[-8] ^= 1
     path.write_bytes({"truncate": data[:-9], "flip": data, "empty": b"", "other": b"not safetensors"}[damage])
     assert torch.equal(tokens_of(text), tokens)
-    assert calibration._load(path, (8, 16), 400) is not None
+    assert tokens_module._load(path, (8, 16), 400) is not None
 
 
 SCRIPT = """
 import os, sys
-from datamodules import calibration
+from datamodules import tokens as module
 from rotpruner.loading import load_tokenizer
 source, model, killed = sys.argv[1:]
-build = calibration._windows
-calibration._windows = lambda *args: print("built", flush=True) or build(*args)
+build = module._windows
+module._windows = lambda *args: print("built", flush=True) or build(*args)
 if killed == "killed":
-    calibration.os.replace = lambda *_: os._exit(9)
+    module.os.replace = lambda *_: os._exit(9)
 tokenizer = load_tokenizer(model)
 print("ready", flush=True)
 sys.stdin.readline()
-tokens = calibration.calibration_tokens(
+tokens = module.calibration_tokens(
     source, tokenizer, num_sequences=8, seq_len=16, seed=0, tokenizer_name=model
 )
 print(tokens.sum().item())

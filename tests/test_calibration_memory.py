@@ -20,7 +20,7 @@ from processes import PROCESSES, fit
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from datamodules import calibration, texts
+from datamodules import texts, tokens
 
 MIB = 2**20
 SHARDS = 4
@@ -82,7 +82,7 @@ def learn(source: str, root: str, place: Path, results: Queue[Found]) -> None:
     os.environ["ROTPRUNER_CACHE"] = str(place / "cache")
     texts.HUB["c4"] = replace(texts.HUB["c4"], path=root)
     read, reads = texts.stream, []
-    calibration.stream = lambda *given, **settings: reads.append(given) or read(*given, **settings)
+    tokens.stream = lambda *given, **settings: reads.append(given) or read(*given, **settings)
     settings = {
         "--model.model": place / "model",
         "--data.calibration": source,
@@ -94,11 +94,11 @@ def learn(source: str, root: str, place: Path, results: Queue[Found]) -> None:
         "--trainer.enable_progress_bar": "false",
         "--trainer.enable_model_summary": "false",
     }
-    tokens = Tokens()
+    learned = Tokens()
     Path("/proc/self/clear_refs").write_text("5")
     before = resident("VmHWM")
-    fit([str(item) for pair in settings.items() for item in pair], [tokens])
-    results.put(Found(bool(reads), tokens.digest, resident("VmHWM") - before))
+    fit([str(item) for pair in settings.items() for item in pair], [learned])
+    results.put(Found(bool(reads), learned.digest, resident("VmHWM") - before))
 
 
 def start(processes: int, *given: object) -> list[Found]:

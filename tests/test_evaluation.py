@@ -12,8 +12,8 @@ from perplexity_oracle import independent_perplexity
 from tokenizers.processors import TemplateProcessing
 
 import rotpruner
-from datamodules.calibration import calibration_tokens
 from datamodules.evaluation import perplexities, token_ids
+from datamodules.tokens import calibration_tokens
 
 
 @pytest.fixture
