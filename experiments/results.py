@@ -135,20 +135,23 @@ def _add_steps(lines: Lines, sweep: str, records: list[tuple[str, dict[str, Any]
 
 
 def _add_sparsities(lines: Lines, sweep: str, columns: list[str], records: list[tuple[str, dict[str, Any]]]) -> None:
-    """Perplexities of what differs in its unstructured sparsity alone, if there are two or more of them."""
-    found: Lines = {}
+    """Perplexities of what differs in its unstructured sparsity alone, if that has two values or more; dense at 0."""
+    found: dict[str, dict[str, set[tuple[float, float]]]] = {}
     for _, record in records:
-        for kind, row in _rows(record).items():
+        rows = _rows(record)
+        dense = rows.get("dense", {}).get("ppl", {})
+        for kind, row in rows.items():
             pattern = row.get("pattern")
             if pattern is None or not isinstance(parse_pattern(pattern), Unstructured):
                 continue
             others = [_shown(record["row"].get(column, "")) for column in columns if "pattern" not in column]
             label = " ".join(filter(None, [sweep, *others, kind]))
             for text, value in row["ppl"].items():
-                found.setdefault(text, {}).setdefault(label, []).append((row["sparsity"], value))
+                points = found.setdefault(text, {}).setdefault(label, set())
+                points.update({(row["sparsity"], value), *([(0.0, dense[text])] if text in dense else [])})
     for text, curves in found.items():
         for label, points in curves.items():
-            if len(points) > 1:
+            if len({sparsity for sparsity, _ in points if sparsity}) > 1:
                 lines.setdefault(text, {})[label] = sorted(points)
 
 

@@ -101,7 +101,8 @@ def test_plots_show_steps_and_sparsities(tmp_path):
     for pattern in ("0.3", "0.5", "2:4"):
         row = {**_row(20.0), "pattern": pattern, "sparsity": 0.5 if pattern == "2:4" else float(pattern)}
         record = {"row": {"pruner": "magnitude", "pattern": pattern}, "command": "fit", "commit": "abcdef012"}
-        record |= {"result": {"rotpruner": row}, "curves": {"ppl/text": [[5, 40.0], [10, 20.0]]}}
+        dense = {**_row(10.0), "pattern": None, "sparsity": 0.0}
+        record |= {"result": {"dense": dense, "rotpruner": row}, "curves": {"ppl/text": [[5, 40.0], [10, 20.0]]}}
         (directory / f"{pattern.replace(':', 'of')}.json").write_text(json.dumps(record))
     stored = Path("experiments/results")
     for name in ("step.json", "inference.json"):
