@@ -66,7 +66,7 @@ class BlockReplay:
         self._batches = batches
         self._home = batches[0].device
         self._device = device or self._home
-        narrow = self._model.dtype.itemsize < 4
+        narrow = next(model.parameters()).dtype.itemsize < 4
         self._autocast = autocast(self._device, None if narrow else dtype)
         self.blocks = module_at(model, family_of(model.config).blocks)
         # Blocks may get arguments of their own (sliding and full attention take turns in Gemma): ask for each.
