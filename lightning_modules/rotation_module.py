@@ -38,6 +38,7 @@ from rotpruner.rotations import (
     Start,
     basis_changes,
     check_going_on,
+    check_placement,
     check_start,
     residual_sites,
     space_constraint,
@@ -66,10 +67,7 @@ def check_choices(
         check_space(config, space)
     if "residual" in spaces and basis_changes(config, residual_sites(config, placement)):
         check_exportable(config)
-    if placement not in ("shared", 1) and "residual" not in spaces:
-        raise InputError(
-            f"placement {placement} is of the residual stream, but spaces are {list(spaces)}; add residual"
-        )
+    check_placement(placement, spaces)
     check_pattern(meta_model(config), pattern)
     if isinstance(pattern, Slice) and list(spaces) != ["residual"]:
         raise InputError(

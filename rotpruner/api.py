@@ -31,6 +31,7 @@ from rotpruner.rotations import (
     Placement,
     Start,
     basis_changes,
+    check_placement,
     check_start,
     merge_rotations,
     residual_sites,
@@ -216,9 +217,11 @@ def _check_rotate(
         if isinstance(pattern, Slice) and set(rotate) != {"residual"}:
             raise InputError(f"pattern {pattern} removes residual directions only, but rotate has {sorted(rotate)}")
         return rotate
-    if rotate not in ("none", "shared", 1) and "residual" not in spaces and not isinstance(pattern, Slice):
-        raise InputError(f"rotate {rotate} is of the residual stream, but spaces are {list(spaces)}; add residual")
-    if rotate != "none" and basis_changes(model.config, residual_sites(model.config, rotate)):
+    if rotate == "none":
+        return None
+    if not isinstance(pattern, Slice):  # which has no other space
+        check_placement(rotate, spaces)
+    if basis_changes(model.config, residual_sites(model.config, rotate)):
         check_exportable(model.config)
     return None
 

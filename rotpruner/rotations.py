@@ -65,6 +65,14 @@ def turns(space: str) -> bool:
     return space != "mlp"
 
 
+def check_placement(placement: Placement, spaces: Sequence[str]) -> None:
+    """Raise `InputError` if matrices of the residual stream are asked for, and it does not rotate."""
+    if placement not in ("shared", 1) and "residual" not in spaces:
+        raise InputError(
+            f"placement {placement} is of the residual stream, but spaces are {list(spaces)}; add residual"
+        )
+
+
 def check_start(start: str | None, spaces: Sequence[str], pattern: Pattern | Slice) -> None:
     """Raise `InputError` if a start does not go with the spaces that rotate, or with the pattern.
 
