@@ -118,7 +118,7 @@ def start(processes: int, *given: object) -> list[Found]:
     ("form", "small", "large"),
     [
         ("stream", 64, 200),  # 64: what fills the shuffle buffer and the reader's blocks
-        ("directory", 16, 200),  # of which each byte is tokenised
+        ("directory", 16, 150),  # of which each byte is tokenised
     ],
 )
 def test_large_sets_of_shards_take_no_more_memory_than_small_ones(form, small, large, tmp_path):

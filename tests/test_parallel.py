@@ -137,11 +137,11 @@ def test_a_config_file_alone_fits_on_two_ranks_and_goes_on_after_a_kill(parallel
 SMOLLM2 = """
 data: {num_sequences: 4, seq_len: 64}
 trainer:
-  max_steps: 3
+  max_steps: 2
   default_root_dir: %s
   enable_progress_bar: false
   callbacks:
-    - {class_path: callbacks.repruning.Repruning, init_args: {every_n_steps: 2}}
+    - {class_path: callbacks.repruning.Repruning, init_args: {every_n_steps: 1}}
     - {class_path: callbacks.rotation_checkpoint.RotationCheckpoint, init_args: {every_n_steps: 1}}
 """
 
@@ -170,7 +170,7 @@ def test_smollm2_on_two_ranks_of_its_own_goes_on_after_a_kill(tmp_path):
     assert first.returncode in (1, -signal.SIGKILL)
     line = (tmp_path / "said").read_text().strip().splitlines()[-1]
     assert "another process of this run has ended" in line or f"{second} terminated with code -9" in line
-    assert torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)["global_step"] < 3
+    assert torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)["global_step"] < 2
     resumed = subprocess.run(fit, capture_output=True, text=True, timeout=200, env=environment)
     assert resumed.returncode == 0, resumed.stderr
     assert "going on from" in resumed.stderr

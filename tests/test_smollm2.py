@@ -15,11 +15,12 @@ from rotpruner.embedded import text_path
 pytestmark = pytest.mark.slow
 
 QUICK = {
-    "--data.num_sequences": 16,
+    "--data.num_sequences": 8,
     "--data.seq_len": 256,
-    "--trainer.max_steps": 10,
+    "--trainer.max_steps": 8,
     "--trainer.callbacks.init_args.seq_len": 256,
-    "--trainer.callbacks.init_args.max_tokens": 4096,
+    "--trainer.callbacks.init_args.max_tokens": 2048,
+    "--trainer.callbacks.init_args.controls": "[pruner]",
 }
 
 
@@ -32,7 +33,6 @@ def test_quickstart_in_miniature(tmp_path):
     ppl = {name: row["ppl"]["wikipedia_test"] for name, row in rows.items()}
     assert 10 < ppl["dense"] < 20
     assert ppl["rotpruner"] < 0.6 * ppl["pruner"]
-    assert ppl["rotpruner"] < 0.6 * ppl["random_rotation"]
 
     exported = AutoModelForCausalLM.from_pretrained(run / "export")
     assert type(exported).__name__ == "LlamaForCausalLM"
@@ -43,5 +43,5 @@ def test_quickstart_in_miniature(tmp_path):
                 assert int(kept.max()) <= 2
     assert not (run / "export" / "quantization_config.json").exists()
     text = text_path("wikipedia_test").read_text()
-    alone = independent_perplexity(run / "export", text, 256, 4096)
+    alone = independent_perplexity(run / "export", text, 256, 2048)
     assert alone == pytest.approx(ppl["rotpruner"], rel=1e-3)
