@@ -79,7 +79,7 @@ class Dashboard(Callback):
         return self._logger
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Start the clock; a checkpoint's own step has been looked at."""
+        """Start the clock; on resume, the checkpoint's own step has already been logged."""
         self._steps.go_on_from(trainer.global_step)
         self._clock = time.perf_counter()
 
@@ -90,7 +90,7 @@ class Dashboard(Callback):
         now = time.perf_counter()
         tokens = batch["input_ids"].numel() * trainer.world_size
         pl_module.log("throughput/tokens_per_second", tokens / (now - self._clock))
-        if self._steps.take_turn(trainer.global_step) and hasattr(pl_module, "rotated"):
+        if self._steps.is_due(trainer.global_step) and hasattr(pl_module, "rotated"):
             self._look(pl_module, trainer.global_step)
         self._clock = time.perf_counter()  # looking is not learning
 

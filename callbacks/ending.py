@@ -1,4 +1,4 @@
-"""What the ends of all trainings share: seconds that survive interruptions, test texts, one row a model."""
+"""Shared by all end-of-training callbacks: seconds that survive interruptions, test texts, one row per model."""
 
 from __future__ import annotations
 
@@ -16,7 +16,6 @@ from transformers import PreTrainedModel
 from callbacks.terminal import console, results_table, track
 from datamodules.evaluation import perplexities, tokenize_texts
 from datamodules.texts import check_text
-from lightning_modules.devices import root_device
 from rotpruner.artifacts import write_json
 from rotpruner.errors import InputError
 from rotpruner.loading import check_seq_len, load_config, load_tokenizer
@@ -28,12 +27,17 @@ from rotpruner.shortcuts import online_cost
 Row = dict[str, Any]
 
 
+def training_device(trainer: Trainer) -> torch.device:
+    """Where training ran; most strategies have put the module itself back into main memory by its end."""
+    return trainer.strategy.root_device
+
+
 class Ending(Callback, ABC):
     """After the last step, and only then, something is exported and evaluated.
 
     Args:
         texts: names or paths of test texts, none of which trained or calibrated anything.
-        seq_len: tokens a window.
+        seq_len: tokens per window.
         max_tokens: the first tokens of each text that are used; None takes all.
     """
 
@@ -56,7 +60,7 @@ class Ending(Callback, ABC):
         return {"training_seconds": self._elapsed(), "commit": self._commit}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Count on."""
+        """Restore the seconds counted so far."""
         self._training_seconds = state_dict["training_seconds"]
         self._commit = state_dict.get("commit", self._commit)  # before or after `on_fit_start`, as the strategy has it
 
@@ -83,8 +87,7 @@ class Ending(Callback, ABC):
         if trainer.interrupted or trainer.received_sigterm:
             return
         module: Any = pl_module
-        # Most strategies have put the module itself back into main memory by now.
-        self._device = root_device(module)
+        self._device = training_device(trainer)
         with torch.no_grad(), module.ranks.waiting():
             self.gather(module)
             if trainer.is_global_zero:

@@ -26,7 +26,7 @@ from rotpruner.model_card import Origin, pruner_name, write_card
 from rotpruner.oneshot import prune_model
 from rotpruner.patterns import Slice
 from rotpruner.rotation_artifact import Rotations
-from rotpruner.rotations import RotationSet, merge_rotations, random_rotations
+from rotpruner.rotations import RotationSet, random_rotations
 
 
 class Finish(Ending):
@@ -48,7 +48,7 @@ class Finish(Ending):
 
     Args:
         texts: names or paths of test texts, none of which calibrated anything.
-        seq_len: tokens a window.
+        seq_len: tokens per window.
         max_tokens: the first tokens of each text that are used; None takes all.
         controls: which of the control rows `pruner`, `start` and `random_rotation` to make.
     """
@@ -66,7 +66,7 @@ class Finish(Ending):
         self._masks: dict[str, Tensor] | None = None
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
-        """Rows that the end of an earlier training has left are none of this one's."""
+        """Delete rows left by an earlier finish; they describe older rotations."""
         if trainer.is_global_zero:
             shutil.rmtree(Path(trainer.default_root_dir) / "rows", ignore_errors=True)
 
@@ -103,9 +103,8 @@ class Finish(Ending):
                 **running,
             )
             if module.compensate:
-                dense = load_model(name)
-                merge_rotations(dense, rotations or {})
-                found["step_length"] = compensate(model, dense, batches[: module.compensate], **running)
+                fitted = batches[: module.compensate]
+                found["step_length"] = compensate(model, load_model(name), fitted, rotations=rotations, **running)
             save_model(model, tokenizer, directory, replace=True)
             return found
 

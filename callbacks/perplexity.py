@@ -53,7 +53,7 @@ class Perplexity(Callback):
     Args:
         texts: names or paths; for watching, so not those of the results if settings are chosen by them.
         every_n_steps: how often.
-        seq_len: tokens a window.
+        seq_len: tokens per window.
         max_tokens: the first tokens of each text that are used.
     """
 
@@ -75,7 +75,7 @@ class Perplexity(Callback):
         self._windows = {name: windows(ids, self.seq_len, self.max_tokens) for name, ids in texts.items()}
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """A checkpoint's own step has been watched."""
+        """On resume, the checkpoint's own step has already been logged."""
         self._steps.go_on_from(trainer.global_step)
 
     @torch.no_grad()
@@ -84,7 +84,7 @@ class Perplexity(Callback):
     ) -> None:
         """Ranks share the windows."""
         step, module = trainer.global_step, cast(Any, pl_module)
-        if not self._steps.take_turn(step):
+        if not self._steps.is_due(step):
             return
         for name, text_windows in self._windows.items():
             metric = WindowPerplexity().to(pl_module.device)

@@ -79,7 +79,7 @@ class StepProgress(ProgressBar):
         text = "  ".join(f"{name.removeprefix('train/')} {float(value):.4g}" for name, value in metrics.items())
         if self._bar is not None:
             self._bar.update(self._task, completed=trainer.global_step, description=text)
-        elif self._lines.take_turn(trainer.global_step):
+        elif self._lines.is_due(trainer.global_step):
             of = f" of {total}" if (total := _total(trainer)) else ""
             console.print(f"step {trainer.global_step}{of}  {text}")
 
@@ -88,7 +88,7 @@ class StepProgress(ProgressBar):
         self._stop()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Likewise."""
+        """Leave the terminal to the error."""
         self._stop()
 
     def _stop(self) -> None:

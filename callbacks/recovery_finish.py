@@ -30,7 +30,7 @@ class RecoveryFinish(Ending):
 
     Args:
         texts: names or paths of test texts, none of which trained or calibrated anything.
-        seq_len: tokens a window.
+        seq_len: tokens per window.
         max_tokens: the first tokens of each text that are used; None takes all.
     """
 

@@ -90,7 +90,7 @@ class RotationCheckpoint(Checkpoint):
             self._save(trainer, pl_module)
         if ending:
             if trainer.is_global_zero:
-                console.print(f"SIGTERM: saved step {step}; the same command goes on from there")
+                console.print(f"SIGTERM: saved step {step}; run the same command again to resume")
             # One status for the job: launchers kill the rest where any other process fails.
             raise SystemExit(TERMINATED if trainer.is_global_zero else 0)
 

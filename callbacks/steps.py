@@ -1,4 +1,4 @@
-"""When a callback's turn is, and where what it finds is logged."""
+"""When a callback is due, and how what it finds is logged."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from rotpruner.errors import InputError
 
 
 class EverySteps:
-    """Counts optimiser steps for a callback that has its turn at every n-th of them, once.
+    """Counts optimiser steps for a callback that is due once at every n-th of them.
 
     Hooks of batches whose gradients accumulate are called several times a step, and before the first one too.
 
@@ -29,16 +29,16 @@ class EverySteps:
         self._last = 0
 
     def go_on_from(self, step: int) -> None:
-        """A run that is resumed has had this step's turn."""
+        """On resume: the callback has been called at this step."""
         self._last = step
 
     def advance(self, step: int) -> bool:
-        """Take note of a number of steps; whether another was noted before."""
+        """Record the step; returns whether it differs from the last one recorded."""
         advanced, self._last = step != self._last, step
         return advanced
 
-    def take_turn(self, step: int) -> bool:
-        """Take note of it; whether it is a turn that has not been taken."""
+    def is_due(self, step: int) -> bool:
+        """Record the step; returns whether the callback is due at it."""
         return self.advance(step) and step > 0 and step % self.every_n_steps == 0
 
 

@@ -1,1 +1,1 @@
-"""Texts, and the calibration batches made of them."""
+"""Texts, the calibration batches made of them, evaluation on texts and on tasks."""

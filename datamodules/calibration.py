@@ -61,7 +61,7 @@ class CalibrationBatches:
         return {"position": self.position, **setting}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        """Go on at a saved position. Another setting than the saved one raises InputError."""
+        """Resume at a saved position. Raises InputError if the settings differ from the saved ones."""
         for name, value in self.state_dict().items():
             if name != "position" and state[name] != value:
                 change = f"{name} {state[name]}, not {value}"
@@ -133,7 +133,7 @@ class CalibrationDataModule(lightning.LightningDataModule):
         self.tokens  # noqa: B018
 
     def setup(self, stage: str | None = None) -> None:
-        """The others read it, and all see that it holds a batch for each."""
+        """The other ranks read the cache; every rank checks that it holds a batch for each of them."""
         self._make_batches()
 
     def _make_batches(self) -> CalibrationBatches:

@@ -139,13 +139,12 @@ def check_text(source: str) -> None:
         _files(Path(source))
 
 
-def text_identity(source: str, split: Split) -> list[Any]:
-    """What tells the text from any other one, without reading it, as plain JSON."""
+def text_identity(source: str) -> list[Any]:
+    """What tells a calibration text from any other one, without reading it, as plain JSON."""
     if source in TEXTS:
         return [source, WIKIPEDIA.sha256]
     if hub := hub_text(source):
-        taken = hub.splits if split == "calibration" else hub.test_splits
-        return [hub.path, hub.config, hub.revision, list(taken), hub.test_documents, hub.whole]
+        return [hub.path, hub.config, hub.revision, list(hub.splits), hub.test_documents, hub.whole]
     files = [path.resolve() for path in _files(Path(source))]
     return [[str(path), path.stat().st_size, path.stat().st_mtime_ns] for path in files]
 
@@ -226,7 +225,7 @@ def _parquet_rows(path: Path) -> Iterator[str]:
         number = 0
         with parquet.ParquetFile(path) as file:
             if "text" not in file.schema_arrow.names:
-                raise InputError(f"{str(path)!r} has no column 'text': name the column of the documents so")
+                raise InputError(f"{str(path)!r} has no column 'text': rename the documents' column to 'text'")
             for batch in file.iter_batches(batch_size=1024, columns=["text"]):
                 for row in batch.to_pylist():
                     number += 1
@@ -260,7 +259,7 @@ def _hub_documents(source: str, hub: HubText, split: Split, seed: int) -> Iterat
 def _text_field(row: Any, where: str) -> str:
     text = row.get("text") if isinstance(row, dict) else None
     if not isinstance(text, str):
-        raise InputError(f"{where} has no string in the field 'text': name the documents' field so")
+        raise InputError(f"{where} has no string in the field 'text': rename the documents' field to 'text'")
     try:
         text.encode()
     except UnicodeEncodeError as error:  # JSON can spell half a surrogate pair, tokenisers cannot read it

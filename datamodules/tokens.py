@@ -41,7 +41,7 @@ def calibration_tokens(
     check_sizes(num_sequences, seq_len, seed)
     key = {
         "format": _FORMAT,
-        "text": text_identity(source, "calibration"),
+        "text": text_identity(source),
         "tokenizer": _tokenizer_identity(tokenizer, tokenizer_name),
         "num_sequences": num_sequences,
         "seq_len": seq_len,

@@ -14,7 +14,7 @@ from rotpruner.errors import InputError
 #: Command → (module with a `main(arguments)`, what it does).
 COMMANDS = {
     "fit": ("experiments.fit", "learn rotations, prune, export and compare: fit -c CONFIG.yaml"),
-    "recover": ("experiments.recover", "train the weights that pruning has left: recover --model.model RUN/export"),
+    "recover": ("experiments.recover", "train the weights that survived pruning: recover --model.model RUN/export"),
     "prune": ("experiments.prune", "prune a model once, in its own basis or a rotated one"),
     "sweep": ("experiments.sweep", "run every row of a table of experiments: sweep experiments/sweeps/pruners.yaml"),
     "results": ("experiments.results", "write experiments/RESULTS.md from what sweeps have kept"),
@@ -22,8 +22,8 @@ COMMANDS = {
         "experiments.benchmark",
         "benchmark step: time of a step of learning; benchmark inference: of models",
     ),
-    "pack": ("experiments.pack", "store a pruned model as the values that stay and one bit a place"),
-    "unpack": ("experiments.unpack", "the ordinary checkpoint that was packed"),
+    "pack": ("experiments.pack", "store a pruned model compactly: its kept values and one mask bit per weight"),
+    "unpack": ("experiments.unpack", "restore the ordinary checkpoint of a packed model"),
     "evaluate": ("experiments.evaluate", "perplexity of a model on texts, accuracy on tasks"),
     "plan": ("experiments.plan", "what a fit would take: memory by part, arithmetic, disk; from its config alone"),
     "report": ("experiments.report", "one HTML page and SVG plots about finished runs"),
@@ -52,7 +52,7 @@ def main(arguments: list[str]) -> int:
         # Three libraries write files, each with its own way to say this.
         if getattr(error, "errno", None) != errno.ENOSPC and "No space left" not in str(error):
             raise
-        return _refuse("the disk is full; free some space and run again: what was whole before still is")
+        return _refuse("the disk is full; free some space and run again (finished files are intact)")
     return 0
 
 

@@ -21,7 +21,7 @@ def main(arguments: list[str]) -> None:
     parser = Parser("evaluate", "Perplexity over non-overlapping windows, and tasks by lm-eval, in float32.")
     parser.add_argument("--model", required=True, help="embedded name, directory or hub name")
     parser.add_argument("--text", action="append", default=[], help="name or path of a test text; repeatable")
-    parser.add_argument("--seq_len", type=at_least(2), default=1024, help="tokens a window")
+    parser.add_argument("--seq_len", type=at_least(2), default=1024, help="tokens per window")
     parser.add_argument("--max_tokens", type=at_least(1), help="first tokens of each text to use; all if left out")
     parser.add_argument("--tasks", type=_names, default=[], help=f"with commas between: {', '.join(TASKS)}")
     parser.add_argument("--task_data", type=Path, help="directory with TASK.jsonl of each task; the hub if left out")

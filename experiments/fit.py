@@ -116,7 +116,7 @@ class FitCLI(LightningCLI):
         self.resume_from = last_checkpoint(self.run_directory)
         if self.resume_from is not None:
             check_checkpoint(self.resume_from)
-            rank_zero_only(console.print)(f"going on from {self.resume_from}")
+            rank_zero_only(console.print)(f"resuming from {self.resume_from}")
 
     def _complete(self, known: dict[str, Any]) -> dict[str, Any]:
         """A recorded configuration with today's defaults for options that are younger than it."""
@@ -244,7 +244,10 @@ def run_to_the_end(cli: FitCLI) -> None:
         if not lost_rank(error):
             raise
         found = last_checkpoint(cli.run_directory)
-        mend = f"goes on from {found}" if found else "begins it again"
+        mend = f"to resume from {found}" if found else "to start over"
         reason = re.sub(r"^\[\S+\] ", "", str(error).splitlines()[0]).split(". ")[0]  # without gloo's own place
-        print(f"error: another process of this run has ended ({reason}); the same command {mend}", file=sys.stderr)
+        print(
+            f"error: another process of this run has ended ({reason}); run the same command again {mend}",
+            file=sys.stderr,
+        )
         sys.exit(1)

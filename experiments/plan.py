@@ -5,7 +5,6 @@ Every option of `fit` can be given here too, in the same words: `plan -c CONFIG 
 
 from __future__ import annotations
 
-import logging
 import os
 from dataclasses import asdict, dataclass, replace
 from importlib import import_module
@@ -76,8 +75,6 @@ def main(arguments: list[str]) -> None:
     parser = Parser("plan", "What a fit would take: memory by part, arithmetic, disk. Other options are those of fit.")
     parser.add_argument("--gpu", choices=[*GPUS, "cpu"], default="h100-80gb", help="where; cpu is this machine")
     parser.add_argument("--count", type=at_least(1), default=1, help="GPUs; whether they shard, the config says")
-    # Lightning says aloud which seed it has set.
-    logging.getLogger("lightning.fabric").setLevel(logging.WARNING)
     options, rest = parser.parse_known_args(arguments)
     setup, name = read_setup(rest, options.gpu, options.count)
     memory = memory_plan(setup)
@@ -147,7 +144,7 @@ def read_setup(arguments: list[str], gpu: str, count: int) -> tuple[Setup, str]:
         spaces=tuple(space for space in model.spaces if turns(space)),  # orders take bytes, and no time to speak of
         placement=model.placement,
         orthogonal_map=model.orthogonal_map,
-        start=model.start,
+        start=start or "identity",
         layer_sparsity=model.layer_sparsity,
         compensate=model.compensate,
         objective=objective,

@@ -5,9 +5,13 @@ from __future__ import annotations
 import argparse
 import shlex
 import time
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, get_args
+
+from torch import Tensor
+from transformers import PreTrainedModel
 
 from callbacks.terminal import console, track
 from datamodules.evaluation import perplexities, tokenize_texts
@@ -28,13 +32,13 @@ from rotpruner.oneshot import (
     prune_model,
     sparsity_of,
 )
-from rotpruner.patterns import Scope, Slice, parse_pattern
+from rotpruner.patterns import Pattern, Scope, Slice, parse_pattern
 from rotpruner.precision import resolve_dtype
 from rotpruner.provenance import commit
 from rotpruner.pruners import PRUNERS, resolve_pruner
 from rotpruner.replay import moments_by_block
 from rotpruner.rotation_artifact import Rotations
-from rotpruner.rotations import RotationSet, merge_rotations, random_rotations
+from rotpruner.rotations import RotationSet, random_rotations
 from rotpruner.shortcuts import online_cost
 from rotpruner.slicegpt import slice_per_block
 from rotpruner.slicing import sliced_width
@@ -43,24 +47,8 @@ from rotpruner.slicing import sliced_width
 def main(arguments: list[str]) -> None:
     """Print `{"pattern", "sparsity", "seconds", "parameters"}`, and `"output"` or `"ppl"` if these were asked for."""
     options = _parser().parse_args(arguments)
-
     begun_at = commit()
-    if options.output is None and not options.text:
-        raise InputError("nothing to do with the pruned model: give --output, --text, or both")
-    pattern = parse_pattern(options.pattern, options.scope)
-    if isinstance(pattern, Slice):
-        _check_slice(options)
-    elif options.placement != "shared":
-        raise InputError(f"--placement {options.placement} is of a slice's PCA, not of pattern {pattern}: leave it out")
-    elif options.pruner is None:
-        raise InputError(f"pattern {pattern} needs a --pruner: {', '.join(PRUNERS)}, or an import path")
-    pruner = resolve_pruner(options.pruner or "magnitude")
-    update = None if options.update is None else resolve_pruner(options.update)
-    check_compensation(options.compensate, options.num_sequences, pattern)
-    check_layer_sparsity(pattern, options.layer_sparsity)
-    if options.output is not None:
-        check_new_directory(options.output)
-    check_text(options.calibration)
+    pattern = _checked_pattern(options)
     config = load_config(options.model)
     check_pattern(meta_model(config), pattern)
     check_seq_len(config, options.seq_len)
@@ -75,65 +63,104 @@ def main(arguments: list[str]) -> None:
         tokenizer_name=options.model,
     )
     model = load_model(options.model)
-    rotations: RotationSet | None = None
-    if options.rotations == "random":
-        rotations = random_rotations(config, available_spaces(config), options.seed)
-    elif options.rotations is not None:
-        given = Rotations.from_pretrained(options.rotations)
-        given.check_model(model)
-        rotations = dict(given)
+    rotations = _rotations(options, model)
+    result = _prune(model, pattern, rotations, tokens.split(1), options)
 
-    started = time.perf_counter()
-    batches, moments = tokens.split(1), None
-    dtype = None
-    if options.calibration_dtype is not None:
-        dtype = resolve_dtype(options.calibration_dtype, options.device)
-    if options.statistics == "dense" and not isinstance(pattern, Slice) and pattern.sparsity > 0:
-        gather = partial(moments_by_block, dtype=dtype, device=options.device, progress=track)
-        moments = gather_model_moments(model, pruner, rotations or {}, batches, gather)
-    parameters = None
-    if isinstance(pattern, Slice) and options.placement == "per_block":
-        parameters = slice_per_block(model, sliced_width(config, pattern), batches, dtype, options.device, track)
-    else:
-        prune_model(
-            model,
-            pruner,
-            pattern,
-            batches,
-            rotations,
-            moments,
-            update=update,
-            layer_sparsity=options.layer_sparsity,
-            calibration_dtype=dtype,
-            device=options.device,
-            progress=track,
-        )
-    length = None
-    if options.compensate:
-        dense = load_model(options.model)
-        merge_rotations(dense, rotations or {})
-        fitted = batches[: options.compensate]
-        length = compensate(model, dense, fitted, calibration_dtype=dtype, device=options.device, progress=track)
-    seconds = round(time.perf_counter() - started, 1)
-    result: dict[str, Any] = {"pattern": str(pattern), "sparsity": sparsity_of(model), "seconds": seconds}
-    if isinstance(pattern, Slice):
-        result["hidden_size"] = sliced_width(config, pattern)
-    if length is not None:
-        result["step_length"] = length
-    result["parameters"] = parameters or parameter_count(model)
-    if flops := online_cost(model).flops:
-        result["online_flops"] = flops
+    def describe() -> None:
+        origin = _origin(options, rotations, [{"name": "pruned", **result}])
+        write_card(options.output, origin, config, begun_at)
+
     if options.output is not None:
         save_model(model, tokenizer, options.output)
-        write_card(options.output, _origin(options, rotations, [{"name": "pruned", **result}]), config, begun_at)
+        describe()  # without perplexities, should their evaluation be cut short
         console.print(f"saved {options.output}")
         result["output"] = str(options.output)
     if texts:
         measured = texts, options.seq_len, options.max_tokens, track
         result["ppl"] = perplexities(model.float(), *measured, device=options.device)
         if options.output is not None:
-            write_card(options.output, _origin(options, rotations, [{"name": "pruned", **result}]), config, begun_at)
+            describe()
     report(result, options.json)
+
+
+def _checked_pattern(options: argparse.Namespace) -> Pattern | Slice:
+    """The pattern, if all options go together; raises InputError before anything is loaded."""
+    if options.output is None and not options.text:
+        raise InputError("nothing to do with the pruned model: give --output, --text, or both")
+    pattern = parse_pattern(options.pattern, options.scope)
+    if isinstance(pattern, Slice):
+        _check_slice(options)
+    elif options.placement != "shared":
+        raise InputError(
+            f"--placement {options.placement} applies only to slice:FRACTION, not to pattern {pattern}: leave it out"
+        )
+    elif options.pruner is None:
+        raise InputError(f"pattern {pattern} needs a --pruner: {', '.join(PRUNERS)}, or an import path")
+    for pruner in filter(None, (options.pruner, options.update)):
+        resolve_pruner(pruner)
+    check_compensation(options.compensate, options.num_sequences, pattern)
+    check_layer_sparsity(pattern, options.layer_sparsity)
+    if options.output is not None:
+        check_new_directory(options.output)
+    check_text(options.calibration)
+    return pattern
+
+
+def _rotations(options: argparse.Namespace, model: PreTrainedModel) -> RotationSet | None:
+    """Those that were asked for, of this model."""
+    if options.rotations is None:
+        return None
+    if options.rotations == "random":
+        return random_rotations(model.config, available_spaces(model.config), options.seed)
+    given = Rotations.from_pretrained(options.rotations)
+    given.check_model(model)
+    return dict(given)
+
+
+def _prune(
+    model: PreTrainedModel,
+    pattern: Pattern | Slice,
+    rotations: RotationSet | None,
+    batches: Sequence[Tensor],
+    options: argparse.Namespace,
+) -> dict[str, Any]:
+    """Prune a model in place; what is to be reported of it."""
+    started = time.perf_counter()
+    dtype = None
+    if options.calibration_dtype is not None:
+        dtype = resolve_dtype(options.calibration_dtype, options.device)
+    running: dict[str, Any] = {"calibration_dtype": dtype, "device": options.device, "progress": track}
+    width = sliced_width(model.config, pattern) if isinstance(pattern, Slice) else None
+    length = parameters = None
+    if width is not None and options.placement == "per_block":
+        parameters = slice_per_block(model, width, batches, dtype, options.device, track)
+    else:
+        pruner = resolve_pruner(options.pruner or "magnitude")  # a slice asks none
+        moments = None
+        if options.statistics == "dense" and isinstance(pattern, Pattern) and pattern.sparsity > 0:
+            gather = partial(moments_by_block, dtype=dtype, device=options.device, progress=track)
+            moments = gather_model_moments(model, pruner, rotations or {}, batches, gather)
+        update = None if options.update is None else resolve_pruner(options.update)
+        sharing = options.layer_sparsity
+        prune_model(
+            model, pruner, pattern, batches, rotations, moments, update=update, layer_sparsity=sharing, **running
+        )
+    if options.compensate:
+        fitted = batches[: options.compensate]
+        length = compensate(model, load_model(options.model), fitted, rotations=rotations, **running)
+    result: dict[str, Any] = {
+        "pattern": str(pattern),
+        "sparsity": sparsity_of(model),
+        "seconds": round(time.perf_counter() - started, 1),
+        "parameters": parameters or parameter_count(model),
+    }
+    if width is not None:
+        result["hidden_size"] = width
+    if length is not None:
+        result["step_length"] = length
+    if flops := online_cost(model).flops:
+        result["online_flops"] = flops
+    return result
 
 
 def _origin(options: argparse.Namespace, rotations: RotationSet | None, rows: list[dict[str, Any]]) -> Origin:
@@ -148,7 +175,7 @@ def _origin(options: argparse.Namespace, rotations: RotationSet | None, rows: li
         pruner=options.pruner,
         basis=basis,
         spaces=["residual"] if basis == "pca" else list(rotations or ()),
-        update=" and ".join([*filter(None, [options.update]), *["compensation"] * bool(options.compensate)]) or None,
+        update=" and ".join(filter(None, [options.update, options.compensate and "compensation"])) or None,
         layer_sparsity=options.layer_sparsity,
         calibration=options.calibration,
         num_sequences=options.num_sequences,
@@ -180,7 +207,7 @@ def _parser() -> Parser:
     parser.add_argument("--scope", choices=get_args(Scope), default="row", help="where a sparsity is counted")
     parser.add_argument("--calibration", default="wikipedia_calibration", help="name or path of a text")
     parser.add_argument("--num_sequences", type=at_least(1), default=64)
-    parser.add_argument("--seq_len", type=at_least(2), default=1024, help="tokens a sequence")
+    parser.add_argument("--seq_len", type=at_least(2), default=1024, help="tokens per sequence")
     parser.add_argument("--seed", type=at_least(0), default=0, help="of the calibration and of random rotations")
     parser.add_argument("--rotations", help="learned rotations, a directory or hub name, or 'random'")
     parser.add_argument("--update", help="pruner whose weight update follows under the mask of --pruner, as sparsegpt")
@@ -189,7 +216,7 @@ def _parser() -> Parser:
         type=at_least(0),
         default=0,
         metavar="SEQUENCES",
-        help="fit the kept weights to the dense model's stream, in closed form, on so many calibration sequences",
+        help="refit the kept weights to the dense model's residual stream, in closed form, on this many sequences",
     )
     parser.add_argument(
         "--placement",

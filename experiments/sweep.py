@@ -2,15 +2,16 @@
 
 A sweep file is YAML: a `title`, the `command` (prune, fit or recover), its `arguments` (for the last two also
 `config`, a list of files), and a `grid` of arguments whose combinations are the rows, or the `rows` one by one, each
-with the arguments that it changes. `reference` names a model to evaluate densely on the same texts, from which gaps
-are counted. `--config experiments/configs/opt-125m.yaml` runs a table of fits on another model, as a table of its own.
+with the arguments that it changes. With `reference: true` the first row of a table of prunes is the dense model on the
+same texts, from which gaps are counted. `--config experiments/configs/opt-125m.yaml` runs a table of fits on another
+model, as a table of its own.
 
 ```yaml
 title: One-shot pruners
 command: prune
 arguments: {model: smollm2-135m, calibration: c4, text: [wikitext2, wikipedia_test]}
 grid: {pruner: [magnitude, wanda], pattern: ["2:4", 0.5]}
-reference: smollm2-135m
+reference: true
 ```
 """
 
@@ -107,15 +108,15 @@ def read_sweep(path: Path) -> dict[str, Any]:
         sweep["rows"] = [dict(zip(grid, values, strict=True)) for values in product(*grid.values())]
     if sweep["command"] not in _COMMANDS:
         raise InputError(f"sweep file '{path}': command '{sweep['command']}' is not one of {', '.join(_COMMANDS)}")
-    return {"arguments": {}, "config": [], "reference": None, **sweep}
+    return {"arguments": {}, "config": [], "reference": False, **sweep}
 
 
 def rows(sweep: dict[str, Any], runs: Path) -> Iterator[tuple[str, dict[str, Any], list[str]]]:
     """(name, the arguments that it changes, command line) of every row."""
     shared = sweep["arguments"]
-    if sweep["reference"] is not None:
-        texts = {key: shared[key] for key in ("text", "seq_len", "max_tokens") if key in shared}
-        yield "dense", {}, ["evaluate", *_flags({"model": sweep["reference"], **texts}), "--json"]
+    if sweep["reference"]:
+        texts = {key: shared[key] for key in ("model", "text", "seq_len", "max_tokens") if key in shared}
+        yield "dense", {}, ["evaluate", *_flags(texts), "--json"]
     for row in sweep["rows"]:
         name = "-".join(map(_name, row.values())) or "base"
         arguments = {**shared, **row}

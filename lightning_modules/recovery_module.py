@@ -68,7 +68,7 @@ class RecoveryModule(LightningModule):
         self._optimizer, self._lr_scheduler = optimizer, lr_scheduler
         decay = optimizer([torch.nn.Parameter(torch.zeros(1))]).param_groups[0].get("weight_decay", 0)
         if decay:
-            raise InputError(f"weight_decay {decay:g} pulls every weight, and recovery means to keep them: set it to 0")
+            raise InputError(f"weight_decay {decay:g} would shrink every weight towards zero: set it to 0")
 
     @property
     def compute_dtype(self) -> torch.dtype:
@@ -80,7 +80,7 @@ class RecoveryModule(LightningModule):
         check_trainer(self)
         check_schedule(self._lr_scheduler, self)
         if self.device_mesh is not None:
-            raise InputError("recovery trains whole copies of the model, which ModelParallelStrategy shards: take ddp")
+            raise InputError("recovery trains whole copies of the model, which ModelParallelStrategy shards: use ddp")
         check_seq_len(self._config, self.trainer.datamodule.seq_len)  # type: ignore[attr-defined]
 
     def configure_model(self) -> None:

@@ -36,7 +36,6 @@ from rotpruner.rotations import (
     LearnedRotations,
     Placement,
     Start,
-    basis_changes,
     check_going_on,
     check_placement,
     check_start,
@@ -44,7 +43,6 @@ from rotpruner.rotations import (
     space_constraint,
 )
 from rotpruner.sharding import shard
-from rotpruner.shortcuts import check_exportable
 from rotpruner.surrogates import Surrogate, check_surrogate
 
 
@@ -65,9 +63,7 @@ def check_choices(
         raise InputError(f"spaces is empty; name at least one of {', '.join(SPACES)}")
     for space in spaces:
         check_space(config, space)
-    if "residual" in spaces and basis_changes(config, residual_sites(config, placement)):
-        check_exportable(config)
-    check_placement(placement, spaces)
+    check_placement(config, placement, spaces)
     check_pattern(meta_model(config), pattern)
     if isinstance(pattern, Slice) and list(spaces) != ["residual"]:
         raise InputError(
@@ -181,7 +177,7 @@ class RotationModule(LightningModule):
             check_going_on(given, spaces, residual_sites(config, placement) if "residual" in spaces else 0)
         check_surrogate(surrogate, self.pattern, self.pruner, objective)
         if surrogate.name == "gumbel" and isinstance(trial, CayleySGD):
-            raise InputError("CayleySGD moves orthogonal matrices, not the logits of surrogate gumbel; take Adam")
+            raise InputError("CayleySGD moves orthogonal matrices, not the logits of surrogate gumbel; use Adam")
         self._config = config
         self.orthogonal_map, self.start, self.seed = orthogonal_map, start, seed
         self.init_rotations = init_rotations

@@ -16,7 +16,7 @@ def check_trainer(module: LightningModule) -> None:
         raise InputError("accelerator mps has no float64, in which errors are measured: set trainer.accelerator to cpu")
     if isinstance(strategy, (FSDPStrategy, DeepSpeedStrategy)):
         raise InputError(
-            f"{type(strategy).__name__} would flatten the weights that rotations are multiplied with: take ddp, or "
+            f"{type(strategy).__name__} flattens the weight matrices that rotations multiply: use ddp, or "
             "lightning.pytorch.strategies.ModelParallelStrategy"
         )
 

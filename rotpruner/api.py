@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from rotpruner import compensation
 from rotpruner.artifacts import check_new_directory, save_model
+from rotpruner.compensation import check_compensation
+from rotpruner.compensation import compensate as compensate_weights
 from rotpruner.embedded import embedded_name
 from rotpruner.errors import InputError
 from rotpruner.loading import check_pattern, check_seq_len
@@ -29,14 +30,11 @@ from rotpruner.rotation_artifact import Rotations
 from rotpruner.rotations import (
     LearnedRotations,
     Placement,
+    RotationSet,
     Start,
-    basis_changes,
     check_placement,
     check_start,
-    merge_rotations,
-    residual_sites,
 )
-from rotpruner.shortcuts import check_exportable
 from rotpruner.surrogates import Surrogate
 
 
@@ -57,7 +55,7 @@ def learn(
         steps: optimiser steps.
         lr: of the rotations at the first step; it falls to zero at the last.
         refresh_every: steps between re-applications of the pruner.
-        on_step: called with the step and its losses in nats per token.
+        on_step: called with the step and its losses, in the units of `Objective`.
     """
     optimizer = torch.optim.Adam(rotated.parameter_groups(), lr=lr)
     scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
@@ -107,12 +105,12 @@ def prune(
         spaces: which spaces rotate (of a slice, the residual stream alone), unless `rotate` says so; empty is `none`.
             With `mlp`, whose features N:M patterns can order, the others start from permutations too.
         steps, lr: of learning, one sequence a step.
-        compensate: how many of the sequences the weights that stay are fitted on, in closed form, see
+        compensate: on how many of the sequences the kept weights are fitted, in closed form, see
             `rotpruner.compensation`; 0 leaves them as they are.
         num_sequences, seq_len: size of the calibration set, taken from the texts by `seed`.
-        gradient_checkpointing: recompute each block in the backward pass; slower, much smaller.
         dtype: of the frozen weights while learning; the result is pruned in the model's own dtype. None is bfloat16
             where the model's device has instructions for it, else float32.
+        gradient_checkpointing: recompute each block in the backward pass; slower, much smaller.
         rotations_directory: where the learned rotations are written as well; must not exist yet.
         on_step: called with each step and its losses.
 
@@ -128,23 +126,16 @@ def prune(
     resolved, parsed = resolve_pruner(pruner), parse_pattern(pattern, scope)
     check_pattern(model, parsed)
     check_seq_len(model.config, seq_len)
-    compensation.check_compensation(compensate, num_sequences, parsed)
-    given = _check_rotate(rotate, model, spaces, parsed)
+    check_compensation(compensate, num_sequences, parsed)
+    rotating = _rotating(rotate, model, spaces, parsed)
     if rotations_directory is not None:
-        if rotate == "none" or not (spaces or given):
+        if rotating is None:
             raise InputError(f"nothing rotates that could be written to '{rotations_directory}'; leave it out")
         check_new_directory(rotations_directory)
     if num_sequences < 1 or steps < 0:
         raise InputError(f"num_sequences {num_sequences} and steps {steps} must be at least 1 and 0")
-    ids = tokenizer("\n\n".join(texts), add_special_tokens=False, verbose=False, return_tensors="pt").input_ids[0]
-    rows = windows(ids, seq_len)
     generator = torch.Generator().manual_seed(seed)
-    if len(rows) < num_sequences:
-        raise InputError(
-            f"the texts fill {len(rows)} windows of {seq_len} tokens, but num_sequences is {num_sequences}; "
-            "give more text or ask for fewer"
-        )
-    rows = rows[_shuffled(len(rows), generator)[:num_sequences]].to(model.device)
+    rows = _calibration_rows(tokenizer, texts, num_sequences, seq_len, generator).to(model.device)
     sliced = isinstance(parsed, Slice)
     origin = Origin(
         base_model=embedded_name(model.config._name_or_path) or "unnamed",
@@ -157,73 +148,98 @@ def prune(
         basis="pca" if sliced else "none",
         update="compensation" if compensate else None,
     )
-    if rotate == "none" or not (spaces or given):
-        pruned: Any = copy.deepcopy(model).eval()
-        prune_model(pruned, resolved, parsed, rows.split(1))
-        if compensate:
-            compensation.compensate(pruned, copy.deepcopy(model).eval(), rows[:compensate].split(1))
-        pruned.origin = origin
-        return pruned
-
-    start: Start = "identity"
-    placement: Placement = "shared"
-    if given is not None:
-        spaces, placement = list(given), len(given["residual"]) if "residual" in given else "shared"
-    elif not isinstance(rotate, Rotations) and rotate != "none":
-        placement = rotate
-    if given is None and isinstance(parsed, Slice):
-        spaces, start = ["residual"], "pca"
-    elif given is None and "mlp" in spaces:
-        start = "permutation"
-    if given is None:
-        check_start(start, spaces, parsed)
-    rotations = LearnedRotations(model.config, spaces, start=start, placement=placement)
-    if given is not None:
-        rotations.restart(given)
-    rotations = rotations.to(model.device)
-    base: Any = copy.deepcopy(model)
-    base.to(dtype or fast_dtype(model.device))
-    rotated = RotatedModel(base, rotations, resolved, parsed, Surrogate(), Objective(kl=1.0), gradient_checkpointing)
-    rotated.calibrate(rows.split(1))
-    rotated.start_from_statistics(start)
-    with torch.enable_grad():
-        learn(rotated, _passes(rows, generator), steps=steps, lr=lr, on_step=on_step)
-    learned = {space: Q.detach() for space, Q in rotations().items()}
-    if rotations_directory is not None:
-        Rotations.of(learned, model).save_pretrained(rotations_directory)
-    # Pruners that rebuild the outputs of what they have pruned get the statistics of pruned predecessors.
-    moments = None if resolved.rebuilds else rotated.moments
-    del base, rotated  # before the model is copied again
-    pruned = copy.deepcopy(model).eval()
-    prune_model(pruned, resolved, parsed, rows.split(1), learned, moments)
+    rotations: RotationSet | None = None
+    moments = None
+    if rotating is not None:
+        base: Any = copy.deepcopy(model)
+        base.to(dtype or fast_dtype(model.device))
+        objective = Objective(kl=1.0)
+        rotated = RotatedModel(
+            base, rotating.module(model), resolved, parsed, Surrogate(), objective, gradient_checkpointing
+        )
+        rotated.calibrate(rows.split(1))
+        rotated.start_from_statistics(rotating.start)
+        with torch.enable_grad():
+            learn(rotated, _passes(rows, generator), steps=steps, lr=lr, on_step=on_step)
+        rotations = {space: Q.detach() for space, Q in rotated.rotations().items()}
+        if rotations_directory is not None:
+            Rotations.of(rotations, model).save_pretrained(rotations_directory)
+        # Pruners that rebuild the outputs of what they have pruned get the statistics of pruned predecessors.
+        moments = None if resolved.rebuilds else rotated.moments
+        origin = replace(origin, steps=steps, training_tokens=steps * seq_len, **rotating.described(steps))
+        del base, rotated  # before the model is copied again
+    pruned: Any = copy.deepcopy(model).eval()
+    prune_model(pruned, resolved, parsed, rows.split(1), rotations, moments)
     if compensate:
-        dense: Any = copy.deepcopy(model).eval()
-        merge_rotations(dense, learned)
-        compensation.compensate(pruned, dense, rows[:compensate].split(1))
-    basis = "learned" if steps or given is not None else origin.basis
-    pruned.origin = replace(origin, basis=basis, spaces=tuple(learned), steps=steps, training_tokens=steps * seq_len)
+        fitted = rows[:compensate].split(1)
+        compensate_weights(pruned, copy.deepcopy(model).eval(), fitted, rotations=rotations)
+    pruned.origin = origin
     return pruned
 
 
-def _check_rotate(
+@dataclass(frozen=True)
+class _Rotating:
+    """What rotates, and from where; `given` are rotations to go on from."""
+
+    spaces: Sequence[str]
+    placement: Placement = "shared"
+    start: Start = "identity"
+    given: Rotations | None = None
+
+    def module(self, model: PreTrainedModel) -> LearnedRotations:
+        rotations = LearnedRotations(model.config, self.spaces, start=self.start, placement=self.placement)
+        if self.given is not None:
+            rotations.restart(self.given)
+        return rotations.to(model.device)
+
+    def described(self, steps: int) -> dict[str, Any]:
+        """`basis` and `spaces` of an `Origin`, after so many steps of learning."""
+        untouched = self.start == "identity" and self.given is None
+        basis = "learned" if steps or self.given is not None else "none" if untouched else self.start
+        return {"basis": basis, "spaces": () if basis == "none" else tuple(self.spaces)}
+
+
+def _rotating(
     rotate: Placement | Literal["none"] | Rotations,
     model: PreTrainedModel,
     spaces: Sequence[str],
     pattern: Pattern | Slice,
-) -> Rotations | None:
-    """The rotations that were given, if any."""
+) -> _Rotating | None:
+    """What `rotate` and `spaces` of `prune` ask for; None if nothing rotates."""
     if isinstance(rotate, Rotations):
         rotate.check_model(model)
         if isinstance(pattern, Slice) and set(rotate) != {"residual"}:
             raise InputError(f"pattern {pattern} removes residual directions only, but rotate has {sorted(rotate)}")
-        return rotate
+        return _Rotating(list(rotate), len(rotate["residual"]) if "residual" in rotate else "shared", given=rotate)
     if rotate == "none":
         return None
-    if not isinstance(pattern, Slice):  # which has no other space
-        check_placement(rotate, spaces)
-    if basis_changes(model.config, residual_sites(model.config, rotate)):
-        check_exportable(model.config)
-    return None
+    sliced = isinstance(pattern, Slice)  # which has no other space
+    check_placement(model.config, rotate, ["residual"] if sliced else spaces)
+    if not spaces:
+        return None
+    if sliced:
+        spaces = ["residual"]
+    start: Start = "pca" if sliced else "permutation" if "mlp" in spaces else "identity"
+    check_start(start, spaces, pattern)
+    return _Rotating(spaces, rotate, start)
+
+
+def _calibration_rows(
+    tokenizer: PreTrainedTokenizerBase,
+    texts: Sequence[str],
+    num_sequences: int,
+    seq_len: int,
+    generator: torch.Generator,
+) -> Tensor:
+    """Token ids (num_sequences, seq_len), drawn from the windows of the texts."""
+    ids = tokenizer("\n\n".join(texts), add_special_tokens=False, verbose=False, return_tensors="pt").input_ids[0]
+    rows = windows(ids, seq_len)
+    if len(rows) < num_sequences:
+        raise InputError(
+            f"the texts fill {len(rows)} windows of {seq_len} tokens, but num_sequences is {num_sequences}; "
+            "give more text or ask for fewer"
+        )
+    return rows[_shuffled(len(rows), generator)[:num_sequences]]
 
 
 def save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, directory: str | Path) -> None:

@@ -74,12 +74,12 @@ def check_offload(offload: bool, gradient_checkpointing: bool, sharded: bool = F
     if offload and sharded:
         raise InputError(
             "offload keeps whole decoder weights in each process's main memory, and ModelParallelStrategy would shard "
-            "them over devices: leave one of them out, or take ddp"
+            "them over devices: leave one of them out, or use ddp"
         )
 
 
 class BasisChange(Shortcut):
-    """The shortcut of one sublayer, of the rotations of the moment."""
+    """The shortcut of one sublayer, of the current rotations."""
 
     def __init__(self, basis: Basis, number: int) -> None:
         nn.Module.__init__(self)

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from itertools import groupby, pairwise
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -26,13 +26,17 @@ from rotpruner.families import (
     Sublayer,
     available_spaces,
     block_linears,
+    by_block,
+    by_group,
     module_at,
     residual_sublayers,
 )
 from rotpruner.objectives import Objective
 from rotpruner.patterns import Pattern, Slice
+from rotpruner.precision import at_least_float32
 from rotpruner.pruners.reconstruction import conjugate_gradients, damped_hessian, normalise
 from rotpruner.replay import BlockReplay, final_states, visiting
+from rotpruner.rotations import RotationSet, merge_rotations
 from rotpruner.statistics import Moment
 from rotpruner.teacher import head_at
 
@@ -49,6 +53,7 @@ def compensate(
     dense: nn.Module,
     batches: Sequence[Tensor],
     *,
+    rotations: RotationSet | None = None,
     damping: float = 0.01,
     calibration_dtype: torch.dtype | None = None,
     device: torch.device | None = None,
@@ -58,8 +63,9 @@ def compensate(
 
     Args:
         pruned: plain model whose decoder linears hold zeros.
-        dense: the same model before, in the same basis.
+        dense: the same model before.
         batches: two or more of calibration token ids, each (sequences, seq_len); the last eighth finds the step length.
+        rotations: that `pruned` has been moved by; `dense` is moved likewise, in place. None: both have the same basis.
         damping: λ = damping · mean(diag H) holds a row's weights near those that it has.
         calibration_dtype: of the matrix products of the two models, as in `BlockReplay`; None is their own.
         device: where blocks are run and updated, one of each model at a time; None leaves them where they are.
@@ -69,6 +75,8 @@ def compensate(
         The step length α; 0 if no update brings the pruned model nearer to the dense one.
     """
     assert len(batches) >= 2, "one batch to fit and one to try"
+    if rotations is not None:
+        merge_rotations(dense, rotations)
     tried = max(1, int(_HELD_OUT * len(batches)))
     fitted, held_out = batches[:-tried], batches[-tried:]
     linears = {place.name: module_at(pruned, place.name) for place in block_linears(pruned.config)}
@@ -120,7 +128,7 @@ def line_search(loss: Callable[[float], float]) -> float:
 def _distance_to(
     dense: Any, batches: Sequence[Tensor], dtype: torch.dtype | None, device: torch.device | None
 ) -> Callable[[Any], float]:
-    """Mean KL divergence of a model from the dense one, in nats a token of the batches."""
+    """Mean KL divergence of a model from the dense one, in nats per token of the batches."""
     objective = Objective(kl=1.0)
     expected = final_states(dense, batches, dtype, device)
 
@@ -143,16 +151,16 @@ class _Group:
     Attributes:
         places: of the linears.
         writes: whether the one linear writes the stream, plainly, so that it can take back what the stream lacks.
-        behind: path of the norm that reads the stream next; None is the next block's.
+        next_norm: path of the norm that reads the stream next; None is the next block's.
     """
 
     places: list[BlockLinear]
     writes: bool
-    behind: str | None
+    next_norm: str | None
 
     def watched(self, model: nn.Module) -> list[nn.Module]:
-        """What must be seen of it: its input and, if there is one, the norm behind it."""
-        names = [self.places[0].name, *([self.behind] if self.behind else [])]
+        """What must be seen of it: its input and, if there is one, the norm that follows."""
+        names = [self.places[0].name, *([self.next_norm] if self.next_norm else [])]
         return [module_at(model, name) for name in names]
 
 
@@ -163,8 +171,7 @@ def _groups(config: Any, members: Sequence[BlockLinear]) -> list[_Group]:
         sublayer.writer: following.norm for sublayer, following in pairwise([*sublayers, Sublayer("", "")])
     }
     found = []
-    for _, linears in groupby(members, key=lambda place: place.group):
-        places = list(linears)
+    for places in by_group(members):
         spec, block = places[0].spec, places[0].name.removesuffix(places[0].spec.path)
         writes = plain and spec.writes == "residual"
         norm = norms.get(spec.path) if writes else None
@@ -183,27 +190,23 @@ def _fit(
 ) -> None:
     """One pass through the blocks; every group of linears sees what its updated predecessors give."""
     config: Any = pruned.config
-    ahead, behind = BlockReplay(dense, batches, dtype, device), BlockReplay(pruned, batches, dtype, device)
-    blocks = [
-        (layer, list(members)) for layer, members in groupby(block_linears(config), key=lambda place: place.layer)
-    ]
-    for layer, members in progress(blocks, "updating block by block"):
-        with visiting(ahead.blocks[layer], device), visiting(behind.blocks[layer], device):
+    dense_replay, pruned_replay = (BlockReplay(model, batches, dtype, device) for model in (dense, pruned))
+    for layer, members in progress(by_block(block_linears(config)), "updating block by block"):
+        with visiting(dense_replay.blocks[layer], device), visiting(pruned_replay.blocks[layer], device):
             groups = _groups(config, members)
             modules = [module for group in groups for module in group.watched(dense)]
             # What the dense block's modules get, in the same order, and its output.
-            expected = list(ahead.watch(layer, modules, behind=True))
+            expected = list(dense_replay.watch(layer, modules, with_output=True))
             first = 0
             for group in groups:
                 own = group.watched(pruned)
-                stops = not group.writes or group.behind is not None
-                found = behind.watch(layer, own, behind=not stops)
-                last = first + 1 if group.behind else -1
+                found = pruned_replay.watch(layer, own, with_output=group.writes and group.next_norm is None)
+                last = first + 1 if group.next_norm else -1
                 pairs = ((items[first], items[last]) for items in expected)
                 _fit_group(pruned, dense, group, zip(pairs, found, strict=True), damping)
                 first += len(own)
-            ahead.states = [items[-1] for items in expected]
-            behind.advance(layer)
+            dense_replay.states = [items[-1] for items in expected]
+            pruned_replay.advance(layer)
 
 
 def _fit_group(
@@ -222,7 +225,7 @@ def _fit_group(
         batches: ((x, s), [x̃, s̃]), each (sequences, seq_len, features); s and s̃ are used for writers only.
     """
     linears = [module_at(pruned, place.name) for place in group.places]
-    dtype = torch.promote_types(linears[0].weight.dtype, torch.float32)
+    dtype = at_least_float32(linears[0].weight.dtype)
     V = torch.cat([linear.weight for linear in linears]).to(dtype)
     H = cross = torch.zeros((), device=V.device)
     tokens = 0

@@ -20,7 +20,7 @@ from rotpruner.orthogonal import rotate_weight
 from rotpruner.patterns import Pattern
 from rotpruner.piecewise import Named, sum_of_pieces
 from rotpruner.pruners import Pruner
-from rotpruner.rotations import sides
+from rotpruner.rotations import rotated_moment, sides
 from rotpruner.statistics import Moment
 
 
@@ -76,8 +76,7 @@ def concentration(
     counts = {name: count for name, count in counts.items() if getattr(objective, name)}
 
     def sums_of(group: Sequence[RotatedLinear], rotations: Named) -> Tensor:
-        moment = moments.get(group[0].place.group)
-        moment = None if moment is None else moment.rotate(sides(config, rotations, group[0].place)[0])
+        moment = rotated_moment(config, rotations, moments, group[0].place)
         found: dict[str, list[Tensor]] = {name: [] for name in counts}
         for linear in group:
             reads, writes = sides(config, rotations, linear.place)

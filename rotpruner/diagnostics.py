@@ -17,13 +17,13 @@ from torch import Tensor, nn
 
 from rotpruner.artifacts import write_bytes, write_json
 from rotpruner.distributed import whole
-from rotpruner.families import BlockLinear, block_linears, module_at
+from rotpruner.families import BlockLinear, block_linears, by_group, module_at
 from rotpruner.fusion import fuse_block_norms
 from rotpruner.orthogonal import rotate_weight
 from rotpruner.patterns import Pattern
 from rotpruner.pruners import Pruner
 from rotpruner.rotated_model import RotatedModel
-from rotpruner.rotations import sides
+from rotpruner.rotations import rotated_moment, sides
 from rotpruner.statistics import Moment
 
 #: Files of a run directory.
@@ -95,12 +95,11 @@ def layer_table(
     """
     if "residual" in rotations:
         fuse_block_norms(model)
-    groups = groupby(block_linears(model.config), key=lambda place: place.group)
     rows = []
-    for group, members in progress([(group, list(members)) for group, members in groups], "layer diagnostics"):
-        moment = moments.get(group)
-        # Rotated once for the group, whose linears share what a pruner derives from it.
-        turned = None if moment is None else moment.rotate(sides(model.config, rotations, members[0])[0])
+    for members in progress(by_group(block_linears(model.config)), "layer diagnostics"):
+        moment = moments.get(members[0].group)
+        # Once for the group, whose linears share what a pruner derives from it.
+        turned = rotated_moment(model.config, rotations, moments, members[0])
         for place in members:
             weight, found = module_at(model, place.name).weight.float(), module_at(pruned, place.name).weight
             row: dict[str, Any] = {
@@ -123,7 +122,7 @@ def layer_table(
 
 @torch.no_grad()
 def masked_share(rotated: RotatedModel) -> list[dict[str, Any]]:
-    """One row a decoder linear, of the masks of the moment in the rotations of the moment, while it learns.
+    """One row a decoder linear, of the current masks in the current rotations, while it learns.
 
     It rotates and scores every weight: as dear as a refresh of the masks. Sharded weights come together one at a
     time, so all ranks must ask at the same time; all get the same answer.
@@ -134,10 +133,8 @@ def masked_share(rotated: RotatedModel) -> list[dict[str, Any]]:
     """
     rotations = {space: Q.detach() for space, Q in rotated.rotations().items()}
     config, rows = rotated.base.config, []
-    for group, members in groupby(rotated.linears, key=lambda linear: linear.place.group):
-        linears = list(members)
-        moment = rotated.moments.get(group)
-        turned = None if moment is None else moment.rotate(sides(config, rotations, linears[0].place)[0])
+    for linears in rotated.groups():
+        turned = rotated_moment(config, rotations, rotated.moments, linears[0].place)
         for linear in linears:
             mask = linear.mask
             if mask is None:

@@ -6,8 +6,9 @@ the package is one `Family` and one call of `register_family`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
+from itertools import groupby
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -239,6 +240,11 @@ class BlockLinear:
     group: str
     boundary: int
 
+    @property
+    def leads_group(self) -> bool:
+        """Whether it is the one that statistics of its group are named after."""
+        return self.name == self.group
+
 
 def block_linears(config: Any) -> list[BlockLinear]:
     """Every decoder linear of a model, in data-flow order."""
@@ -254,6 +260,16 @@ def block_linears(config: Any) -> list[BlockLinear]:
             found.append(BlockLinear(name, layer, spec, group, boundary))
             boundary += spec.writes == "residual"
     return found
+
+
+def by_block(linears: Iterable[BlockLinear]) -> list[tuple[int, list[BlockLinear]]]:
+    """(index of the block, its linears) of every block, in data-flow order."""
+    return [(layer, list(members)) for layer, members in groupby(linears, key=lambda linear: linear.layer)]
+
+
+def by_group(linears: Iterable[BlockLinear]) -> list[list[BlockLinear]]:
+    """The linears, those that read the same tensor together, in data-flow order."""
+    return [list(members) for _, members in groupby(linears, key=lambda linear: linear.group)]
 
 
 class Sublayer(NamedTuple):
@@ -284,7 +300,7 @@ def residual_boundaries(config: Any) -> int:
 
 
 def module_at(model: nn.Module, path: str) -> Any:
-    """A module whose attributes are known from the table rather than from its type."""
+    """`get_submodule`, typed as `Any`: the table, not the type checker, knows what the module has."""
     return model.get_submodule(path)
 
 

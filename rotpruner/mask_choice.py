@@ -12,7 +12,7 @@ from rotpruner.distributed import Ranks, whole
 from rotpruner.orthogonal import rotate_weight
 from rotpruner.patterns import Pattern
 from rotpruner.pruners import Pruner
-from rotpruner.rotations import RotationSet, sides
+from rotpruner.rotations import RotationSet, rotated_moment, sides
 from rotpruner.statistics import Moment
 
 
@@ -37,22 +37,22 @@ def choose_masks(
     """
     # All ranks choose at the same time, a group each, then tell the others.
     for start in range(0, len(groups), ranks.size):
-        turn = groups[start : start + ranks.size]
+        batch = groups[start : start + ranks.size]
         own: dict[RotatedLinear, Tensor] = {}
-        for source, group in enumerate(turn):
+        for source, group in enumerate(batch):
             for linear in group:
                 weight = whole(linear.weight)  # sharded weights come together one at a time, on all ranks
                 if source == ranks.rank:
                     own[linear] = weight
         moment = None
         for linear, weight in own.items():
-            reads, writes = sides(linear.basis.config, rotations, linear.place)
+            config = linear.basis.config
             # Rotated once for the group, whose linears share what a pruner derives from it.
-            if moment is None and linear.place.group in moments:
-                moment = moments[linear.place.group].rotate(reads)
-            rotated = rotate_weight(whole(weight, device), reads, writes)
+            if moment is None:
+                moment = rotated_moment(config, rotations, moments, linear.place)
+            rotated = rotate_weight(whole(weight, device), *sides(config, rotations, linear.place))
             own[linear] = pruner.mask(rotated, moment, patterns[linear.place.layer])
-        for source, group in enumerate(turn):
+        for source, group in enumerate(batch):
             for linear in group:
                 mask = own.get(linear)
                 if mask is None:

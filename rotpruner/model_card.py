@@ -16,15 +16,16 @@ from rotpruner.provenance import commit, versions
 from rotpruner.pruners import PRUNERS, Pruner
 
 CARD = "README.md"
-#: Of every basis, what was done in it.
+#: What was done, by basis.
 _METHODS = {
     "none": "One-shot, in the model's own basis: nothing is rotated.",
     "pca": "One-shot, in the basis of the residual stream's principal directions.",
-    "random": "One-shot, in a random basis that nobody learned: a control, not a good model.",
+    "permutation": "One-shot, after reordering the features of each space; nothing is learned.",
+    "random": "One-shot, in a random basis: a control, not a usable model.",
     "learned": "In a basis learned by the loss of the pruned model; its rotations are merged into the weights.",
-    "recovery": "The weights that pruning had left were trained to the dense model's predictions; zeros stayed zero.",
+    "recovery": "The surviving weights were trained to match the dense model's predictions; zeros stayed zero.",
 }
-#: Of every row of results, what it is.
+#: What a row of results is.
 _ROWS = {
     "dense": "the model as it came",
     "pruner": "control: the same pruner in the model's own basis",
@@ -44,7 +45,8 @@ class Origin:
         base_model: name or path of the dense model.
         pattern: what was removed, as `2:4`, `0.5` or `slice:0.3`.
         pruner: short name or import path; None for a slice.
-        basis: `none`, `pca`, `random` or `learned`; `recovery` if weights were trained in whatever basis they were in.
+        basis: `none`, `pca`, `permutation`, `random` or `learned`; `recovery` if weights were trained, in whatever
+            basis they were in.
         pruned: of a recovery, the checkpoint that it began with.
         spaces: which spaces rotate.
         update: pruner whose weight update followed, if any.

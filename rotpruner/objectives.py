@@ -1,6 +1,6 @@
-"""What the pruned model is trained for, as a weighted sum of terms in nats per token.
+"""What the pruned model is trained for, as a weighted sum of terms.
 
-Shapes: N = tokens, D = width of the residual stream, V = vocabulary. Logits are made from final hidden states chunk by
+Shapes: N = tokens, d = width of the residual stream, V = vocabulary. Logits are made from final hidden states chunk by
 chunk, and differentiated before the next chunk's are made: no (N, V) tensor is ever held, and none is made twice.
 """
 
@@ -19,10 +19,11 @@ from torch import Tensor
 from rotpruner.errors import InputError
 from rotpruner.memory import release_freed
 from rotpruner.piecewise import Named, sum_of_pieces
+from rotpruner.precision import at_least_float32
 
 
 class Head(Protocol):
-    """Final hidden states (…, D) → logits (…, V), as `nn.Linear` does."""
+    """Final hidden states (…, d) → logits (…, V), as `nn.Linear` does."""
 
     def __call__(self, states: Tensor, /) -> Tensor: ...
 
@@ -38,11 +39,12 @@ class Objective:
     """Weights of the terms; a term of weight zero is not computed.
 
     Attributes:
-        cross_entropy: of the next token.
-        kl: KL(dense ‖ pruned) of the next-token distributions.
-        cosine: 1 − cosine similarity of the final hidden states of the dense and the pruned model.
-        entropy: of importance, see `rotpruner.concentration`; this and the next one need no run of the model.
-        lost_mass: the share of importance that the masks remove.
+        cross_entropy: of the next token, in nats per token.
+        kl: KL(dense ‖ pruned) of the next-token distributions, in nats per token.
+        cosine: 1 − the cosine similarity of the final states of the dense and the pruned model, mean over tokens.
+        entropy: of importance, in nats per row or column, see `rotpruner.concentration`; this and the next one need no
+            run of the model.
+        lost_mass: the share of importance, in [0, 1], that the masks remove.
     """
 
     cross_entropy: float = 0.0
@@ -87,7 +89,7 @@ class Objective:
             student, teacher: final hidden states of the pruned and the dense model in the original
                 basis, (batch, seq_len, D); the teacher may be None if `needs_teacher` is false.
             input_ids: (batch, seq_len); the last position has no target.
-            head: hidden states (…, D) → logits (…, V).
+            head: hidden states (…, d) → logits (…, V).
             dense_head: the same for the teacher's states, where that is another one.
 
         Returns:
@@ -104,7 +106,7 @@ class Objective:
             terms["kl"] = _mean(partial(_kl, dense_head=dense_head or head), states, dense, head)
         if self.cosine:
             assert dense is not None
-            terms["cosine"] = 1 - F.cosine_similarity(_exact(states), _exact(dense), dim=-1).mean()
+            terms["cosine"] = 1 - F.cosine_similarity(_widened(states), _widened(dense), dim=-1).mean()
         return terms
 
     def weighted(self, terms: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -123,16 +125,15 @@ def _mean(term: Callable[[Tensor, Tensor, Head], Tensor], states: Tensor, other:
     return sum_of_pieces(sums, {"states": states.split(CHUNK)}, learning)[0] / len(states)
 
 
-def _exact(x: Tensor) -> Tensor:
-    """At least float32."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))
+def _widened(x: Tensor) -> Tensor:
+    return x.to(at_least_float32(x.dtype))
 
 
 def _cross_entropy(states: Tensor, targets: Tensor, head: Head) -> Tensor:
-    return F.cross_entropy(_exact(head(states)), targets, reduction="sum")
+    return F.cross_entropy(_widened(head(states)), targets, reduction="sum")
 
 
 def _kl(states: Tensor, dense: Tensor, head: Head, dense_head: Head) -> Tensor:
     with torch.no_grad():
-        expected = _exact(dense_head(dense)).log_softmax(-1)
-    return F.kl_div(_exact(head(states)).log_softmax(-1), expected, reduction="sum", log_target=True)
+        expected = _widened(dense_head(dense)).log_softmax(-1)
+    return F.kl_div(_widened(head(states)).log_softmax(-1), expected, reduction="sum", log_target=True)

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
-from itertools import groupby
 from typing import Any, Literal, get_args
 
 import torch
@@ -13,7 +12,7 @@ from torch import Tensor, nn
 
 from rotpruner.distributed import whole
 from rotpruner.errors import InputError
-from rotpruner.families import BlockLinear, block_linears, family_of, linear_modules, module_at
+from rotpruner.families import BlockLinear, block_linears, by_block, by_group, family_of, linear_modules, module_at
 from rotpruner.fusion import fuse_block_norms
 from rotpruner.loading import check_pattern
 from rotpruner.owl import outlier_sparsities
@@ -21,7 +20,7 @@ from rotpruner.patterns import NM, Pattern, Slice, Unstructured
 from rotpruner.pruners import Pruner, resolve_pruner
 from rotpruner.pruners.base import Needs
 from rotpruner.replay import BlockReplay, moments_by_block, visiting
-from rotpruner.rotations import merge_rotations, sides, space_shape, turns
+from rotpruner.rotations import merge_rotations, rotated_moment, space_shape, turns
 from rotpruner.slicing import residual_pca, residual_readers, slice_residual, sliced_width
 from rotpruner.statistics import Moment, gather_moments, watch_inputs
 
@@ -61,7 +60,7 @@ def linears_to_watch(
     if needs == "nothing":
         return modules, widths
     for linear in linears:
-        if linear.name != linear.group:
+        if not linear.leads_group:
             continue
         module = modules[linear.name] = module_at(model, linear.name)
         if needs == "full":
@@ -98,7 +97,7 @@ def prune_model(
 
     Args:
         model: plain model. Without `rotations` it is not fused and not untied: it is the control.
-        pruner, pattern: how.
+        pruner, pattern: choose the masks.
         batches: calibration token ids, each (sequences, seq_len); with `moments`, only `update` and `owl` read them.
         rotations: of its spaces, or None.
         moments: statistics of the dense model gathered before, in the original basis (fused if the residual rotates).
@@ -128,16 +127,15 @@ def prune_model(
         merge_rotations(model, rotations)
     if pattern.sparsity == 0:
         return
-    linears = block_linears(model.config)
     known = {
-        linear.group: moments[linear.group].rotate(sides(model.config, rotations, linear)[0])
-        for linear in linears
-        if moments is not None and linear.name == linear.group and linear.group in moments
+        linear.group: moment
+        for linear in block_linears(model.config)
+        if linear.leads_group and (moment := rotated_moment(model.config, rotations, moments or {}, linear)) is not None
     }
     # What each block's statistics are gathered for, if anything.
     needs = update.needs if update is not None else "nothing" if moments is not None else pruner.needs
     replay = None if needs == "nothing" else BlockReplay(model, batches, calibration_dtype, device)
-    for layer, members in progress(_by_block(model), "pruning block by block"):
+    for layer, members in progress(by_block(block_linears(model.config)), "pruning block by block"):
         with visiting(module_at(model, family_of(model.config).blocks)[layer], device):
             seen: dict[str, Moment] = {}
             if replay is not None:
@@ -148,13 +146,6 @@ def prune_model(
             _prune_block(model, members, pruner, patterns[layer], statistics, masks, update, seen)
             if replay is not None:
                 replay.advance(layer)
-
-
-def _by_block(model: nn.Module) -> list[tuple[int, list[BlockLinear]]]:
-    return [
-        (layer, list(members))
-        for layer, members in groupby(block_linears(model.config), key=lambda linear: linear.layer)
-    ]
 
 
 def _slice(
@@ -187,8 +178,8 @@ def _prune_block(
     seen: Mapping[str, Moment],
 ) -> None:
     """Prune the linears of a block by `moments`; then let `update` rebuild their outputs by what is `seen` now."""
-    for group, grouped in groupby(linears, key=lambda linear: linear.group):
-        members = list(grouped)
+    for members in by_group(linears):
+        group = members[0].group
         weights = [module_at(model, linear.name).weight for linear in members]
         device = weights[0].device
         given = None if masks is None else [masks[linear.name].to(device) for linear in members]
@@ -238,7 +229,7 @@ def layer_patterns(
         weight = whole(module_at(model, linear.name).weight, moment.blocks.device)
         return wanda.saliency(weight, moment).flatten()
 
-    blocks = groupby(block_linears(model.config), key=lambda linear: linear.layer)
+    blocks = by_block(block_linears(model.config))
     saliencies = (torch.cat([saliency(linear) for linear in members]) for _, members in blocks)
     return [replace(pattern, sparsity=sparsity) for sparsity in outlier_sparsities(saliencies, pattern.sparsity)]
 

@@ -152,7 +152,7 @@ def _read_file(directory: Path, name: str, entry: dict[str, Any]) -> tuple[dict[
     if not path.is_file():
         raise InputError(f"'{directory}' lacks {path.name}; pack the model again")
     if _sha256(path) != entry["sha256"]:
-        raise _damaged(path, "its checksum is another")
+        raise _damaged(path, "its checksum does not match")
     tensors = {}
     with _opened(path) as opened:
         names = set(opened.keys())

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from rotpruner.errors import InputError
+from rotpruner.precision import at_least_float32
 from rotpruner.replay import final_states
 from rotpruner.teacher import head_at
 
@@ -41,7 +42,7 @@ def summed_nll(logits: Tensor, input_ids: Tensor) -> tuple[Tensor, int]:
     Cross-entropy in float32 (float64 for float64 logits), the sum in float64.
     """
     targets = input_ids[:, 1:]
-    logits = logits[:, :-1].to(torch.promote_types(logits.dtype, torch.float32))
+    logits = logits[:, :-1].to(at_least_float32(logits.dtype))
     nll = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none")
     return nll.double().sum(), targets.numel()
 
@@ -56,12 +57,12 @@ def perplexity(
     device: torch.device | None = None,
     progress: Callable[[Any], Any] = lambda items: items,
 ) -> float:
-    """exp of the mean negative log-likelihood over `seq_len − 1` targets a window.
+    """exp of the mean negative log-likelihood over `seq_len − 1` targets per window.
 
     Args:
         model: a causal language model in evaluation mode; without a device any callable of `input_ids` does.
         input_ids: (tokens,), a text tokenised once without special tokens; a copy goes to the model.
-        seq_len: tokens a window.
+        seq_len: tokens per window.
         max_tokens: use only the first tokens of the text.
         device: where the model is run one block at a time, while the rest of it and its states stay where they are.
             None, or where it is, runs it there as a whole.

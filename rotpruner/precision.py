@@ -1,4 +1,4 @@
-"""Which floating-point type a device multiplies fast."""
+"""Floating-point types: by name, wide enough, fast on a device."""
 
 from __future__ import annotations
 
@@ -22,6 +22,11 @@ def resolve_dtype(name: DtypeName, device: torch.device) -> torch.dtype:
     if name not in get_args(DtypeName):
         raise InputError(f"unknown dtype '{name}'; choose one of {', '.join(get_args(DtypeName))}")
     return fast_dtype(device) if name == "auto" else getattr(torch, name)
+
+
+def at_least_float32(dtype: torch.dtype) -> torch.dtype:
+    """The dtype itself, or float32 if it is narrower."""
+    return torch.promote_types(dtype, torch.float32)
 
 
 def autocast(device: torch.device, dtype: torch.dtype | None) -> torch.autocast:

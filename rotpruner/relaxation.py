@@ -12,6 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 from rotpruner.families import BlockLinear
 from rotpruner.patterns import NM, Pattern, Slice
+from rotpruner.precision import at_least_float32
 from rotpruner.pruners import Pruner
 from rotpruner.rotations import Sites, sides
 from rotpruner.statistics import Moment
@@ -54,7 +55,7 @@ class Relaxation(nn.Module):
             choices = len(nm_choices(pattern))
             for weight in weights.values():
                 shape = (weight.shape[0], weight.shape[1] // pattern.m, choices)
-                dtype = torch.promote_types(weight.dtype, torch.float32)
+                dtype = at_least_float32(weight.dtype)
                 self.logits.append(nn.Parameter(torch.zeros(shape, dtype=dtype, device=weight.device)))
             #: Whether the logits have got their start from the pruner's masks.
             self.register_buffer("begun", torch.tensor(False))
@@ -72,7 +73,7 @@ class Relaxation(nn.Module):
         if not softened or self.surrogate.name != "sigmoid":
             return
         for place in self.places:
-            if place.name == place.group and place.group in moments:
+            if place.leads_group and place.group in moments:
                 reads = sides(self.config, rotations, place)[0]
                 # Made again in the backward pass, which is cheap: its factors are as large as the rotation.
                 diagonal = checkpoint(_rotated_diagonal, moments[place.group], reads, use_reentrant=False)

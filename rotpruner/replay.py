@@ -117,13 +117,13 @@ class BlockReplay:
         return (output[0] if isinstance(output, tuple) else output).to(self._home)
 
     @torch.no_grad()
-    def watch(self, layer: int, modules: Sequence[nn.Module], behind: bool = False) -> Iterator[list[Tensor]]:
+    def watch(self, layer: int, modules: Sequence[nn.Module], with_output: bool = False) -> Iterator[list[Tensor]]:
         """For every batch, what some modules of a block get, (sequences, seq_len, …) each.
 
         Args:
             layer: number of the block.
-            modules: in the order in which data flows through them; what comes behind the last one is not run,
-            behind: unless the block's output is wanted too, as the last item.
+            modules: in the order in which data flows through them; what follows the last one is not run,
+            with_output: unless the block's output is wanted too, as the last item.
         """
         found: list[Tensor] = []
 
@@ -135,7 +135,7 @@ class BlockReplay:
 
             return keep
 
-        stops = [not behind and module is modules[-1] for module in modules]
+        stops = [not with_output and module is modules[-1] for module in modules]
         handles = [module.register_forward_pre_hook(hook(last)) for module, last in zip(modules, stops, strict=True)]
         try:
             for batch in range(len(self.states)):

@@ -299,7 +299,7 @@ class RotatedModel(nn.Module):
                 computed once. None computes them anew.
 
         Returns:
-            `{"loss": weighted sum, term: value, …}`, float32 scalars in nats per token.
+            `{"loss": weighted sum, term: value, …}`, scalars of at least float32, in the units of `Objective`.
         """
         terms: dict[str, Tensor] = {}
         teacher = self._dense_states(input_ids, index) if self.objective.needs_teacher else None

@@ -40,7 +40,8 @@ from rotpruner.orthogonal import (
     rotate_weight,
 )
 from rotpruner.patterns import NM, Pattern, Slice
-from rotpruner.shortcuts import insert_shortcuts
+from rotpruner.shortcuts import check_exportable, insert_shortcuts
+from rotpruner.statistics import Moment
 
 RotationSet = dict[str, Tensor]
 
@@ -65,12 +66,14 @@ def turns(space: str) -> bool:
     return space != "mlp"
 
 
-def check_placement(placement: Placement, spaces: Sequence[str]) -> None:
-    """Raise `InputError` if matrices of the residual stream are asked for, and it does not rotate."""
+def check_placement(config: Any, placement: Placement, spaces: Sequence[str]) -> None:
+    """Raise `InputError` if a placement does not go with the spaces that rotate, or with the model of a config."""
     if placement not in ("shared", 1) and "residual" not in spaces:
         raise InputError(
-            f"placement {placement} is of the residual stream, but spaces are {list(spaces)}; add residual"
+            f"placement {placement} concerns the residual stream, but spaces are {list(spaces)}; add residual"
         )
+    if "residual" in spaces and basis_changes(config, residual_sites(config, placement)):
+        check_exportable(config)
 
 
 def check_start(start: str | None, spaces: Sequence[str], pattern: Pattern | Slice) -> None:
@@ -82,11 +85,11 @@ def check_start(start: str | None, spaces: Sequence[str], pattern: Pattern | Sli
         raise InputError(f"start permutation helps groups of N:M, and pattern {pattern} has none; use identity")
     if "mlp" in spaces and start in ("identity", "pca"):
         raise InputError(
-            f"the features of space mlp can only change places, and start {start} leaves them where they are: "
+            f"space mlp admits only permutations, and start {start} does not permute: "
             "set start to permutation, or leave mlp out"
         )
     if not any(turns(space) for space in spaces):
-        raise InputError(f"nothing in spaces {list(spaces)} can learn; add residual or value_heads")
+        raise InputError(f"none of the spaces {list(spaces)} has rotations to learn; add residual or value_heads")
 
 
 def residual_sites(config: Any, placement: Placement) -> int:
@@ -193,7 +196,7 @@ def random_rotations(
 
 
 class LearnedRotations(nn.Module):
-    """The learnable rotations of a model; calling it gives the `RotationSet` of the moment.
+    """The learnable rotations of a model; calling it gives the current `RotationSet`.
 
     The order of `mlp` is chosen where learning starts, and stays.
 
@@ -280,6 +283,12 @@ def sides(config: Any, rotations: Sites, linear: BlockLinear) -> tuple[Tensor | 
         return rotations[space][linear.layer] if space in rotations else None
 
     return at(linear.spec.reads, linear.boundary), at(linear.spec.writes, linear.boundary + 1)
+
+
+def rotated_moment(config: Any, rotations: Sites, moments: Mapping[str, Moment], linear: BlockLinear) -> Moment | None:
+    """The moment of what a linear reads, as seen from the rotated basis; None if none was gathered."""
+    moment = moments.get(linear.group)
+    return None if moment is None else moment.rotate(sides(config, rotations, linear)[0])
 
 
 def residual_at(config: Any, rotations: Sites, boundary: int) -> Tensor | None:

@@ -169,7 +169,7 @@ class Setup:
         """I and n of a block's moments: diagonal blocks as wide as what rotates them, one for each group of linears."""
         found = []
         for place, _, inputs in self.block:
-            if place.name != place.group:
+            if not place.leads_group:
                 continue
             if self.sliced:  # directions are removed by what all readers of the stream see, whatever the pruner
                 found += [(inputs, inputs)] if place.spec.reads == "residual" else []

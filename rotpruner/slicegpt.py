@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from rotpruner.families import LinearSpec, block_linears, family_of, module_at
+from rotpruner.families import block_linears, family_of, module_at, residual_sublayers
 from rotpruner.fusion import fuse_norms
 from rotpruner.replay import BlockReplay, visiting
 from rotpruner.slicing import principal_directions
@@ -47,20 +47,19 @@ def slice_per_block(
     """
     fuse_norms(model)
     config: Any = model.config
-    family, d = family_of(config), config.hidden_size
+    family, sublayers, d = family_of(config), residual_sublayers(config), config.hidden_size
     replay = BlockReplay(model, batches, calibration_dtype, device)
     for layer, block in enumerate(progress(list(replay.blocks), "PCA block by block")):
-        norms = list(dict.fromkeys(spec.norm for spec in family.linears if spec.norm is not None))
         with visiting(block, device):
-            for before, norm in zip([None, *norms], norms, strict=False):
-                reader = next(spec.path for spec in family.linears if spec.norm == norm)
+            for previous, sublayer in zip([None, *sublayers], sublayers, strict=False):
+                reader = next(spec.path for spec in family.linears if spec.norm == sublayer.norm)
                 with watch_inputs({reader: block.get_submodule(reader)}, {reader: d}) as sums:
                     replay.run(layer)
                 P = _projection(sums.means()[reader].full(), width)
-                if before is None:
+                if previous is None:
                     _project_input(block, P)
                 else:
-                    _project_stream(block, before, _writer_after(family.linears, before), P)
+                    _project_stream(block, previous.norm, previous.writer, P)
             replay.advance(layer)
     sums = MomentSums()
     for states in replay.states:
@@ -91,12 +90,6 @@ def _project_stream(block: nn.Module, norm: str, writer: str, P: Tensor) -> None
 
     block.get_submodule(norm).register_forward_pre_hook(keep)
     block.get_submodule(writer).register_forward_hook(write)
-
-
-def _writer_after(linears: Sequence[LinearSpec], norm: str) -> str:
-    """The first linear behind the readers of a norm that writes the residual stream."""
-    behind = [index for index, spec in enumerate(linears) if spec.norm == norm]
-    return next(spec.path for spec in linears[behind[-1] :] if spec.writes == "residual")
 
 
 def _sliced_parameters(model: nn.Module, width: int) -> int:

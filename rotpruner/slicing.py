@@ -47,14 +47,9 @@ def residual_readers(model: nn.Module) -> tuple[dict[str, nn.Module], dict[str, 
     Block norms are to be fused first: what the groups read is the normed stream then.
     """
     config: Any = model.config
-    linears = {name: module_at(model, name) for name in _residual_groups(config)}
+    places = [place for place in block_linears(config) if place.spec.reads == "residual" and place.leads_group]
+    linears = {place.name: module_at(model, place.name) for place in places}
     return linears, dict.fromkeys(linears, config.hidden_size)
-
-
-def _residual_groups(config: Any) -> list[str]:
-    """The first linear of each group that reads the residual stream."""
-    places = block_linears(config)
-    return [place.name for place in places if place.spec.reads == "residual" and place.name == place.group]
 
 
 def residual_pca(config: Any, moments: Mapping[str, Moment], sites: int = 1) -> Tensor:
@@ -71,7 +66,7 @@ def residual_pca(config: Any, moments: Mapping[str, Moment], sites: int = 1) -> 
     boundaries = residual_boundaries(config)
     groups: dict[int, list[str]] = {}
     for place in block_linears(config):
-        if place.name in _residual_groups(config):
+        if place.spec.reads == "residual" and place.leads_group:
             groups.setdefault(site_at(place.boundary, sites, boundaries), []).append(place.name)
     found = []
     for _, names in sorted(groups.items()):

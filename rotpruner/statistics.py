@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from rotpruner.distributed import Ranks
 from rotpruner.orthogonal import is_order, rotate_features
+from rotpruner.precision import at_least_float32
 
 T = TypeVar("T")
 
@@ -133,7 +134,7 @@ class MomentSums:
     def add(self, name: str, x: Tensor, n: int) -> None:
         """Add inputs (…, I) of a linear, keeping diagonal blocks of width n."""
         x = x.detach().flatten(0, -2)
-        x = x.to(torch.promote_types(x.dtype, torch.float32))
+        x = x.to(at_least_float32(x.dtype))
         heads = rearrange(x, "t (b n) -> b n t", n=n)
         if not self.counting:
             self._sums.setdefault(name, heads.new_zeros(len(heads), n, n))

@@ -148,7 +148,7 @@ class Surrogate:
         decay: λ of `sr_ste`.
         temperature, final_temperature: of `sigmoid` and `gumbel` at the first and at the last step; geometric between.
         lr: of `gumbel`'s logits, instead of the optimiser's own.
-        strength: of the pruner's first masks in `gumbel`'s logits, in nats a weight.
+        strength: of the pruner's first masks in `gumbel`'s logits, in nats per weight.
     """
 
     name: SurrogateName = "constant"
@@ -193,10 +193,15 @@ def check_surrogate(surrogate: Surrogate, pattern: Pattern | Slice, pruner: Prun
     if surrogate.name == "sigmoid":
         if isinstance(pattern, Slice):
             raise InputError(f"surrogate sigmoid softens masks, and pattern {pattern} has none; set it to constant")
-        if pruner.needs == "full":
+        if pruner.rebuilds:
             raise InputError(
                 f"surrogate sigmoid follows the saliency that chooses the masks, and {type(pruner).__name__} chooses "
-                "them while it updates the weights; take wanda, ria or magnitude"
+                "them while it updates the weights; use wanda, ria or magnitude"
+            )
+        if pruner.needs == "full":
+            raise InputError(
+                f"surrogate sigmoid rotates only the diagonal of the statistics at every step, and "
+                f"{type(pruner).__name__} reads all of them; use wanda, ria or magnitude"
             )
     if surrogate.name == "gumbel":
         if not isinstance(pattern, NM):

@@ -42,7 +42,7 @@ def test_decoding_is_greedy_generation(name):
     assert decode > 0
 
 
-def test_models_take_turns_and_the_first_turn_is_not_counted():
+def test_models_is_dues_and_the_first_turn_is_not_counted():
     seen = []
 
     class Spy(torch.nn.Module):

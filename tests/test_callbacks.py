@@ -128,7 +128,7 @@ def test_the_end_of_a_fit_runs_block_by_block_where_learning_did(fit, test_text_
     """A device by another name, so that blocks visit it: what is written is what the CPU as a whole has given."""
     found = []
     for device in ("cpu", "cpu:0"):
-        monkeypatch.setattr("callbacks.ending.root_device", lambda module, device=device: torch.device(device))
+        monkeypatch.setattr("callbacks.ending.training_device", lambda trainer, device=device: torch.device(device))
         monkeypatch.setenv("ROTPRUNER_CACHE", str(tmp_path / device))
         visited: list[torch.device] = []
 
@@ -188,11 +188,11 @@ def test_perplexity_is_logged_at_its_own_steps(fit, test_text_file, tmp_path, to
 def test_turns_come_once_a_step():
     steps = EverySteps(2, "Nobody")
     asked = [0, 0, 1, 1, 2, 2, 3, 4]  # two batches a step
-    assert [step for step in asked if steps.take_turn(step)] == [2, 4]
-    assert not steps.take_turn(0), "another fit"
+    assert [step for step in asked if steps.is_due(step)] == [2, 4]
+    assert not steps.is_due(0), "another fit"
     steps.go_on_from(6)
-    assert not steps.take_turn(6)
-    assert steps.take_turn(8)
+    assert not steps.is_due(6)
+    assert steps.is_due(8)
 
 
 def test_seconds_of_training_are_those_of_all_its_parts():

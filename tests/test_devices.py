@@ -41,5 +41,5 @@ def test_devices_and_strategies_that_cannot_be_are_refused(monkeypatch):
         check_trainer(module)
     monkeypatch.setattr("lightning_modules.trainers.root_device", lambda module: torch.device("cpu"))
     monkeypatch.setattr(module._trainer.strategy, "__class__", FSDPStrategy)
-    with pytest.raises(InputError, match="FSDPStrategy would flatten"):
+    with pytest.raises(InputError, match="FSDPStrategy flattens"):
         check_trainer(module)

@@ -173,7 +173,7 @@ def test_smollm2_on_two_ranks_of_its_own_goes_on_after_a_kill(tmp_path):
     assert torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)["global_step"] < 2
     resumed = subprocess.run(fit, capture_output=True, text=True, timeout=200, env=environment)
     assert resumed.returncode == 0, resumed.stderr
-    assert "going on from" in resumed.stderr
+    assert "resuming from" in resumed.stderr
 
     whole, given = configs("whole")
     assert start_ranks(given) == [0, 0]

@@ -165,8 +165,8 @@ def test_start_from_permutations_keeps_the_function_and_more_importance(name, pl
     [
         ("permutation", ["residual"], "0.5", "start permutation helps groups of N:M"),
         ("identity", ["residual", "mlp"], "2:4", "set start to permutation"),
-        ("permutation", ["mlp"], "2:4", "nothing in spaces"),
-        (None, ["mlp"], "2:4", "nothing in spaces"),
+        ("permutation", ["mlp"], "2:4", "has rotations to learn"),
+        (None, ["mlp"], "2:4", "has rotations to learn"),
     ],
 )
 def test_starts_that_do_nothing_are_refused(start, spaces, pattern, message):

@@ -205,7 +205,7 @@ def test_shards_are_refused(model_directory):
     module = RecoveryModule(str(model_directory), str(model_directory))
     module._trainer = Trainer(accelerator="cpu", max_steps=1, logger=False, enable_checkpointing=False)
     module._device_mesh = object()
-    with pytest.raises(InputError, match="take ddp"):
+    with pytest.raises(InputError, match="use ddp"):
         module.setup("fit")
 
 

@@ -29,7 +29,7 @@ def test_a_sweep_runs_its_rows_once_and_results_become_a_table(model_directory, 
         "command": "prune",
         "arguments": settings,
         "grid": {"pruner": ["magnitude"], "pattern": ["2:4"], "seed": [0, 1]},
-        "reference": str(model_directory),
+        "reference": True,
     }
     file.write_text(yaml.safe_dump(sweep, sort_keys=False))
     arguments = ["sweep", str(file), "--set", f"calibration={text_file}", "--set", f"text=[{test_text_file}]"]

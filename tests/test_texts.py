@@ -141,11 +141,11 @@ def test_names_of_hub_data_sets():
 def test_identity_changes_with_the_text(tmp_path, c4):
     path = tmp_path / "a.txt"
     path.write_text("a")
-    before = text_identity(str(path), "test")
+    before = text_identity(str(path))
     path.write_text("ab")
-    assert text_identity(str(path), "test") != before
-    assert text_identity("c4", "test") != text_identity("c4", "calibration")
-    json.dumps([before, text_identity("wikipedia_test", "test"), text_identity("c4", "test")])
+    assert text_identity(str(path)) != before
+    assert text_identity("c4") != text_identity("wikitext2")
+    json.dumps([before, text_identity("wikipedia_test"), text_identity("c4")])
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from rotpruner.patterns import Pattern
+from rotpruner.precision import at_least_float32
 from rotpruner.pruners.reconstruction import ReconstructionPruner, conjugate_gradients, damped_hessian, normalise
 from rotpruner.statistics import Moment
 
@@ -44,7 +45,7 @@ class ALPS(ReconstructionPruner):
         self, weight: Tensor, moment: Moment | None, pattern: Pattern, mask: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
         assert moment is not None
-        dtype = torch.promote_types(weight.dtype, torch.float32)
+        dtype = at_least_float32(weight.dtype)
         key = (self.damping, dtype)
         norms, H = moment.derive(("normalised", *key), lambda moment: normalise(damped_hessian(moment, *key)))
         dense = weight.to(dtype) * norms

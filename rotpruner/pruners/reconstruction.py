@@ -10,6 +10,7 @@ from torch import Tensor
 
 from rotpruner.errors import InputError
 from rotpruner.patterns import Pattern
+from rotpruner.precision import at_least_float32
 from rotpruner.pruners.base import Pruner
 from rotpruner.statistics import Moment
 
@@ -81,7 +82,7 @@ def _factor(moment: Moment, damping: float, dtype: torch.dtype) -> Tensor:
 def obs_saliency(weight: Tensor, moment: Moment | None, damping: float) -> Tensor:
     """w² / [H⁻¹]_jj (O, I): the loss of removing one weight (equation 3 of SparseGPT; Hassibi & Stork, 1992)."""
     assert moment is not None
-    W = weight.to(torch.promote_types(weight.dtype, torch.float32))
+    W = weight.to(at_least_float32(weight.dtype))
 
     def inverse(moment: Moment) -> Tensor:
         R = _factor(moment, damping, W.dtype)

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from rotpruner.patterns import NM, Pattern, Unstructured, keep_largest
+from rotpruner.precision import at_least_float32
 from rotpruner.pruners.reconstruction import ReconstructionPruner, upper_factor
 from rotpruner.statistics import Moment
 
@@ -52,7 +53,7 @@ class SparseGPT(ReconstructionPruner):
         self, weight: Tensor, moment: Moment | None, pattern: Pattern, mask: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
         assert moment is not None
-        dtype = torch.promote_types(weight.dtype, torch.float32)
+        dtype = at_least_float32(weight.dtype)
         R = upper_factor(moment, self.damping, dtype)
         unit, choose = self._selection(pattern, weight.device)
         if mask is None and choose is None:
