@@ -12,9 +12,10 @@ import torch
 from torch import Tensor
 
 from datamodules.texts import check_text
-from datamodules.tokens import calibration_tokens, check_sizes, generator_of
+from datamodules.tokens import calibration_tokens, check_sizes
 from rotpruner.errors import InputError
 from rotpruner.loading import load_tokenizer
+from rotpruner.seeds import generator_of
 
 
 class CalibrationBatches:

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from datamodules.texts import text_name, text_of
 from rotpruner.artifacts import write_json
-from rotpruner.embedded import cache_directory, locked
+from rotpruner.cache import cache_path, locked
 from rotpruner.errors import InputError
 from rotpruner.identity import identity
 from rotpruner.perplexity import perplexity, windows
@@ -90,8 +90,7 @@ def _cache_path(model_identity: dict[str, Any], cut: Tensor) -> Path:
         "windows": list(cut.shape),
         "tokens": hashlib.sha256(cut.numpy().tobytes()).hexdigest(),
     }
-    digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
-    return cache_directory() / "perplexity" / f"{digest}.json"
+    return cache_path("perplexity", key, ".json")
 
 
 def _kept(path: Path | None) -> float | None:

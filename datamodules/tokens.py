@@ -4,22 +4,19 @@ Shapes: N sequences, T tokens each (`seq_len`).
 """
 
 import hashlib
-import json
-import os
 from array import array
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from datamodules.texts import hub_text, pieces, stream, text_identity
-from rotpruner.embedded import cache_directory, locked
+from rotpruner.cache import cache_path, load_tensors, locked, save_tensors
 from rotpruner.errors import InputError
+from rotpruner.seeds import generator_of
 
-_FORMAT = 1  # of the cached tensor: raise it whenever the same arguments would give other tokens
+_FORMAT = 2  # of the cached tensor: raise it whenever the same arguments would give other tokens
 
 
 def calibration_tokens(
@@ -47,8 +44,7 @@ def calibration_tokens(
         "seq_len": seq_len,
         "seed": seed,
     }
-    digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
-    path = cache_directory() / "calibration" / f"{digest}.safetensors"
+    path = cache_path("calibration", key)
     shape, vocabulary = (num_sequences, seq_len), 1 + max(tokenizer.get_vocab().values())
     tokens = _load(path, shape, vocabulary)
     if tokens is None:
@@ -61,7 +57,7 @@ def calibration_tokens(
                 finally:
                     spool.unlink(missing_ok=True)
                 assert 0 <= tokens.min() <= tokens.max() < vocabulary
-                _save(tokens, path)
+                save_tensors({"tokens": tokens}, path)
     return tokens
 
 
@@ -100,29 +96,9 @@ def _tokenizer_identity(tokenizer: PreTrainedTokenizerBase, name: str) -> str:
     return name if backend is None else hashlib.sha256(backend.to_str().encode()).hexdigest()
 
 
-def generator_of(*parts: object) -> torch.Generator:
-    """A generator of its own for each tuple of parts, whatever the global random state is."""
-    digest = hashlib.sha256(repr(parts).encode()).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
-
-
-def _digest(tokens: Tensor) -> str:
-    return hashlib.sha256(tokens.numpy().tobytes()).hexdigest()
-
-
-def _save(tokens: Tensor, path: Path) -> None:
-    scratch = path.with_suffix(".tmp")  # we hold the lock: no other writer has it open
-    save_file({"tokens": tokens}, scratch, metadata={"sha256": _digest(tokens)})
-    os.replace(scratch, path)
-
-
 def _load(path: Path, shape: tuple[int, int], vocabulary: int) -> Tensor | None:
     """The cached tensor, or None if it is absent or damaged."""
-    try:
-        with safe_open(path, framework="pt") as file:
-            tokens, metadata = file.get_tensor("tokens"), file.metadata() or {}
-    except (OSError, SafetensorError):
+    tokens = (load_tensors(path) or {}).get("tokens")
+    if tokens is None or tokens.dtype != torch.int64 or tokens.shape != shape:
         return None
-    sound = tokens.dtype == torch.int64 and tokens.shape == shape
-    sound = sound and metadata.get("sha256") == _digest(tokens)
-    return tokens if sound and 0 <= tokens.min() <= tokens.max() < vocabulary else None
+    return tokens if 0 <= tokens.min() <= tokens.max() < vocabulary else None

@@ -309,7 +309,6 @@ def _show(result: dict[str, Any], setup: Setup, memory: MemoryPlan, rates: str) 
         _table("kept by the host", memory.kept_by_host)
     for name, terms in memory.host_phases.items():
         _table(f"on the host: {name}", terms)
-    print(f"peak of the host: {memory.host / _GIB:.2f} GiB")
     _table("operations of a step", [Term(**term) for term in result["flops"]], _TERA, "TFLOP")
     _table("disk", [Term(**term) for term in result["disk"]])
     if (seconds := result["seconds_per_step"]) is not None:
@@ -323,6 +322,9 @@ def _show(result: dict[str, Any], setup: Setup, memory: MemoryPlan, rates: str) 
     verdict = "fits" if result["fits"] else "DOES NOT FIT; what would change that:"
     if hardware["name"] == "cpu":
         print(f"\npeak of learning: {memory.learning / _GIB:.2f} GiB, above what imports take")
+    else:
+        dearest = largest(memory.host_phases)
+        print(f"\nmain memory that it takes besides: {memory.host / _GIB:.2f} GiB, most of it when: {dearest}")
     print(f"\npeak {memory.peak / _GIB:.2f} GiB of {hardware['bytes'] / _GIB:.0f} GiB: {verdict}")
     for change in result["changes"]:
         print(f"  {change['peak'] / _GIB:8.2f} GiB {'fits' if change['fits'] else 'too large':10} {change['change']}")

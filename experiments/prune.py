@@ -27,6 +27,7 @@ from rotpruner.model_card import Origin, evaluation_of, public, write_card
 from rotpruner.oneshot import (
     LayerSparsity,
     check_layer_sparsity,
+    check_update,
     gather_model_moments,
     parameter_count,
     prune_model,
@@ -96,8 +97,9 @@ def _checked_pattern(options: argparse.Namespace) -> Pattern | Slice:
         )
     elif options.pruner is None:
         raise InputError(f"pattern {pattern} needs a --pruner: {', '.join(PRUNERS)}, or an import path")
-    for pruner in filter(None, (options.pruner, options.update)):
-        resolve_pruner(pruner)
+    if options.pruner is not None:
+        resolve_pruner(options.pruner)
+    check_update(None if options.update is None else resolve_pruner(options.update))
     check_compensation(options.compensate, options.num_sequences, pattern)
     check_layer_sparsity(pattern, options.layer_sparsity)
     if options.output is not None:

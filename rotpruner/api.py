@@ -23,7 +23,7 @@ from rotpruner.objectives import Objective
 from rotpruner.oneshot import prune_model
 from rotpruner.patterns import Pattern, Scope, Slice, parse_pattern
 from rotpruner.perplexity import windows
-from rotpruner.precision import fast_dtype
+from rotpruner.precision import cast_parameters, fast_dtype
 from rotpruner.pruners import Pruner, resolve_pruner
 from rotpruner.rotated_model import RotatedModel
 from rotpruner.rotation_artifact import Rotations
@@ -56,7 +56,12 @@ def learn(
         lr: of the rotations at the first step; it falls to zero at the last.
         refresh_every: steps between re-applications of the pruner.
         on_step: called with the step and its losses, in the units of `Objective`.
+
+    Raises:
+        InputError: the rotations are parametrised by points of the manifold, which are for `CayleySGD`.
     """
+    if any(matrices.map_name == "manifold" for matrices in rotated.rotations.spaces.values()):
+        raise InputError("orthogonal map manifold does not go with Adam, which leaves it; use cayley or exponential")
     optimizer = torch.optim.Adam(rotated.parameter_groups(), lr=lr)
     scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     for step, (input_ids, index) in zip(range(steps), batches, strict=False):
@@ -128,6 +133,8 @@ def prune(
     check_seq_len(model.config, seq_len)
     check_compensation(compensate, num_sequences, parsed)
     rotating = _rotating(rotate, model, spaces, parsed)
+    if dtype == torch.float16:
+        raise InputError("dtype float16 loses the gradients of a mean over tokens; give bfloat16 or float32")
     if rotations_directory is not None:
         if rotating is None:
             raise InputError(f"nothing rotates that could be written to '{rotations_directory}'; leave it out")
@@ -152,7 +159,7 @@ def prune(
     moments = None
     if rotating is not None:
         base: Any = copy.deepcopy(model)
-        base.to(dtype or fast_dtype(model.device))
+        cast_parameters(base, dtype or fast_dtype(model.device))
         objective = Objective(kl=1.0)
         rotated = RotatedModel(
             base, rotating.module(model), resolved, parsed, Surrogate(), objective, gradient_checkpointing

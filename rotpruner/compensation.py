@@ -166,7 +166,9 @@ class _Group:
 
 def _groups(config: Any, members: Sequence[BlockLinear]) -> list[_Group]:
     """The groups of a block, in data-flow order."""
-    plain, sublayers = "residual" in available_spaces(config), residual_sublayers(config)
+    # A stream that changes basis on the way has no space any more, but is written as plainly as before.
+    plain = "residual" in available_spaces(config) or bool(getattr(config, "shortcuts", None))
+    sublayers = residual_sublayers(config)
     norms: dict[str, str | None] = {
         sublayer.writer: following.norm for sublayer, following in pairwise([*sublayers, Sublayer("", "")])
     }

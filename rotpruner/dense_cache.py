@@ -7,22 +7,18 @@ torch and transformers.
 
 from __future__ import annotations
 
-import hashlib
-import json
 import logging
-import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors import SafetensorError
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from rotpruner.cache import cache_path, load_tensors, locked, save_tensors
 from rotpruner.distributed import Ranks
-from rotpruner.embedded import cache_directory, locked
 from rotpruner.errors import InputError
 from rotpruner.identity import identity, tensors_digest
 from rotpruner.statistics import Moment
@@ -65,7 +61,7 @@ class DenseCache:
         """
         tokens = {str(number): batch for number, batch in enumerate(batches)}
         path = self._path("statistics", tokens, block_widths=dict(block_widths))
-        kept = _load(path)
+        kept = load_tensors(path)
         absent = kept is None or kept.keys() != block_widths.keys()
         if not self._ranks.any(torch.tensor([absent], device=self._device)).item():
             assert kept is not None
@@ -79,7 +75,7 @@ class DenseCache:
 
     def states(self, input_ids: Tensor) -> Tensor | None:
         """The final hidden states (seq_len, d) of one sequence (seq_len,), on the CPU, if they are there."""
-        kept = _load(self._path("states", {"ids": input_ids}))
+        kept = load_tensors(self._path("states", {"ids": input_ids}))
         return None if kept is None else kept["states"]
 
     def keep_states(self, input_ids: Tensor, states: Tensor) -> None:
@@ -90,33 +86,14 @@ class DenseCache:
         device = self._device.type
         autocast = str(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else None
         key = {**self._model, "autocast": autocast, "tokens": tensors_digest(tokens), **more}
-        digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
-        return cache_directory() / kind / f"{digest}.safetensors"
+        return cache_path(kind, key)
 
     def _save(self, tensors: Mapping[str, Tensor], path: Path) -> None:
         if self._gave_up:
             return
-        tensors = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
-        scratch = path.with_suffix(".tmp")
         try:
             with locked(path.parent):
-                try:
-                    path.parent.mkdir(exist_ok=True)
-                    save_file(tensors, scratch, metadata={"sha256": tensors_digest(tensors)})
-                    os.replace(scratch, path)
-                finally:
-                    scratch.unlink(missing_ok=True)
+                save_tensors(tensors, path)
         except (InputError, OSError, SafetensorError) as error:
             self._gave_up = True
             logger.warning("what the dense model gave is not kept, %s cannot be written: %s", path, error)
-
-
-def _load(path: Path) -> dict[str, Tensor] | None:
-    """The tensors of a file, or None if it is absent or damaged."""
-    try:
-        with safe_open(path, framework="pt") as file:
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
-            digest = (file.metadata() or {}).get("sha256")
-    except (OSError, SafetensorError):
-        return None
-    return tensors if digest == tensors_digest(tensors) else None

@@ -16,15 +16,14 @@ import shutil
 import subprocess
 import sys
 import zipfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from filelock import FileLock
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from rotpruner.cache import cache_directory, locked
 from rotpruner.errors import InputError
 
 MODELS = ("smollm2-135m",)
@@ -76,13 +75,6 @@ WIKIPEDIA = Member(
 )
 
 
-def cache_directory() -> Path:
-    """`$ROTPRUNER_CACHE`, or `rotpruner` in the user's cache directory. Not created here."""
-    if chosen := os.environ.get("ROTPRUNER_CACHE"):
-        return Path(chosen).expanduser().absolute()
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache").absolute() / "rotpruner"
-
-
 def model_directory(name: str) -> Path:
     """The ordinary checkpoint (config, safetensors, tokenizer) of an embedded model, built once."""
     _check_name(name, MODELS, "model")
@@ -103,19 +95,6 @@ def text_path(name: str) -> Path:
 def _check_name(name: str, names: tuple[str, ...], kind: str) -> None:
     if name not in names:
         raise InputError(f"no embedded {kind} is called {name!r}: choose one of {', '.join(names)}")
-
-
-@contextmanager
-def locked(target: Path) -> Iterator[None]:
-    """One process at a time builds `target`, a file or directory of the cache; its parent is made here."""
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(f"{target}.lock").acquire()
-    except OSError as error:
-        where = f"cannot write to the cache {target.parent} ({error.strerror})"
-        raise InputError(f"{where}: set ROTPRUNER_CACHE to a writable directory") from error
-    with lock:
-        yield
 
 
 def _build_once(target: Path, build: Callable[[Path], None]) -> Path:

@@ -58,10 +58,10 @@ def fuse_norms(model: nn.Module) -> None:
 
     The head has no bias that could take up the final norm's: b stays there, as b ⊘ g.
     """
+    family, bias = family_of(model.config), _final_bias(model)  # which may refuse: first
     untie(model)
     fuse_block_norms(model)
-    family = family_of(model.config)
-    norm, bias = module_at(model, family.final_norm), _final_bias(model)
+    norm = module_at(model, family.final_norm)
     _fold_gain(norm, module_at(model, family.head), family.gain_offset)
     _reset(norm, family.gain_offset, bias)
 

@@ -26,6 +26,9 @@ from rotpruner.slicing import sliced_width
 
 logger = logging.getLogger(__name__)
 
+#: No checkpoint brings code along.
+_OWN_CODE = {"trust_remote_code": False}
+
 
 def _resolve(name: str) -> str:
     """Path or hub name that `from_pretrained` takes, for an embedded name, a directory or a hub name."""
@@ -49,7 +52,7 @@ def _pretrained(loader: Any, name: str, **kwargs: Any) -> Any:
     source = _resolve(name)
     try:
         place = None if "state_dict" in kwargs else source
-        return loader.from_pretrained(place, trust_remote_code=False, **kwargs)
+        return loader.from_pretrained(place, **kwargs)
     except InputError:
         raise
     except Exception as error:  # hub, file and format errors come in a dozen classes; the user needs one line
@@ -62,25 +65,25 @@ def load_config(name: str) -> Any:
     """The `transformers` config of a model of a known family.
 
     Raises:
-        InputError: nothing loadable has that name, or its family has no table.
+        InputError: nothing loadable has that name, its family has no table, or its weights are quantised.
     """
-    config = _pretrained(AutoConfig, name)
+    config = _pretrained(AutoConfig, name, **_OWN_CODE)
     family_of(config)
+    if quantised := getattr(config, "quantization_config", None):
+        method = quantised.get("quant_method") if isinstance(quantised, dict) else quantised
+        raise InputError(f"'{name}' is quantised ({method}), and codes cannot be rotated; give the 16-bit checkpoint")
     return config
 
 
 def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
     """The tokenizer of a model; raises `InputError` if it cannot be loaded."""
-    return _pretrained(AutoTokenizer, name)
+    return _pretrained(AutoTokenizer, name, **_OWN_CODE)
 
 
 def _packed_weights(directory: str, config: Any) -> dict[str, Any]:
     """What `from_pretrained` takes in place of a directory."""
     with torch.device("cpu"):  # whatever device is the default of the moment
-        weights = {"config": config, "state_dict": read_packed(directory)}
-    if (Path(directory) / "generation_config.json").is_file():
-        weights["generation_config"] = _pretrained(GenerationConfig, directory)
-    return weights
+        return {"config": config, "state_dict": read_packed(directory)}
 
 
 def load_model(name: str | Path, dtype: torch.dtype | None = None) -> PreTrainedModel:
@@ -91,18 +94,32 @@ def load_model(name: str | Path, dtype: torch.dtype | None = None) -> PreTrained
         dtype: of the weights; None keeps the checkpoint's.
 
     Raises:
-        InputError: it cannot be loaded, its family is unknown, or a weight is NaN or infinite.
+        InputError: it cannot be loaded, its family is unknown, or a weight is missing, NaN or infinite.
     """
     name = str(name)
     config, source = load_config(name), _resolve(name)
     weights = _packed_weights(source, config) if is_packed(source) else {}
     # The automatic class insists on a directory, the model's own does not.
     loader = type(meta_model(config)) if weights else AutoModelForCausalLM
-    model = _pretrained(loader, name, dtype="auto" if dtype is None else dtype, **weights).eval()
+    settings = {"dtype": "auto" if dtype is None else dtype, "output_loading_info": True, **_OWN_CODE}
+    model, found = _pretrained(loader, name, **settings, **weights)
+    _check_complete(name, model, found)
+    if weights and (Path(source) / "generation_config.json").is_file():
+        model.generation_config = _pretrained(GenerationConfig, source)
+    model.eval()
     for parameter_name, parameter in model.named_parameters():
         if not torch.isfinite(parameter).all():
             raise InputError(f"weight {parameter_name} of '{name}' holds NaN or infinity; repair the checkpoint")
     return model
+
+
+def _check_complete(name: str, model: PreTrainedModel, found: dict[str, Any]) -> None:
+    """Raise `InputError` if a checkpoint lacks weights, which would be drawn at random, or its linears have more."""
+    if missing := sorted(found["missing_keys"]):
+        raise InputError(f"'{name}' lacks {', '.join(missing[:3])}: it is no whole {type(model).__name__}")
+    linears = linear_modules(model)
+    if left_out := sorted(key for key in found["unexpected_keys"] if key.rpartition(".")[0] in linears):
+        raise InputError(f"'{name}' has {', '.join(left_out[:3])}, of which its config knows nothing; mend config.json")
 
 
 def meta_model(config: Any) -> PreTrainedModel:

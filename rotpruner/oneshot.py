@@ -116,6 +116,7 @@ def prune_model(
     """
     check_pattern(model, pattern)
     check_layer_sparsity(pattern, layer_sparsity)
+    check_update(update)
     rotations = rotations or {}
     if isinstance(pattern, Slice):
         _slice(model, pattern, batches, rotations, calibration_dtype, device, progress)
@@ -133,7 +134,9 @@ def prune_model(
         if linear.leads_group and (moment := rotated_moment(model.config, rotations, moments or {}, linear)) is not None
     }
     # What each block's statistics are gathered for, if anything.
-    needs = update.needs if update is not None else "nothing" if moments is not None else pruner.needs
+    needs = "nothing" if moments is not None else pruner.needs
+    if update is not None:
+        needs = max(needs, update.needs, key=get_args(Needs).index)
     replay = None if needs == "nothing" else BlockReplay(model, batches, calibration_dtype, device)
     for layer, members in progress(by_block(block_linears(model.config)), "pruning block by block"):
         with visiting(module_at(model, family_of(model.config).blocks)[layer], device):
@@ -188,6 +191,12 @@ def _prune_block(
             found = update.prune_group(weights, seen[group].to(device), pattern, [mask for _, mask in found])
         for weight, (pruned, _) in zip(weights, found, strict=True):
             weight.copy_(pruned)
+
+
+def check_update(update: Pruner | None) -> None:
+    """Raise `InputError` if a pruner whose update is to follow has none."""
+    if update is not None and not update.rebuilds:
+        raise InputError(f"{type(update).__name__} updates no weights; give sparsegpt or alps as the update")
 
 
 def check_layer_sparsity(pattern: Pattern | Slice, layer_sparsity: str) -> None:

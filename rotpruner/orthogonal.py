@@ -120,10 +120,10 @@ class OrthogonalMatrices(nn.Module):
         *many, self.m, _ = self.subgroup.core(n)
         shape = (sites, blocks, *many)
         if map_name == "manifold":
-            self.turn = nn.Parameter(torch.eye(self.m).expand(*shape, self.m, self.m).clone())
+            self.turn = nn.Parameter(torch.eye(self.m, dtype=torch.float32).expand(*shape, self.m, self.m).clone())
         else:
-            self.turn = nn.Parameter(torch.zeros(*shape, self.m * (self.m - 1) // 2))
-        self.register_buffer("start", torch.eye(n).expand(sites, blocks, n, n).clone())
+            self.turn = nn.Parameter(torch.zeros(*shape, self.m * (self.m - 1) // 2, dtype=torch.float32))
+        self.register_buffer("start", torch.eye(n, dtype=torch.float32).expand(sites, blocks, n, n).clone())
 
     def forward(self) -> Tensor:
         with torch.autocast(self.turn.device.type, enabled=False):

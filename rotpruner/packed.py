@@ -21,6 +21,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
+from transformers.utils import CHAT_TEMPLATE_DIR
 
 from rotpruner.artifacts import new_directory, write_json
 from rotpruner.errors import InputError
@@ -131,6 +132,8 @@ def _copy_rest(directory: Path, output: Path) -> None:
     for path in directory.iterdir():
         if path.is_file() and path.suffix != ".safetensors" and path.name != CONFIG:
             shutil.copyfile(path, output / path.name)
+        elif path.name == CHAT_TEMPLATE_DIR:
+            shutil.copytree(path, output / path.name)
 
 
 def _read_config(directory: Path) -> dict[str, Any]:

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any, Literal, get_args
 
 import torch
+from torch import nn
 
 from rotpruner.errors import InputError
 
@@ -27,6 +28,12 @@ def resolve_dtype(name: DtypeName, device: torch.device) -> torch.dtype:
 def at_least_float32(dtype: torch.dtype) -> torch.dtype:
     """The dtype itself, or float32 if it is narrower."""
     return torch.promote_types(dtype, torch.float32)
+
+
+def cast_parameters(model: nn.Module, dtype: torch.dtype) -> None:
+    """Cast a model's parameters in place, and no buffers: rotary frequencies lose their phases in 16 bits."""
+    for parameter in model.parameters():  # tied ones come once
+        parameter.data = parameter.data.to(dtype)
 
 
 def autocast(device: torch.device, dtype: torch.dtype | None) -> torch.autocast:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -15,6 +14,7 @@ from rotpruner.patterns import NM, Pattern, Slice
 from rotpruner.precision import at_least_float32
 from rotpruner.pruners import Pruner
 from rotpruner.rotations import Sites, sides
+from rotpruner.seeds import generator_of
 from rotpruner.statistics import Moment
 from rotpruner.surrogates import Surrogate, gumbel, likeliest_mask, nm_choices, prior_logits, sigmoid
 
@@ -98,9 +98,8 @@ class Relaxation(nn.Module):
         return gumbel(weight, logits, self.noise(place, logits), self.pattern, self.temperature)
 
     def noise(self, place: BlockLinear, logits: Tensor) -> Tensor:
-        """Gumbel(0, 1) noise of the moment's step for a linear's logits (O, G, K): −log of exponential noise."""
-        digest = hashlib.sha256(repr((self.seed, self.step, place.name)).encode()).digest()
-        generator = torch.Generator(logits.device).manual_seed(int.from_bytes(digest[:7], "big"))
+        """Gumbel(0, 1) noise of the current step for a linear's logits (O, G, K): −log of exponential noise."""
+        generator = generator_of(self.seed, self.step, place.name, device=logits.device)
         drawn = torch.empty_like(logits, requires_grad=False).exponential_(generator=generator)
         return drawn.clamp_min_(torch.finfo(drawn.dtype).tiny).log_().neg_()
 

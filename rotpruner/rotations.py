@@ -325,7 +325,7 @@ def merge_rotations(model: nn.Module, rotations: Mapping[str, Tensor]) -> None:
     """Move a plain model into the rotated basis, in place; it computes the same function.
 
     Fuses norms if the residual stream rotates, and inserts shortcuts where that changes its basis on the way. Products
-    are taken in float64 and rounded once.
+    are taken in float64; norms are folded in and rounded before, rotations after.
 
     Raises:
         InputError: they are not rotations of this model; it is as it was.

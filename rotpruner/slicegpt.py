@@ -86,7 +86,7 @@ def _project_stream(block: nn.Module, norm: str, writer: str, P: Tensor) -> None
 
     def write(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
         stream = streams.pop()
-        return (stream + output).to(P.dtype) @ P.to(stream.device) - stream
+        return ((stream + output).to(P.dtype) @ P.to(stream.device) - stream).to(output.dtype)
 
     block.get_submodule(norm).register_forward_pre_hook(keep)
     block.get_submodule(writer).register_forward_hook(write)

@@ -101,7 +101,8 @@ def project(rotations: RotationSet, width: int) -> RotationSet:
 def slice_residual(model: nn.Module, width: int) -> None:
     """Keep the first `width` directions of a model whose norms are fused (as `merge_rotations` does), in place.
 
-    The config is made to say so: a saved model loads as an ordinary one of its class.
+    The config is made to say so: a saved model loads as an ordinary one of its class. It has one ε for all norms; those
+    of Qwen3's queries and keys, which stay as wide, get the scaled one too once the model is loaded again.
     """
     config: Any = model.config
     family, d = family_of(config), config.hidden_size

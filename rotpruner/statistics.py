@@ -19,6 +19,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from rotpruner.distributed import Ranks
+from rotpruner.errors import InputError
 from rotpruner.orthogonal import is_order, rotate_features
 from rotpruner.precision import at_least_float32
 
@@ -130,10 +131,12 @@ class MomentSums:
         self.counting = True
         self._sums: dict[str, Tensor] = {}
         self._tokens: dict[str, int] = {}
+        self._dtypes: dict[str, torch.dtype] = {}
 
     def add(self, name: str, x: Tensor, n: int) -> None:
         """Add inputs (…, I) of a linear, keeping diagonal blocks of width n."""
         x = x.detach().flatten(0, -2)
+        self._dtypes[name] = x.dtype
         x = x.to(at_least_float32(x.dtype))
         heads = rearrange(x, "t (b n) -> b n t", n=n)
         if not self.counting:
@@ -147,12 +150,22 @@ class MomentSums:
         self._tokens[name] = self._tokens.get(name, 0) + len(x)
 
     def means(self, ranks: Ranks | None = None) -> dict[str, Moment]:
-        """The moments, averaged over all tokens that any of the ranks has seen; alike on all of them."""
+        """The moments, averaged over all tokens that any of the ranks has seen; alike on all of them.
+
+        Raises:
+            InputError: some are not finite.
+        """
         ranks = ranks or Ranks()
         moments = {}
         for name, total in self._sums.items():
             tokens = ranks.sum(torch.tensor(self._tokens[name], device=total.device))
-            moments[name] = Moment(ranks.sum(total) / tokens)
+            mean = ranks.sum(total) / tokens
+            if not mean.isfinite().all():  # pruners would choose by comparisons with NaN, and nobody would see it
+                raise InputError(
+                    f"inputs of {name} overflow {str(self._dtypes[name]).removeprefix('torch.')}, or are NaN; "
+                    "load the model in bfloat16 or float32"
+                )
+            moments[name] = Moment(mean)
         return moments
 
 

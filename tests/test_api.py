@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from importlib import import_module
+
 import pytest
 import torch
 from conftest import sample_text, tiny_llama
@@ -11,16 +13,18 @@ from rotpruner.families import linear_modules
 from rotpruner.oneshot import prune_model, sparsity_of
 from rotpruner.patterns import parse_pattern
 from rotpruner.pruners import Pruner, resolve_pruner
+from rotpruner.rotated_model import RotatedModel
 from rotpruner.rotations import LearnedRotations, random_rotations
 
 
-class SmallestRow(Pruner):
+class RelativeToColumn(Pruner):
     """The README's example of a pruner of one's own."""
 
     needs = "nothing"
 
     def saliency(self, weight, moment):
-        return weight.abs() / weight.norm(dim=1, keepdim=True)
+        size = weight.float().abs()
+        return size / size.norm(dim=0).clamp_min(1e-8)
 
 
 @pytest.fixture
@@ -122,11 +126,12 @@ def test_kept_rotations_prune_to_the_same_model(pattern, tokenizer, texts, tmp_p
 
 def test_a_pruner_of_ones_own_is_named_by_its_import_path(tokenizer, texts):
     own = rotpruner.prune(
-        tiny_llama(), tokenizer, texts, pruner="test_api.SmallestRow", spaces=(), num_sequences=4, seq_len=32
+        tiny_llama(), tokenizer, texts, pruner="test_api.RelativeToColumn", spaces=(), num_sequences=4, seq_len=32
     )
     expected = tiny_llama().model.layers[0].mlp.up_proj.weight
-    kept = rotpruner.api.parse_pattern("2:4").mask(SmallestRow().saliency(expected, None))
+    kept = rotpruner.api.parse_pattern("2:4").mask(RelativeToColumn().saliency(expected, None))
     assert torch.equal(own.model.layers[0].mlp.up_proj.weight != 0, kept)
+    assert not torch.equal(kept, parse_pattern("2:4").mask(expected.abs())), "magnitude's masks would do as well"
 
 
 @pytest.mark.parametrize(
@@ -142,6 +147,7 @@ def test_a_pruner_of_ones_own_is_named_by_its_import_path(tokenizer, texts):
         (dict(rotate="banana"), "banana"),
         (dict(rotate="none", rotations_directory="kept"), "kept"),
         (dict(rotate="per_layer", spaces=("value_heads",)), "add residual"),
+        (dict(dtype=torch.float16), "float16"),
     ],
 )
 def test_prune_refuses(changes, mention, tokenizer, texts):
@@ -160,3 +166,34 @@ def test_given_rotations_are_used_whatever_spaces_say(tokenizer, texts):
         tiny_llama(), tokenizer, texts, rotate=rotations, spaces=(), steps=0, num_sequences=2, seq_len=32
     )
     assert pruned.origin.spaces == ("residual",)
+
+
+@pytest.mark.parametrize(
+    ("spaces", "basis"), [(("residual", "mlp"), "permutation"), (("residual", "value_heads"), "none")]
+)
+def test_the_origin_tells_what_no_steps_have_done(spaces, basis, tokenizer, texts):
+    pruned = rotpruner.prune(tiny_llama(), tokenizer, texts, spaces=spaces, steps=0, num_sequences=4, seq_len=32)
+    assert pruned.origin.basis == basis
+    assert pruned.origin.spaces == (() if basis == "none" else spaces)
+
+
+def test_learning_in_16_bits_keeps_the_rotary_frequencies(tokenizer, texts, monkeypatch):
+    bases = []
+
+    def spied(base, *given):
+        bases.append(base)
+        return RotatedModel(base, *given)
+
+    monkeypatch.setattr(import_module("rotpruner.api"), "RotatedModel", spied)
+    model = tiny_llama(tie_word_embeddings=True)
+    rotpruner.prune(model, tokenizer, texts, steps=1, num_sequences=2, seq_len=32, dtype=torch.bfloat16)
+    (base,) = bases
+    assert {parameter.dtype for parameter in base.model.layers.parameters()} == {torch.bfloat16}
+    assert torch.equal(base.model.rotary_emb.inv_freq, model.model.rotary_emb.inv_freq)
+
+
+def test_adam_does_not_learn_points_of_the_manifold():
+    rotations = LearnedRotations(tiny_llama().config, ["residual"], "manifold")
+    rotated = RotatedModel(tiny_llama(), rotations, resolve_pruner("magnitude"), parse_pattern("2:4"))
+    with pytest.raises(rotpruner.InputError, match="manifold"):
+        rotpruner.learn(rotated, [], steps=1)

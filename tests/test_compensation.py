@@ -28,9 +28,12 @@ def batches(count: int = 16, seed: int = 0) -> tuple[torch.Tensor, ...]:
     return torch.randint(0, 64, (count, 16), generator=torch.Generator().manual_seed(seed)).split(1)
 
 
-def pair(name: str, pattern: str = "2:4"):
-    """(pruned by Wanda, dense), float64."""
+def pair(name: str, pattern: str = "2:4", placement: str | None = None):
+    """(pruned by Wanda, dense), float64; with a placement, in random bases of it."""
     dense = exact(tiny(name))
+    if placement is not None:
+        spaces = ("residual", "value_heads")
+        merge_rotations(dense, random_rotations(dense.config, spaces, 0, torch.float64, placement))
     pruned = copy.deepcopy(dense)
     prune_model(pruned, resolve_pruner("wanda"), parse_pattern(pattern), batches())
     return pruned, dense
@@ -50,11 +53,11 @@ def test_every_family_comes_nearer_and_keeps_its_masks(name):
         assert torch.equal(linear.weight != 0, masks[path]), path
 
 
-@pytest.mark.parametrize("name", ["llama-3", "opt"])
+@pytest.mark.parametrize(("name", "placement"), [("llama-3", None), ("opt", None), ("llama-3", "per_block")])
 @torch.no_grad()
-def test_every_row_is_the_least_squares_of_what_it_sees(name):
+def test_every_row_is_the_least_squares_of_what_it_sees(name, placement):
     """Against `lstsq` over the kept weights: readers of the dense model's outputs, writers of its stream."""
-    pruned, dense = pair(name, "0.5")
+    pruned, dense = pair(name, "0.5", placement)
     before = copy.deepcopy(pruned)
     _fit(pruned, dense, batches(), 1e-9, None, None, lambda items, description: items)
     norm = residual_sublayers(dense.config)[1].norm
@@ -103,11 +106,7 @@ def _stream(model, behind: str | int) -> torch.Tensor:
 
 @torch.no_grad()
 def test_online_bases_are_made_up_for_too():
-    dense = exact(tiny("llama-2"))
-    rotations = random_rotations(dense.config, ("residual", "value_heads"), 0, torch.float64, "per_block")
-    merge_rotations(dense, rotations)
-    pruned = copy.deepcopy(dense)
-    prune_model(pruned, resolve_pruner("wanda"), parse_pattern("2:4"), batches())
+    pruned, dense = pair("llama-2", placement="per_block")
     distance = _distance_to(dense, batches()[-2:], None, None)
     before = distance(pruned)
     assert compensate(pruned, dense, batches()) > 0

@@ -110,7 +110,7 @@ def test_a_full_disk_costs_the_file_only(ids, cache, monkeypatch, caplog):
         path.write_bytes(b"half")
         full_disk()
 
-    monkeypatch.setattr("rotpruner.dense_cache.save_file", full)
+    monkeypatch.setattr("rotpruner.cache.save_file", full)
     rotated, _ = calibrated(ids)
     assert rotated.moments
     assert "No space left on device" in caplog.text
@@ -198,7 +198,7 @@ def test_damaged_states_are_computed_again(ids, cache):
 
 def test_a_disk_that_fills_up_is_told_once(ids, cache, monkeypatch, caplog):
     rotated, _ = calibrated(ids)
-    monkeypatch.setattr("rotpruner.dense_cache.save_file", lambda *given, **named: full_disk())
+    monkeypatch.setattr("rotpruner.cache.save_file", lambda *given, **named: full_disk())
     assert learned(rotated, ids, [0, 1, 2])[1] == 3
     assert caplog.text.count("No space left on device") == 1
     assert learned(rotated, ids, [0, 1, 2])[1] == 0, "kept in memory all the same"

@@ -11,6 +11,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
 from rotpruner import embedded
+from rotpruner.cache import cache_directory
 from rotpruner.errors import InputError
 
 
@@ -43,10 +44,10 @@ def wheel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> embedded.Member:
 
 def test_the_cache_follows_the_environment(monkeypatch, tmp_path):
     monkeypatch.setenv("ROTPRUNER_CACHE", str(tmp_path))
-    assert embedded.cache_directory() == tmp_path
+    assert cache_directory() == tmp_path
     monkeypatch.setenv("ROTPRUNER_CACHE", "")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    assert embedded.cache_directory() == tmp_path / "rotpruner"
+    assert cache_directory() == tmp_path / "rotpruner"
 
 
 def test_both_texts_are_written_and_nothing_else_stays(cache, wheel):

@@ -194,14 +194,18 @@ def test_pruning_works_where_the_residual_stream_cannot_rotate(name, ids):
 
 
 def test_a_final_norm_that_cannot_be_folded_is_refused_before_anything_changes(ids):
-    model = tiny("opt")
+    model = tiny("opt", tie_word_embeddings=True)
     norm = model.model.decoder.final_layer_norm
     with torch.no_grad():
         norm.weight[5] = 0
     before = copy.deepcopy(model.state_dict())
     with pytest.raises(InputError, match="final_layer_norm has a gain of 0"):
         rotated_model(model, ["residual"], torch.float32)
+    with pytest.raises(InputError, match="final_layer_norm has a gain of 0"):
+        merge_rotations(model, random_rotations(model.config, ["residual"], 0))
     assert all(torch.equal(tensor, before[path]) for path, tensor in model.state_dict().items())
+    assert model.lm_head.weight is model.model.decoder.embed_tokens.weight
+    assert model.config.tie_word_embeddings
     with torch.no_grad():
         norm.bias[5] = 0
     assert largest_difference(exact(model), ["residual"], ids) < 1e-9

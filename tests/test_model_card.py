@@ -13,7 +13,8 @@ from huggingface_hub import ModelCard, metadata_load
 import rotpruner
 from experiments.__main__ import main
 from rotpruner import provenance
-from rotpruner.embedded import cache_directory, embedded_name
+from rotpruner.cache import cache_directory
+from rotpruner.embedded import embedded_name
 from rotpruner.model_card import Origin, license_of, model_card, pruner_name, public
 from rotpruner.pruners import resolve_pruner
 
@@ -120,7 +121,7 @@ def test_licence_is_what_the_checkpoint_says(tmp_path):
 
 def test_pruners_are_named_as_on_the_command_line():
     assert pruner_name(resolve_pruner("sparsegpt")) == "sparsegpt"
-    assert pruner_name(resolve_pruner("test_api.SmallestRow")) == "test_api.SmallestRow"
+    assert pruner_name(resolve_pruner("test_api.RelativeToColumn")) == "test_api.RelativeToColumn"
 
 
 @pytest.mark.parametrize("rotations", [None, "random"])

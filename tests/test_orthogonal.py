@@ -34,6 +34,17 @@ def test_orthogonal_maps(map_name):
         assert orthogonality_error(matrices()) < 1e-5
 
 
+@pytest.mark.parametrize("map_name", ["cayley", "manifold"])
+def test_rotations_are_float32_whatever_the_default_dtype_is(map_name):
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        Q = OrthogonalMatrices(1, 1, 6, map_name)()
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert Q.dtype == torch.float32
+    assert orthogonality_error(Q) < 1e-6
+
+
 def test_cayley_agrees_with_the_exponential_to_second_order():
     A = 1e-2 * skew_symmetric(torch.randn(15, dtype=torch.float64, generator=torch.Generator().manual_seed(0)), 6)
     difference = (cayley(A) - torch.linalg.matrix_exp(A)).abs().max()

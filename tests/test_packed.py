@@ -56,6 +56,10 @@ def test_masks_of_any_size_come_back(bits):
 @pytest.mark.parametrize("pattern", ["2:4", "0.5", "1:8"])
 def test_packing_and_unpacking_keep_every_value(name, pattern, tmp_path):
     pruned(tiny(name).half(), pattern).save_pretrained(tmp_path / "plain", max_shard_size="15KB")
+    (tmp_path / "plain" / "additional_chat_templates").mkdir()
+    (tmp_path / "plain" / "additional_chat_templates" / "tool.jinja").write_text("{{ tools }}")
+    # Valid only as it is: with anything added, it is checked again when it is saved, and refused.
+    (tmp_path / "plain" / "generation_config.json").write_text('{"temperature": 0.9}')
     sizes = rotpruner.pack(tmp_path / "plain", tmp_path / "packed")
     rotpruner.unpack(tmp_path / "packed", tmp_path / "again")
     plain = {path.name: load_file(path) for path in (tmp_path / "plain").glob("*.safetensors")}
@@ -67,6 +71,10 @@ def test_packing_and_unpacking_keep_every_value(name, pattern, tmp_path):
     loaded = rotpruner.load(tmp_path / "packed")
     same_tensors(model.state_dict(), loaded.state_dict())
     assert loaded.config.to_dict() == {**model.config.to_dict(), "_name_or_path": loaded.config._name_or_path}
+    loaded.save_pretrained(tmp_path / "saved")
+    assert "trust_remote_code" not in (tmp_path / "saved" / "generation_config.json").read_text()
+    for directory in ("packed", "again"):
+        assert (tmp_path / directory / "additional_chat_templates" / "tool.jinja").read_text() == "{{ tools }}"
     linears = linear_modules(model).values()
     assert sizes["weights"] == len(linears)
     assert sizes["dense_bytes"] == sum(linear.weight.nbytes for linear in linears)

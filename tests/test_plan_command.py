@@ -310,3 +310,17 @@ def test_orders_of_features_are_reckoned_with(model_directory, text_file):
     assert "orders of features" not in memory_plan(setup).phases
     (term,) = memory_plan(replace(setup, start="permutation")).phases["orders of features"]
     assert term.amount == 12 * 48 * 32 + 16 * 2 * (32 + 16 + 16 + 48 + 48) * 32
+
+
+def test_given_rotations_need_no_orders_of_features(model_directory):
+    """The shipped config starts from permutations, which learning that goes on leaves out."""
+    given = [
+        "-c",
+        "experiments/configs/smollm2-135m.yaml",
+        "--model.model",
+        str(model_directory),
+        "--data.seq_len",
+        "32",
+    ]
+    (begun, _), (gone_on, _) = (read_setup([*given, *more], "cpu", 1) for more in ([], ["--model.init_rotations", "r"]))
+    assert (begun.start, gone_on.start) == ("permutation", "identity")

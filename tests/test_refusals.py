@@ -15,6 +15,9 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from experiments.__main__ import main
 from rotpruner.errors import InputError
 from rotpruner.loading import load_model
+from rotpruner.oneshot import prune_model
+from rotpruner.patterns import parse_pattern
+from rotpruner.pruners import resolve_pruner
 from rotpruner.rotation_artifact import Rotations
 from rotpruner.rotations import random_rotations
 
@@ -58,6 +61,18 @@ def test_prune_refuses_damaged_models_and_texts(prune, capsys, tmp_path, tokeniz
 
     GPT2LMHeadModel(GPT2Config(n_embd=8, n_layer=1, n_head=1, vocab_size=32)).save_pretrained(tmp_path / "gpt2")
     refused(*prune(model=tmp_path / "gpt2"), capsys, "gpt2", "llama")
+
+    tiny_llama().model.save_pretrained(tmp_path / "headless")
+    tokenizer.save_pretrained(tmp_path / "headless")
+    refused(*prune(model=tmp_path / "headless"), capsys, "lacks lm_head.weight")
+    biased = tmp_path / "biased"
+    tiny_llama(attention_bias=True).save_pretrained(biased)
+    tokenizer.save_pretrained(biased)
+    config = json.loads((biased / "config.json").read_text())
+    (biased / "config.json").write_text(json.dumps({**config, "attention_bias": False}))
+    refused(*prune(model=biased), capsys, "self_attn.k_proj.bias", "config.json")
+    (biased / "config.json").write_text(json.dumps({**config, "quantization_config": {"quant_method": "gptq"}}))
+    refused(*prune(model=biased), capsys, "gptq", "16-bit")
 
     (tmp_path / "nan" / "model.safetensors").write_bytes(b"not a checkpoint")
     refused(*prune(model=tmp_path / "nan"), capsys, "cannot load")
@@ -208,6 +223,16 @@ def test_an_unknown_update_is_refused_before_anything_is_gathered(prune, capsys)
     error = capsys.readouterr().err
     assert "unknown pruner 'magic'" in error
     assert "calibration" not in error
+    refused(*prune(update="wanda"), capsys, "Wanda updates no weights", "sparsegpt")
+
+
+@pytest.mark.parametrize("pruner", ["wanda", "sparsegpt"])
+def test_inputs_that_overflow_are_refused(pruner):
+    """Else masks would be chosen by comparisons with NaN."""
+    model = tiny_llama().half()
+    model.model.layers[0].mlp.down_proj.weight.data.fill_(6e4)
+    with pytest.raises(InputError, match=r"layers.1.self_attn.q_proj overflow float16.* bfloat16"):
+        prune_model(model, resolve_pruner(pruner), parse_pattern("2:4"), [torch.arange(16)[None]])
 
 
 def test_code_beside_a_checkpoint_is_not_run(model_directory, tmp_path):

@@ -114,6 +114,15 @@ def test_per_block_pca_narrows_every_stream_and_counts_its_shortcuts():
     assert all(rank <= 16 for rank in ranks)
 
 
+@torch.no_grad()
+def test_per_block_pca_runs_in_16_bits():
+    model = tiny("llama-2").bfloat16()
+    slice_per_block(model, 16, batches())
+    logits = model(input_ids=batches()[0]).logits
+    assert logits.dtype == torch.bfloat16
+    assert logits.isfinite().all()
+
+
 def test_principal_directions_are_ordered_and_orthogonal():
     x = torch.randn(200, 8, dtype=torch.float64) * torch.arange(1, 9)
     H = x.T @ x

@@ -18,6 +18,7 @@ from rotpruner.errors import InputError
 from rotpruner.objectives import Objective
 from rotpruner.patterns import parse_pattern
 from rotpruner.pruners import resolve_pruner
+from rotpruner.pruners.wanda import Wanda
 from rotpruner.rotated_model import RotatedModel
 from rotpruner.rotations import LearnedRotations
 from rotpruner.surrogates import (
@@ -316,11 +317,16 @@ def test_bad_settings_are_refused(settings, mention):
         Surrogate(**settings)
 
 
+class WholeMoment(Wanda):
+    needs = "full"
+
+
 @pytest.mark.parametrize(
     ("name", "pattern", "pruner", "objective", "mention"),
     [
         ("sigmoid", "slice:0.25", "wanda", {}, "slice:0.25"),
-        ("sigmoid", "2:4", "sparsegpt", {}, "SparseGPT"),
+        ("sigmoid", "2:4", "sparsegpt", {}, "SparseGPT.* while it updates the weights"),
+        ("sigmoid", "2:4", "test_surrogates.WholeMoment", {}, "only the diagonal .* WholeMoment reads all"),
         ("gumbel", "0.5", "wanda", {}, "0.5"),
         ("gumbel", "slice:0.25", "wanda", {}, "slice:0.25"),
         ("gumbel", "8:16", "wanda", {}, "12,870"),

@@ -155,7 +155,7 @@ source, model, killed = sys.argv[1:]
 build = module._windows
 module._windows = lambda *args: print("built", flush=True) or build(*args)
 if killed == "killed":
-    module.os.replace = lambda *_: os._exit(9)
+    os.replace = lambda *_: os._exit(9)
 tokenizer = load_tokenizer(model)
 print("ready", flush=True)
 sys.stdin.readline()
