@@ -233,11 +233,11 @@ class RotationModule(LightningModule):
             self.pattern,
             self.surrogate,
             self.objective,
-            self.gradient_checkpointing,
-            self.layer_sparsity,
-            Ranks.world(),
-            self.seed,
-            self.offload,
+            gradient_checkpointing=self.gradient_checkpointing,
+            layer_sparsity=self.layer_sparsity,
+            ranks=Ranks.world(),
+            seed=self.seed,
+            offload=self.offload,
         )
         # DDP would send all masks from the first rank to the others at every step; they are alike by construction.
         masks = [f"rotated.base.{linear.place.name}.mask" for linear in self.rotated.linears]

@@ -19,7 +19,6 @@ from rotpruner.embedded import embedded_name
 from rotpruner.errors import InputError
 from rotpruner.loading import check_pattern, check_seq_len
 from rotpruner.model_card import Origin, pruner_name, write_card
-from rotpruner.objectives import Objective
 from rotpruner.oneshot import prune_model
 from rotpruner.patterns import Pattern, Scope, Slice, parse_pattern
 from rotpruner.perplexity import windows
@@ -35,7 +34,6 @@ from rotpruner.rotations import (
     check_placement,
     check_start,
 )
-from rotpruner.surrogates import Surrogate
 
 
 def learn(
@@ -160,10 +158,8 @@ def prune(
     if rotating is not None:
         base: Any = copy.deepcopy(model)
         cast_parameters(base, dtype or fast_dtype(model.device))
-        objective = Objective(kl=1.0)
-        rotated = RotatedModel(
-            base, rotating.module(model), resolved, parsed, Surrogate(), objective, gradient_checkpointing
-        )
+        learned = rotating.module(model)
+        rotated = RotatedModel(base, learned, resolved, parsed, gradient_checkpointing=gradient_checkpointing)
         rotated.calibrate(rows.split(1))
         rotated.start_from_statistics(rotating.start)
         with torch.enable_grad():

@@ -83,6 +83,7 @@ class RotatedModel(nn.Module):
         pattern: Pattern | Slice,
         surrogate: Surrogate | None = None,
         objective: Objective | None = None,
+        *,
         gradient_checkpointing: bool = False,
         layer_sparsity: LayerSparsity = "uniform",
         ranks: Ranks | None = None,

@@ -180,9 +180,9 @@ def test_the_origin_tells_what_no_steps_have_done(spaces, basis, tokenizer, text
 def test_learning_in_16_bits_keeps_the_rotary_frequencies(tokenizer, texts, monkeypatch):
     bases = []
 
-    def spied(base, *given):
+    def spied(base, *given, **settings):
         bases.append(base)
-        return RotatedModel(base, *given)
+        return RotatedModel(base, *given, **settings)
 
     monkeypatch.setattr(import_module("rotpruner.api"), "RotatedModel", spied)
     model = tiny_llama(tie_word_embeddings=True)
