@@ -63,11 +63,11 @@ HEADER = """# Results
 Written by `python -m experiments results` from the files under `results/`. Those of sweeps hold their command, their
 commit and what the command printed. Commands are as they were at that commit: configs and options have changed since,
 so check it out before you repeat a row; `-dirty` says that it had changes of its own. Behind each title stands its
-directory, named after its file in `sweeps/` (`ablations-40` after an earlier one). Perplexity over non-overlapping windows of 1,024 tokens in float32;
-G = ln(ppl) − ln(ppl of the dense model) on the same tokens. Where the dense row has 14.51 / 27.34, they are the first
-16,384 tokens of each text, where it has 14.21 / 27.42 the first 65,536; rows compare only on the same tokens.
-Rows with several seeds show mean ± standard deviation. Logged steps of rows before commit `281574b` are those at which
-the logger wrote next.
+directory, named after its file in `sweeps/` (`ablations-40` after an earlier one). Perplexity over non-overlapping
+windows of 1,024 tokens in float32; G = ln(ppl) − ln(ppl of the dense model) on the same tokens. Where the dense row has
+14.51 / 27.34, they are the first 16,384 tokens of each text, where it has 14.21 / 27.42 the first 65,536; rows compare
+only on the same tokens. Rows with several seeds show mean ± standard deviation. Logged steps of rows before commit
+`281574b` are those at which the logger wrote next.
 """
 
 
