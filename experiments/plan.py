@@ -25,10 +25,10 @@ from rotpruner.errors import InputError
 from rotpruner.loading import check_seq_len, load_config
 from rotpruner.objectives import Objective
 from rotpruner.patterns import Slice, parse_pattern
+from rotpruner.placements import turns
 from rotpruner.planning import MemoryPlan, largest, memory_plan
 from rotpruner.precision import DtypeName, resolve_dtype
 from rotpruner.pruners import resolve_pruner
-from rotpruner.rotations import turns
 from rotpruner.sizes import Setup, Term, total
 from rotpruner.surrogates import Surrogate
 

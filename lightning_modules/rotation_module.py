@@ -28,20 +28,12 @@ from rotpruner.oneshot import LayerSparsity, check_layer_sparsity
 from rotpruner.optimizers import CayleySGD
 from rotpruner.orthogonal import MapName, orthogonality_error
 from rotpruner.patterns import Pattern, Scope, Slice, parse_pattern
+from rotpruner.placements import Placement, check_placement, residual_sites
 from rotpruner.precision import DtypeName, resolve_dtype
 from rotpruner.pruners import resolve_pruner
 from rotpruner.rotated_model import RotatedModel
 from rotpruner.rotation_artifact import Rotations
-from rotpruner.rotations import (
-    LearnedRotations,
-    Placement,
-    Start,
-    check_going_on,
-    check_placement,
-    check_start,
-    residual_sites,
-    space_constraint,
-)
+from rotpruner.rotations import LearnedRotations, Start, check_going_on, check_start, space_constraint
 from rotpruner.sharding import shard
 from rotpruner.surrogates import Surrogate, check_surrogate
 

@@ -22,18 +22,12 @@ from rotpruner.model_card import Origin, pruner_name, write_card
 from rotpruner.oneshot import prune_model
 from rotpruner.patterns import Pattern, Scope, Slice, parse_pattern
 from rotpruner.perplexity import windows
+from rotpruner.placements import Placement, check_placement
 from rotpruner.precision import cast_parameters, fast_dtype
 from rotpruner.pruners import Pruner, resolve_pruner
 from rotpruner.rotated_model import RotatedModel
 from rotpruner.rotation_artifact import Rotations
-from rotpruner.rotations import (
-    LearnedRotations,
-    Placement,
-    RotationSet,
-    Start,
-    check_placement,
-    check_start,
-)
+from rotpruner.rotations import LearnedRotations, RotationSet, Start, check_start
 
 
 def learn(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from rotpruner.families import family_of, module_at
-from rotpruner.rotations import head_dim, mlp_width
+from rotpruner.placements import head_dim, key_value_heads, mlp_width
 from rotpruner.sizes import Setup, Term, summed
 
 _COPIES = "Σ copies · O · I · s"
@@ -33,7 +33,7 @@ def block_activations(setup: Setup) -> tuple[int, str]:
     """Bytes of activations that the backward pass through one block needs, for one token, and their formula."""
     config, s = setup.config, setup.s
     d, h, e = config.hidden_size, config.num_attention_heads, head_dim(config)
-    g, f = setup.key_value_heads, mlp_width(config)
+    g, f = key_value_heads(config), mlp_width(config)
     family = family_of(config)
     block = module_at(setup.model, f"{family.blocks}.0")
     names = [type(module).__name__ for module in block.modules()]

@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from rotpruner.families import family_of
-from rotpruner.rotations import head_dim
+from rotpruner.placements import head_dim
 from rotpruner.sizes import Setup, Term, summed
 
 

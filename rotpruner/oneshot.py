@@ -17,10 +17,11 @@ from rotpruner.fusion import fuse_block_norms
 from rotpruner.loading import check_pattern
 from rotpruner.owl import outlier_sparsities
 from rotpruner.patterns import NM, Pattern, Slice, Unstructured
+from rotpruner.placements import space_shape, turns
 from rotpruner.pruners import Pruner, resolve_pruner
 from rotpruner.pruners.base import Needs
 from rotpruner.replay import BlockReplay, moments_by_block, visiting
-from rotpruner.rotations import merge_rotations, rotated_moment, space_shape, turns
+from rotpruner.rotations import merge_rotations, rotated_moment
 from rotpruner.slicing import residual_pca, residual_readers, slice_residual, sliced_width
 from rotpruner.statistics import Moment, gather_moments, watch_inputs
 

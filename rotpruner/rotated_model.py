@@ -36,15 +36,10 @@ from rotpruner.objectives import Objective
 from rotpruner.oneshot import LayerSparsity, check_layer_sparsity, layer_patterns, linears_to_watch
 from rotpruner.orthogonal import rotate_features
 from rotpruner.patterns import NM, Pattern, Slice
+from rotpruner.placements import basis_changes
 from rotpruner.pruners import Pruner
 from rotpruner.relaxation import Relaxation
-from rotpruner.rotations import (
-    LearnedRotations,
-    RotationSet,
-    Start,
-    basis_changes,
-    residual_at,
-)
+from rotpruner.rotations import LearnedRotations, RotationSet, Start, residual_at
 from rotpruner.slicing import project, residual_readers, sliced_width
 from rotpruner.starts import permuted_start, principal_start
 from rotpruner.statistics import Moment, gather_moments

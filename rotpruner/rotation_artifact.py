@@ -23,7 +23,8 @@ from torch import Tensor, nn
 from rotpruner.artifacts import new_directory, write_json, write_text
 from rotpruner.errors import InputError
 from rotpruner.identity import fingerprint
-from rotpruner.rotations import check_rotation, merge_rotations, turns
+from rotpruner.placements import turns
+from rotpruner.rotations import check_rotation, merge_rotations
 
 _FORMAT = 1
 

@@ -4,9 +4,8 @@ A set of rotations is a plain `dict[str, Tensor]` from the name of a space to it
 `residual` (S, 1, d, d); `value_heads` and `query_key`, each (layers, KV heads, head_dim, head_dim); and to the orders
 `mlp` (layers, intermediate size) int64. Spaces that are not in it stay as they are.
 
-The residual stream has boundaries: in front of the first sublayer (attention or MLP), between two, behind the last.
-Its S matrices are shared out evenly among neighbouring ones. One matrix for all merges away completely; where
-neighbours differ, the residual connection between them carries QᵢᵀQᵢ₊₁ at run time (the paper's shortcuts).
+One matrix for the whole residual stream merges away completely; where neighbouring boundaries (`rotpruner.placements`)
+differ, the residual connection between them carries QᵢᵀQᵢ₊₁ at run time (the paper's shortcuts).
 """
 
 from __future__ import annotations
@@ -21,7 +20,6 @@ from rotpruner.errors import InputError
 from rotpruner.families import (
     BlockLinear,
     block_linears,
-    check_space,
     family_of,
     module_at,
     residual_boundaries,
@@ -40,7 +38,8 @@ from rotpruner.orthogonal import (
     rotate_weight,
 )
 from rotpruner.patterns import NM, Pattern, Slice
-from rotpruner.shortcuts import check_exportable, insert_shortcuts
+from rotpruner.placements import Placement, basis_changes, rotation_shape, site_at, space_shape, turns
+from rotpruner.shortcuts import insert_shortcuts
 from rotpruner.statistics import Moment
 
 RotationSet = dict[str, Tensor]
@@ -49,31 +48,7 @@ RotationSet = dict[str, Tensor]
 Sites = Mapping[str, Tensor | Sequence[Tensor]]
 Start = Literal["identity", "random", "pca", "permutation"]
 
-#: How many matrices the residual stream has: one; one a decoder block and one for the end; one a boundary (2L + 1, the
-#: paper's placement); or that many.
-Placement = Literal["shared", "per_layer", "per_block"] | int
-
 _TOLERANCE = 1e-3  # of QᵀQ = I and of constraints; learned float32 rotations are within 1e-5
-
-
-def head_dim(config: Any) -> int:
-    """Width of one attention head; it need not be hidden_size / heads."""
-    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-
-
-def turns(space: str) -> bool:
-    """Whether a space has rotations that can be learned; the features of `mlp` can only change places."""
-    return space != "mlp"
-
-
-def check_placement(config: Any, placement: Placement, spaces: Sequence[str]) -> None:
-    """Raise `InputError` if a placement does not go with the spaces that rotate, or with the model of a config."""
-    if placement not in ("shared", 1) and "residual" not in spaces:
-        raise InputError(
-            f"placement {placement} concerns the residual stream, but spaces are {list(spaces)}; add residual"
-        )
-    if "residual" in spaces and basis_changes(config, residual_sites(config, placement)):
-        check_exportable(config)
 
 
 def check_start(start: str | None, spaces: Sequence[str], pattern: Pattern | Slice) -> None:
@@ -92,50 +67,6 @@ def check_start(start: str | None, spaces: Sequence[str], pattern: Pattern | Sli
         raise InputError(f"none of the spaces {list(spaces)} has rotations to learn; add residual or value_heads")
 
 
-def residual_sites(config: Any, placement: Placement) -> int:
-    """How many matrices a placement gives the residual stream.
-
-    Raises:
-        InputError: no such placement in this model.
-    """
-    boundaries = residual_boundaries(config)
-    named = {"shared": 1, "per_layer": config.num_hidden_layers + 1, "per_block": boundaries}
-    sites = named.get(placement, placement) if isinstance(placement, str) else placement
-    if not isinstance(sites, int) or not 1 <= sites <= boundaries:
-        raise InputError(
-            f"placement '{placement}' is not one of {', '.join(named)} nor a number of matrices up to {boundaries}"
-        )
-    return sites
-
-
-def space_shape(config: Any, space: str, placement: Placement = "shared") -> tuple[int, int, int]:
-    """(sites, blocks, n) of a space's rotation; `placement` counts for the residual stream only.
-
-    Raises:
-        InputError: the model has no such space.
-    """
-    check_space(config, space)
-    assert turns(space), "orders have no blocks"
-    if space == "residual":
-        return residual_sites(config, placement), 1, config.hidden_size
-    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    return config.num_hidden_layers, heads, head_dim(config)
-
-
-def mlp_width(config: Any) -> int:
-    """How many features an MLP has between its linears."""
-    return getattr(config, "intermediate_size", None) or config.ffn_dim
-
-
-def _shape(config: Any, space: str, placement: Placement = "shared") -> tuple[int, ...]:
-    """Of what a `RotationSet` holds for a space."""
-    check_space(config, space)
-    if not turns(space):
-        return config.num_hidden_layers, mlp_width(config)
-    sites, blocks, n = space_shape(config, space, placement)
-    return sites, blocks, n, n
-
-
 def space_constraint(config: Any, space: str) -> Constraint:
     """Which rotations of a space leave the model's function alone."""
     return family_of(config).constraints.get(space, "none")
@@ -144,7 +75,7 @@ def space_constraint(config: Any, space: str) -> Constraint:
 def check_rotation(config: Any, space: str, Q: Tensor) -> None:
     """Raise `InputError` unless Q, (S, B, n, n) or an order, is a rotation of this space of this model."""
     several = space == "residual" and 1 < len(Q) <= residual_boundaries(config)
-    shape = _shape(config, space, len(Q) if several else "shared")
+    shape = rotation_shape(config, space, len(Q) if several else "shared")
     if Q.shape != shape or is_order(Q) == turns(space):
         raise InputError(
             f"the rotations of '{space}' have shape {tuple(Q.shape)}, but this model needs "
@@ -189,7 +120,7 @@ def random_rotations(
         if turns(space):
             shape, constraint = space_shape(config, space, placement), space_constraint(config, space)
             return random_orthogonal(*shape, generator, constraint, dtype)
-        layers, n = _shape(config, space)
+        layers, n = rotation_shape(config, space)
         return torch.stack([torch.randperm(n, generator=generator, device=generator.device) for _ in range(layers)])
 
     return {space: drawn(space) for space in spaces}
@@ -235,7 +166,7 @@ class LearnedRotations(nn.Module):
         )
         order = None
         if "mlp" in spaces:
-            layers, n = _shape(config, "mlp")
+            layers, n = rotation_shape(config, "mlp")
             order = torch.arange(n).repeat(layers, 1)
         self.order: Tensor | None
         self.register_buffer("order", order)
@@ -297,21 +228,6 @@ def residual_at(config: Any, rotations: Sites, boundary: int) -> Tensor | None:
         return None
     boundaries, sites = residual_boundaries(config), rotations["residual"]
     return sites[site_at(boundary % boundaries, len(sites), boundaries)]
-
-
-def site_at(boundary: int, sites: int, boundaries: int) -> int:
-    """Which of the residual stream's `sites` matrices a boundary has: neighbours share them evenly."""
-    return boundary * sites // boundaries
-
-
-def basis_changes(config: Any, sites: int) -> list[int]:
-    """The numbers of the sublayers behind which the residual stream is in another of its `sites` bases."""
-    boundaries = residual_boundaries(config)
-    return [
-        number
-        for number in range(boundaries - 1)
-        if site_at(number, sites, boundaries) != site_at(number + 1, sites, boundaries)
-    ]
 
 
 def basis_change(config: Any, rotations: Sites, number: int) -> Tensor | None:

@@ -22,8 +22,9 @@ from rotpruner.objectives import Objective
 from rotpruner.oneshot import LayerSparsity, parameter_count
 from rotpruner.orthogonal import MapName
 from rotpruner.patterns import NM, Pattern, Slice
+from rotpruner.placements import Placement, basis_changes, head_dim, key_value_heads, mlp_width, space_shape
 from rotpruner.pruners import Pruner
-from rotpruner.rotations import LearnedRotations, Placement, Start, basis_changes, head_dim, mlp_width, space_shape
+from rotpruner.rotations import LearnedRotations, Start
 from rotpruner.slicing import sliced_width
 
 
@@ -182,11 +183,6 @@ class Setup:
         """Entries of all moments."""
         return self.layers * sum(inputs * n for inputs, n in self.moments)
 
-    @property
-    def key_value_heads(self) -> int:
-        """g."""
-        return getattr(self.config, "num_key_value_heads", None) or self.config.num_attention_heads
-
     def legend(self) -> list[str]:
         """The symbols of all formulas with this fit's numbers, for a person who follows the arithmetic."""
         config = self.config
@@ -194,7 +190,7 @@ class Setup:
         names = ", ".join(place.spec.path.rpartition(".")[2] for place, _, _ in self.block)
         return [
             f"L = {self.layers}, d = {config.hidden_size}, f = {mlp_width(config)}, h = {config.num_attention_heads}, "
-            f"g = {self.key_value_heads}, e = {head_dim(config)}, V = {config.vocab_size:,}, T = {self.seq_len}, "
+            f"g = {key_value_heads(config)}, e = {head_dim(config)}, V = {config.vocab_size:,}, T = {self.seq_len}, "
             f"B = {self.batch_size}, s = {self.s} bytes, r = {self.r} bytes",
             f"P = {self.parameters:,}, among them M = L Σ O · I = {self.layers} · {sizes} = {self.decoder_weights:,}: "
             f"{names}",

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from rotpruner.errors import InputError
 from rotpruner.families import block_linears, check_space, family_of, module_at, residual_boundaries
 from rotpruner.patterns import Slice
-from rotpruner.rotations import RotationSet, site_at
+from rotpruner.placements import head_dim, site_at
+from rotpruner.rotations import RotationSet
 from rotpruner.shortcuts import shortcuts_of
 from rotpruner.statistics import Moment
 
@@ -107,7 +108,6 @@ def slice_residual(model: nn.Module, width: int) -> None:
     config: Any = model.config
     family, d = family_of(config), config.hidden_size
     gain = (d / width) ** 0.5
-    head_dim = module_at(model, block_linears(config)[0].name).out_features // config.num_attention_heads
     norms = {family.final_norm}
     for place in block_linears(config):
         linear = module_at(model, place.name)
@@ -127,7 +127,7 @@ def slice_residual(model: nn.Module, width: int) -> None:
         norm = module_at(model, path)
         norm.weight = _parameter(norm.weight[:width])
         norm.variance_epsilon *= d / width
-    config.hidden_size, config.head_dim = width, head_dim
+    config.hidden_size, config.head_dim = width, head_dim(config)
     config.rms_norm_eps *= d / width
 
 

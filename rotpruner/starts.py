@@ -13,8 +13,9 @@ from rotpruner.families import BlockLinear, residual_boundaries
 from rotpruner.orthogonal import is_order, permutation_matrix
 from rotpruner.patterns import NM
 from rotpruner.permutations import block_orders
+from rotpruner.placements import site_at
 from rotpruner.pruners import Pruner
-from rotpruner.rotations import RotationSet, site_at
+from rotpruner.rotations import RotationSet
 from rotpruner.slicing import residual_pca
 from rotpruner.statistics import Moment
 

@@ -20,16 +20,10 @@ from rotpruner.objectives import Objective
 from rotpruner.oneshot import prune_model, sparsity_of
 from rotpruner.orthogonal import constraint_error, orthogonality_error
 from rotpruner.patterns import parse_pattern
+from rotpruner.placements import turns
 from rotpruner.pruners import resolve_pruner
 from rotpruner.rotated_model import RotatedModel
-from rotpruner.rotations import (
-    LearnedRotations,
-    check_rotation,
-    merge_rotations,
-    random_rotations,
-    space_constraint,
-    turns,
-)
+from rotpruner.rotations import LearnedRotations, check_rotation, merge_rotations, random_rotations, space_constraint
 
 
 @pytest.fixture(autouse=True)

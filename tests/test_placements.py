@@ -22,9 +22,10 @@ from rotpruner.families import available_spaces, residual_boundaries
 from rotpruner.objectives import Objective
 from rotpruner.oneshot import prune_model, sparsity_of
 from rotpruner.patterns import parse_pattern
+from rotpruner.placements import basis_changes, residual_sites
 from rotpruner.pruners import resolve_pruner
 from rotpruner.rotated_model import RotatedModel
-from rotpruner.rotations import LearnedRotations, basis_changes, merge_rotations, random_rotations, residual_sites
+from rotpruner.rotations import LearnedRotations, merge_rotations, random_rotations
 from rotpruner.shortcuts import check_exportable, online_cost, shortcuts_of
 
 PLACEMENTS = ("per_layer", "per_block", 3)

@@ -15,7 +15,8 @@ from tiny_models import MODELS, tiny
 
 from rotpruner import InputError, Rotations
 from rotpruner.families import available_spaces
-from rotpruner.rotations import random_rotations, turns
+from rotpruner.placements import turns
+from rotpruner.rotations import random_rotations
 
 FILES = ["rotation_config.json", "rotations.safetensors"]
 
