@@ -20,16 +20,16 @@ from experiments.fit import FitCLI
 from lightning_modules.rotation_module import check_choices
 from rotpruner.basis import check_offload
 from rotpruner.compensation import check_compensation
-from rotpruner.costs import disk_space, step_flops
 from rotpruner.errors import InputError
 from rotpruner.loading import check_seq_len, load_config
 from rotpruner.objectives import Objective
 from rotpruner.patterns import Slice, parse_pattern
 from rotpruner.placements import turns
-from rotpruner.planning import MemoryPlan, largest, memory_plan
+from rotpruner.planning.costs import disk_space, step_flops
+from rotpruner.planning.memory import MemoryPlan, largest, memory_plan
+from rotpruner.planning.sizes import Setup, Term, total
 from rotpruner.precision import DtypeName, resolve_dtype
 from rotpruner.pruners import resolve_pruner
-from rotpruner.sizes import Setup, Term, total
 from rotpruner.surrogates import Surrogate
 
 _EFFICIENCY = 0.4  # of the peak rate that large models usually reach in training; an assumption

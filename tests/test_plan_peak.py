@@ -15,10 +15,10 @@ from peak_memory import needs_linux
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from rotpruner.loading import load_config
-from rotpruner.planning import memory_plan
+from rotpruner.planning.memory import memory_plan
+from rotpruner.planning.sizes import Setup
 from rotpruner.precision import fast_dtype
 from rotpruner.pruners import resolve_pruner
-from rotpruner.sizes import Setup
 
 
 def measured(model: str, seq_len: int, steps: int, calibration: str, run: Path, **settings) -> dict[str, int]:

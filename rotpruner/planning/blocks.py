@@ -1,10 +1,10 @@
-"""What the forward pass of decoder blocks leaves for the backward pass; symbols are those of `rotpruner.sizes`."""
+"""What the forward pass of decoder blocks leaves for the backward pass; symbols are those of `planning.sizes`."""
 
 from __future__ import annotations
 
 from rotpruner.families import family_of, module_at
 from rotpruner.placements import head_dim, key_value_heads, mlp_width
-from rotpruner.sizes import Setup, Term, summed
+from rotpruner.planning.sizes import Setup, Term, summed
 
 _COPIES = "Σ copies · O · I · s"
 _WHICH = ": masked, by head, between two sides"

@@ -1,4 +1,4 @@
-"""The memory of a fit, part by part, reckoned from its settings; symbols and sizes are those of `rotpruner.sizes`.
+"""The memory of a fit, part by part, reckoned from its settings; symbols and sizes are those of `planning.sizes`.
 
 A plan is the resident parts, which stay for the whole fit, plus the largest of the phases of a step, which follow each
 other. Counts of copies are those of the code that they describe (`rotated_model`, `objectives`, `orthogonal`) as
@@ -10,13 +10,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from math import prod
 
-from rotpruner.block_memory import kept, recomputed
-from rotpruner.costs import MAP_COSTS
 from rotpruner.families import family_of, module_at, residual_sublayers
 from rotpruner.objectives import CHUNK
 from rotpruner.oneshot import parameter_count
 from rotpruner.permutations import MOST_ROWS
-from rotpruner.sizes import Setup, Term, summed, total
+from rotpruner.planning.blocks import kept, recomputed
+from rotpruner.planning.costs import MAP_COSTS
+from rotpruner.planning.sizes import Setup, Term, summed, total
 
 #: Bytes that libraries take at their first use. CPU: measured, code and scratch space of matrix products. GPU: the
 #: CUDA context and cuBLAS workspaces, from what is commonly seen; not measured here.

@@ -1,4 +1,4 @@
-"""Arithmetic and disk space of a fit, reckoned from its settings; the symbols are those of `rotpruner.sizes`.
+"""Arithmetic and disk space of a fit, reckoned from its settings; the symbols are those of `planning.sizes`.
 
 A matrix product of (a, b) by (b, c) counts 2abc operations.
 """
@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from rotpruner.families import family_of
 from rotpruner.placements import head_dim
-from rotpruner.sizes import Setup, Term, summed
+from rotpruner.planning.sizes import Setup, Term, summed
 
 
 @dataclass(frozen=True)
