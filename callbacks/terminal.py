@@ -15,9 +15,9 @@ T = TypeVar("T")
 console = Console(stderr=True)
 
 
-def track(items: Sequence[T], description: str, disable: bool = False) -> Iterable[T]:
+def track(items: Sequence[T], description: str) -> Iterable[T]:
     """Iterate with a progress bar."""
-    return rich_track(items, description=f"{description:<28}", console=console, disable=disable)
+    return rich_track(items, description=f"{description:<28}", console=console)
 
 
 def results_table(results: Mapping[str, Any]) -> Table:

@@ -5,8 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections.abc import Callable, Iterable
-from functools import partial
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +19,7 @@ from rotpruner.cache import cache_path, locked
 from rotpruner.errors import InputError
 from rotpruner.identity import identity
 from rotpruner.perplexity import perplexity, windows
+from rotpruner.progress import Progress
 
 logger = logging.getLogger(__name__)
 
@@ -58,7 +58,7 @@ def perplexities(
     texts: dict[str, Tensor],
     seq_len: int,
     max_tokens: int | None,
-    progress: Callable[..., Any],
+    progress: Progress,
     keep: bool = False,
     device: torch.device | None = None,
 ) -> dict[str, float]:
@@ -76,8 +76,10 @@ def perplexities(
         path = _cache_path(model_identity, windows(ids, seq_len, max_tokens)) if keep else None
         value = _kept(path)
         if value is None:
-            show = partial(progress, description=f"perplexity on {name}")
-            value = perplexity(model, ids, seq_len=seq_len, max_tokens=max_tokens, device=device, progress=show)
+            value = perplexity(
+                model, ids, seq_len=seq_len, max_tokens=max_tokens, device=device,
+                progress=progress, description=f"perplexity on {name}",
+            )  # fmt: skip
             _keep(value, path)
         found[name] = value
     return found

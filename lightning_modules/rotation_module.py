@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import nullcontext
-from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -30,6 +29,7 @@ from rotpruner.orthogonal import MapName, orthogonality_error
 from rotpruner.patterns import Pattern, Scope, Slice, parse_pattern
 from rotpruner.placements import Placement, check_placement, residual_sites
 from rotpruner.precision import DtypeName, resolve_dtype
+from rotpruner.progress import unseen
 from rotpruner.pruners import resolve_pruner
 from rotpruner.rotated_model import RotatedModel
 from rotpruner.rotation_artifact import Rotations
@@ -245,7 +245,7 @@ class RotationModule(LightningModule):
         """Gather the calibration statistics, on all ranks together."""
         tokens = self.trainer.datamodule.statistics_tokens  # type: ignore[attr-defined]
         silent = self.trainer.progress_bar_callback is None or not self.trainer.is_global_zero
-        progress = partial(track, description="calibration", disable=silent)
+        progress = unseen if silent else track
         self.rotated.calibrate(tokens.to(self.device).split(1), progress, self.cache_dense)
 
     def on_train_start(self) -> None:

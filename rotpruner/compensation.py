@@ -34,6 +34,7 @@ from rotpruner.families import (
 from rotpruner.objectives import Objective
 from rotpruner.patterns import Pattern, Slice
 from rotpruner.precision import at_least_float32
+from rotpruner.progress import Progress, unseen
 from rotpruner.pruners.reconstruction import conjugate_gradients, damped_hessian, normalise
 from rotpruner.replay import BlockReplay, final_states, visiting
 from rotpruner.rotations import RotationSet, merge_rotations
@@ -57,7 +58,7 @@ def compensate(
     damping: float = 0.01,
     calibration_dtype: torch.dtype | None = None,
     device: torch.device | None = None,
-    progress: Callable[..., Any] = lambda items, description: items,
+    progress: Progress = unseen,
 ) -> float:
     """Update the decoder weights of a pruned model that are not zero, in place.
 
@@ -188,7 +189,7 @@ def _fit(
     damping: float,
     dtype: torch.dtype | None,
     device: torch.device | None,
-    progress: Callable[..., Any],
+    progress: Progress,
 ) -> None:
     """One pass through the blocks; every group of linears sees what its updated predecessors give."""
     config: Any = pruned.config

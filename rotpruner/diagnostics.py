@@ -21,6 +21,7 @@ from rotpruner.families import BlockLinear, block_linears, by_group, module_at
 from rotpruner.fusion import fuse_block_norms
 from rotpruner.orthogonal import rotate_weight
 from rotpruner.patterns import Pattern
+from rotpruner.progress import Progress, unseen
 from rotpruner.pruners import Pruner
 from rotpruner.rotated_model import RotatedModel
 from rotpruner.rotations import rotated_moment, sides
@@ -76,7 +77,7 @@ def layer_table(
     moments: Mapping[str, Moment],
     pruner: Pruner,
     patterns: Sequence[Pattern],
-    progress: Callable[..., Any] = lambda items, description: items,
+    progress: Progress = unseen,
 ) -> list[dict[str, Any]]:
     """One row a decoder linear: how sparse it is, how wrong its output, and how much saliency each basis keeps.
 
@@ -184,7 +185,7 @@ def write_diagnostics(
     moments: Mapping[str, Moment],
     pruner: Pruner,
     patterns: Sequence[Pattern],
-    progress: Callable[..., Any] = lambda items, description: items,
+    progress: Progress = unseen,
 ) -> None:
     """Write `layers.json` and `heatmap.safetensors` into a run directory; the arguments are those of `layer_table`."""
     rows = layer_table(model, pruned, rotations, moments, pruner, patterns, progress)

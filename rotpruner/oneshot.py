@@ -18,6 +18,7 @@ from rotpruner.loading import check_pattern
 from rotpruner.owl import outlier_sparsities
 from rotpruner.patterns import NM, Pattern, Slice, Unstructured
 from rotpruner.placements import space_shape, turns
+from rotpruner.progress import Progress, unseen
 from rotpruner.pruners import Pruner, resolve_pruner
 from rotpruner.pruners.base import Needs
 from rotpruner.replay import BlockReplay, moments_by_block, visiting
@@ -88,7 +89,7 @@ def prune_model(
     patterns: Sequence[Pattern] | None = None,
     calibration_dtype: torch.dtype | None = None,
     device: torch.device | None = None,
-    progress: Callable[..., Any] = lambda items, description: items,
+    progress: Progress = unseen,
 ) -> None:
     """Prune every decoder linear of a plain model in place, after moving it into a rotated basis if one is given.
 
@@ -159,7 +160,7 @@ def _slice(
     rotations: Mapping[str, Tensor],
     dtype: torch.dtype | None,
     device: torch.device | None,
-    progress: Callable[..., Any],
+    progress: Progress,
 ) -> None:
     """Remove residual directions: the last ones of a given rotation, or those of least variance."""
     width = sliced_width(model.config, pattern)

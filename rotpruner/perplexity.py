@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -12,6 +12,7 @@ from torch import Tensor
 
 from rotpruner.errors import InputError
 from rotpruner.precision import at_least_float32
+from rotpruner.progress import Progress, unseen
 from rotpruner.replay import final_states
 from rotpruner.teacher import head_at
 
@@ -55,7 +56,8 @@ def perplexity(
     seq_len: int = 1024,
     max_tokens: int | None = None,
     device: torch.device | None = None,
-    progress: Callable[[Any], Any] = lambda items: items,
+    progress: Progress = unseen,
+    description: str = "perplexity",
 ) -> float:
     """exp of the mean negative log-likelihood over `seq_len − 1` targets per window.
 
@@ -66,7 +68,7 @@ def perplexity(
         max_tokens: use only the first tokens of the text.
         device: where the model is run one block at a time, while the rest of it and its states stay where they are.
             None, or where it is, runs it there as a whole.
-        progress: wraps the iteration over windows or blocks, for a progress bar.
+        progress, description: wraps the iteration over windows or blocks, and what it is called.
 
     Raises:
         InputError: as `windows`.
@@ -74,9 +76,9 @@ def perplexity(
     cut = windows(input_ids, seq_len, max_tokens)
     cut = cut.to(getattr(model, "device", cut.device))
     if device is None or device == cut.device:
-        logits = (model(input_ids=window, use_cache=False).logits for window in progress(cut.split(1)))
+        logits = (model(input_ids=window, use_cache=False).logits for window in progress(cut.split(1), description))
         return _perplexity(cut, logits)
-    states = final_states(model, cut.split(1), device=device, progress=progress)
+    states = final_states(model, cut.split(1), device=device, progress=progress, description=description)
     with head_at(model, device) as head:
         return _perplexity(cut, (head(state.to(device)) for state in states))
 

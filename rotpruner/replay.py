@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from rotpruner.families import family_of, module_at
 from rotpruner.precision import autocast
+from rotpruner.progress import Progress, unseen
 from rotpruner.statistics import Moment, watch_inputs
 
 
@@ -171,17 +172,18 @@ def final_states(
     batches: Sequence[Tensor],
     dtype: torch.dtype | None = None,
     device: torch.device | None = None,
-    progress: Callable[..., Any] = lambda blocks: blocks,
+    progress: Progress = unseen,
+    description: str = "the model",
 ) -> list[Tensor]:
     """Final hidden states (sequences, seq_len, d) of a plain model for every batch, kept where the model is.
 
     Args:
         model, batches, dtype: as in `BlockReplay`.
         device: where one block after the other is run; None is where the model is.
-        progress: wraps the iteration over blocks, for a progress bar.
+        progress, description: wraps the iteration over blocks, and what it is called.
     """
     replay = BlockReplay(model, batches, dtype, device)
-    for layer, block in enumerate(progress(list(replay.blocks))):
+    for layer, block in enumerate(progress(list(replay.blocks), description)):
         with visiting(block, device):
             replay.advance(layer)
     return replay.finish()
@@ -195,7 +197,7 @@ def moments_by_block(
     batches: Sequence[Tensor],
     dtype: torch.dtype | None = None,
     device: torch.device | None = None,
-    progress: Callable[..., Any] = lambda blocks, description: blocks,
+    progress: Progress = unseen,
 ) -> dict[str, Moment]:
     """The same as `rotpruner.statistics.gather_moments`, but one block after the other is run on a device.
 

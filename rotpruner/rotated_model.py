@@ -9,7 +9,7 @@ that. Without rotations the same modules are the dense model, the teacher.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from itertools import groupby
@@ -37,6 +37,7 @@ from rotpruner.oneshot import LayerSparsity, check_layer_sparsity, layer_pattern
 from rotpruner.orthogonal import rotate_features
 from rotpruner.patterns import NM, Pattern, Slice
 from rotpruner.placements import basis_changes
+from rotpruner.progress import Progress, unseen
 from rotpruner.pruners import Pruner
 from rotpruner.relaxation import Relaxation
 from rotpruner.rotations import LearnedRotations, RotationSet, Start, residual_at
@@ -173,7 +174,7 @@ class RotatedModel(nn.Module):
     def calibrate(
         self,
         batches: Sequence[Tensor],
-        progress: Callable[[Sequence[Tensor]], Iterable[Tensor]] = lambda batches: batches,
+        progress: Progress = unseen,
         keep: bool = False,
     ) -> None:
         """Gather the statistics that the pruner needs, once; `owl` shares the sparsity out in a pass before.
@@ -196,7 +197,7 @@ class RotatedModel(nn.Module):
                 linears, widths = linears_to_watch(base, block_linears(base.config), self.pruner.needs, spaces)
 
             def gather() -> dict[str, Moment]:
-                return gather_moments(base, linears, widths, progress(batches), self.ranks)
+                return gather_moments(base, linears, widths, progress(batches, "calibration"), self.ranks)
 
             if not keep:
                 self.moments = gather()

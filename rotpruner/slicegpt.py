@@ -5,7 +5,7 @@ Shapes: d = width of the residual stream, k = directions that stay.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from rotpruner.families import block_linears, family_of, module_at, residual_sublayers
 from rotpruner.fusion import fuse_norms
+from rotpruner.progress import Progress, unseen
 from rotpruner.replay import BlockReplay, visiting
 from rotpruner.slicing import principal_directions
 from rotpruner.statistics import MomentSums, watch_inputs
@@ -26,7 +27,7 @@ def slice_per_block(
     batches: Sequence[Tensor],
     calibration_dtype: torch.dtype | None = None,
     device: torch.device | None = None,
-    progress: Callable[..., Any] = lambda items, description: items,
+    progress: Progress = unseen,
 ) -> int:
     """SliceGPT's own placement: a PCA basis before every norm, each from what the sliced predecessors give.
 

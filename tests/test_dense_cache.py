@@ -29,7 +29,7 @@ def calibrated(
     """A model after `calibrate`, and the number of batches that it has run for that."""
     ran = []
 
-    def progress(batches):
+    def progress(batches, _):
         for batch in batches:
             ran.append(batch)
             yield batch
