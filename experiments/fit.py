@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import re
 import shutil
 import sys
+import uuid
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,7 +20,7 @@ from typing import Any
 
 import torch
 import yaml
-from jsonargparse import ArgumentError
+from jsonargparse import ArgumentError, Namespace
 from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import CSVLogger
@@ -100,9 +102,11 @@ class FitCLI(LightningCLI):
         self.config_record = {key: value for key, value in config.items() if key != "config"}
         recorded = self.run_directory / "config.yaml"
         if not recorded.is_file():
+            self._house_wandb({})
             return
         finished = (self.run_directory / "results.json").is_file()
         known = self._complete(yaml.safe_load(recorded.read_text(encoding="utf-8")))
+        self._house_wandb(known)
         then, now = (_what_is_learned(config, finished) for config in (known, self.config_record))
         differing = list(_differences(then, now))
         if differing:
@@ -117,6 +121,18 @@ class FitCLI(LightningCLI):
         if self.resume_from is not None:
             check_checkpoint(self.resume_from)
             rank_zero_only(console.print)(f"resuming from {self.resume_from}")
+
+    def _house_wandb(self, known: dict[str, Any]) -> None:
+        """Let one run of wandb live in one run directory, however often that is resumed; its id is in `config.yaml`."""
+        recorded = next((settings["id"] for settings in _wandb_settings(known) if settings["id"]), None)
+        run_id = recorded or uuid.uuid4().hex[:8]
+        for given in (self.config, self.config_record):
+            for settings in _wandb_settings(given):
+                if settings["save_dir"] == ".":  # Lightning's default
+                    settings["save_dir"] = str(self.run_directory)
+                # Users may say which run it is, and agents of wandb's sweeps do, in the environment.
+                if not (settings["id"] or settings["version"] or os.environ.get("WANDB_RUN_ID")):
+                    settings["id"] = run_id
 
     def _complete(self, known: dict[str, Any]) -> dict[str, Any]:
         """A recorded configuration with today's defaults for options that are younger than it."""
@@ -150,6 +166,17 @@ class FitCLI(LightningCLI):
                 "under any number of processes"
             )
         return trainer
+
+
+def _wandb_settings(config: Any) -> list[Any]:
+    """The arguments of each `WandbLogger` of a configuration."""
+    given = config.get("trainer", {}).get("logger")
+    loggers = given if isinstance(given, list) else [given]
+    return [
+        logger["init_args"]
+        for logger in loggers
+        if isinstance(logger, (dict, Namespace)) and logger["class_path"].endswith(".WandbLogger")
+    ]
 
 
 #: Callbacks that change nothing of what a run writes but its logs.

@@ -7,6 +7,7 @@ import json
 import math
 import os
 import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -15,6 +16,7 @@ import pytest
 import yaml
 from command_line import learning_arguments
 from PIL import Image
+from processes import SignalAt, start
 from wandb_file import OfflineRun
 
 from callbacks.dashboard import Dashboard, without_secrets
@@ -42,7 +44,7 @@ def settings(model_directory, text_file, test_text_file, tmp_path):
     config.write_text(yaml.safe_dump({"trainer": {"callbacks": callbacks, "enable_model_summary": False}}))
     overlay = tmp_path / "often.yaml"
     text = Path("experiments/configs/logging/wandb.yaml").read_text().replace("every_n_steps: 25}", "every_n_steps: 3}")
-    overlay.write_text(text.replace("offline: true", f"offline: true, save_dir: {tmp_path}"))
+    overlay.write_text(text)
     six_steps = {"--trainer.max_steps": 6, "--trainer.log_every_n_steps": 1}
     given = learning_arguments(model_directory, text_file, tmp_path / "run", six_steps)
     return ["-c", str(config), "-c", str(overlay), *given], tmp_path / "run"
@@ -54,7 +56,7 @@ def documented_keys() -> set[str]:
     return {key for row in re.findall(r"^\|.*\|$", section, re.M) for key in re.findall(r"`([^`]+)`", row)}
 
 
-def test_an_offline_run_holds_metrics_tables_and_pictures_and_no_secrets(settings, tmp_path):
+def test_an_offline_run_holds_metrics_tables_and_pictures_and_no_secrets(settings):
     arguments, run = settings
     # Not the wandb service of this process, should an earlier test have started one.
     own = {name: value for name, value in os.environ.items() if not name.startswith("WANDB_")}
@@ -62,7 +64,7 @@ def test_an_offline_run_holds_metrics_tables_and_pictures_and_no_secrets(setting
     command = [sys.executable, "-m", "experiments", "fit", *arguments]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    (directory,) = (tmp_path / "wandb").glob("offline-run-*")
+    (directory,) = (run / "wandb").glob("offline-run-*")
     found = OfflineRun(directory)
 
     assert found.config["model"]["pattern"] == "2:4"
@@ -104,6 +106,20 @@ def test_an_offline_run_holds_metrics_tables_and_pictures_and_no_secrets(setting
     written = [path.read_bytes() for path in directory.rglob("*") if path.is_file()]
     for name, secret in SECRETS.items():
         assert not any(secret.encode() in content for content in written), name
+
+
+def test_a_resumed_run_goes_on_with_its_run_of_wandb(settings, monkeypatch):
+    arguments, run = settings
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    checkpoint = {"class_path": "callbacks.rotation_checkpoint.RotationCheckpoint", "init_args": {"every_n_steps": 2}}
+    arguments = [*arguments, "--trainer.callbacks+", json.dumps(checkpoint)]
+    assert start(arguments, SignalAt(4, "on_train_batch_start")) == -signal.SIGKILL
+    assert start(arguments) == 0
+    parts = sorted((run / "wandb").glob("offline-run-*"))
+    assert len(parts) == 2
+    (recorded,) = {part.name.split("-")[-1] for part in parts}
+    assert yaml.safe_load((run / "config.yaml").read_text())["trainer"]["logger"]["init_args"]["id"] == recorded
+    assert OfflineRun(parts[1]).values("trainer/global_step")[0] == 4
 
 
 def test_secrets_are_left_out_of_the_settings():
