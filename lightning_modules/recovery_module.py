@@ -39,6 +39,7 @@ class RecoveryModule(LightningModule):
             instructions for it, else float32.
         gradient_checkpointing: recompute each block in the backward pass; slower, much smaller.
         optimizer: of the weights; weight decay would not respect the zeros' neighbours, leave it out.
+        cache_dense: leave the teacher's final states in the cache, where later recoveries on the same text find them.
         lr_scheduler: `cosine` falls to zero at the run's last step; any other scheduler steps once an optimiser step.
         seed: of the run.
 
@@ -57,6 +58,7 @@ class RecoveryModule(LightningModule):
         gradient_checkpointing: bool = False,
         optimizer: OptimizerCallable = lambda parameters: torch.optim.Adam(parameters, lr=1e-4),
         lr_scheduler: LRSchedulerCallable | Literal["constant", "cosine"] = "cosine",
+        cache_dense: bool = False,
         seed: int = 0,
     ) -> None:
         super().__init__()
@@ -64,7 +66,7 @@ class RecoveryModule(LightningModule):
         self._config = load_config(model)
         load_config(teacher)
         self._compute_dtype: Literal["auto", "bfloat16", "float32"] = compute_dtype
-        self.gradient_checkpointing = gradient_checkpointing
+        self.gradient_checkpointing, self.cache_dense = gradient_checkpointing, cache_dense
         self._optimizer, self._lr_scheduler = optimizer, lr_scheduler
         decay = optimizer([torch.nn.Parameter(torch.zeros(1))]).param_groups[0].get("weight_decay", 0)
         if decay:
@@ -93,6 +95,7 @@ class RecoveryModule(LightningModule):
                 self.compute_dtype,
                 self.gradient_checkpointing,
                 Ranks.world(),
+                self.cache_dense,
             )
 
     @property

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from rotpruner.dense_cache import DenseCache
 from rotpruner.distributed import Ranks
 from rotpruner.errors import InputError
 from rotpruner.families import linear_modules
@@ -28,6 +29,8 @@ class SparseRecovery(nn.Module):
         compute_dtype: of the pruned model's products; its weights keep their own dtype. None is the device's fast one.
         gradient_checkpointing: recompute each block in the backward pass.
         ranks: that train copies together.
+        cache_dense: leave the teacher's final states in the cache, and take them from there
+            (`rotpruner.dense_cache`).
 
     Raises:
         InputError: nothing was pruned, the vocabularies differ, or the objective compares states.
@@ -41,6 +44,7 @@ class SparseRecovery(nn.Module):
         compute_dtype: torch.dtype | None = None,
         gradient_checkpointing: bool = False,
         ranks: Ranks | None = None,
+        cache_dense: bool = False,
     ) -> None:
         super().__init__()
         if pruned.config.vocab_size != teacher.config.vocab_size:
@@ -55,6 +59,7 @@ class SparseRecovery(nn.Module):
         self.ranks = ranks or Ranks()
         self._teacher = [teacher.requires_grad_(False).eval()]
         self._dense_states = DenseStates(self._run_teacher, self.ranks)
+        self._cache_dense = cache_dense
         self.pruned = ready_to_learn(pruned.requires_grad_(False), gradient_checkpointing)
         linears = linear_modules(pruned)
         if not any((linear.weight == 0).any() for linear in linears.values()):
@@ -69,18 +74,24 @@ class SparseRecovery(nn.Module):
 
     def loss(self, input_ids: Tensor, index: Tensor | None = None) -> dict[str, Tensor]:
         """The objective of a batch of ids (batch, seq_len), rows `index` (batch,) of the calibration tensor."""
-        dense = self._dense_states(input_ids, index) if self.objective.needs_teacher else None
+        dense = self._taught(input_ids, index) if self.objective.needs_teacher else None
         with autocast(input_ids.device, self.compute_dtype):
             states = self.pruned.base_model(input_ids=input_ids, use_cache=False).last_hidden_state
             terms = self.objective(states, dense, input_ids, head_of(self.pruned), head_of(self._teacher[0]))
         return self.objective.weighted(terms)
 
-    @torch.no_grad()
-    def _run_teacher(self, input_ids: Tensor) -> Tensor:
+    def _taught(self, input_ids: Tensor, index: Tensor | None) -> Tensor:
+        """Final states of the teacher, which follows the data to its device: Lightning does not know of it."""
         teacher = self._teacher[0]
         if teacher.device != input_ids.device:
             teacher.to(input_ids.device)
-        return teacher.base_model(input_ids=input_ids, use_cache=False).last_hidden_state
+        if self._cache_dense and self._dense_states.cache is None:
+            self._dense_states.cache = DenseCache(teacher, teacher.state_dict(), self.ranks)
+        return self._dense_states(input_ids, index)
+
+    @torch.no_grad()
+    def _run_teacher(self, input_ids: Tensor) -> Tensor:
+        return self._teacher[0].base_model(input_ids=input_ids, use_cache=False).last_hidden_state
 
 
 def _learn_survivors(weight: Tensor) -> None:

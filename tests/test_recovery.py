@@ -84,6 +84,17 @@ def test_the_loss_is_the_divergence_from_the_dense_model(ids):
     assert math.isclose(found["loss"].item(), (kl + 0.5 * cross_entropy).item(), rel_tol=1e-9)
 
 
+def test_the_teachers_states_come_from_the_cache_to_the_bit(ids, tmp_path, monkeypatch):
+    monkeypatch.setenv("ROTPRUNER_CACHE", str(tmp_path))
+    losses, ran = [], []
+    for cached in (False, True, True):
+        recovery = recovery_of("smollm2", cache_dense=cached)
+        recovery._teacher[0].base_model.register_forward_hook(lambda *_: ran.append(len(losses)))
+        losses.append(recovery.loss(ids, torch.arange(len(ids)))["loss"].item())
+    assert [ran.count(run) for run in range(3)] == [4, 4, 0]
+    assert losses[0] == losses[1] == losses[2]
+
+
 def test_gradient_checkpointing_changes_no_gradient(ids):
     gradients = []
     for checkpointing in (False, True):
