@@ -41,6 +41,8 @@ class RecoveryModule(LightningModule):
         optimizer: of the weights; weight decay would not respect the zeros' neighbours, leave it out.
         cache_dense: leave the teacher's final states in the cache, where later recoveries on the same text find them.
         lr_scheduler: `cosine` falls to zero at the run's last step; any other scheduler steps once an optimiser step.
+        warmup_steps: over which the rate comes up to the schedule's. Adam's very first step moves every weight by the
+            whole rate, whatever its gradient.
         seed: of the run.
 
     Raises:
@@ -58,10 +60,14 @@ class RecoveryModule(LightningModule):
         gradient_checkpointing: bool = False,
         optimizer: OptimizerCallable = lambda parameters: torch.optim.Adam(parameters, lr=1e-4),
         lr_scheduler: LRSchedulerCallable | Literal["constant", "cosine"] = "cosine",
+        warmup_steps: int = 0,
         cache_dense: bool = False,
         seed: int = 0,
     ) -> None:
         super().__init__()
+        if warmup_steps < 0:
+            raise InputError(f"warmup_steps {warmup_steps} must be at least 0")
+        self.warmup_steps = warmup_steps
         self.model_name, self.teacher, self.objective, self.seed = model, teacher, objective, seed
         self._config = load_config(model)
         load_config(teacher)
@@ -106,7 +112,7 @@ class RecoveryModule(LightningModule):
     def configure_optimizers(self) -> Any:
         """Only surviving weights learn."""
         parameters = [parameter for parameter in self.recovery.parameters() if parameter.requires_grad]
-        return with_schedule(self._optimizer(parameters), self._lr_scheduler, self.trainer)
+        return with_schedule(self._optimizer(parameters), self._lr_scheduler, self.trainer, self.warmup_steps)
 
     def forward(self, input_ids: Tensor) -> Tensor:
         """Logits (B, T, V) of the pruned model as it is now."""

@@ -7,7 +7,7 @@ from typing import Any, Literal
 from lightning import LightningModule, Trainer
 from lightning.pytorch.cli import LRSchedulerCallable
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import CosineAnnealingLR
+from torch.optim.lr_scheduler import ConstantLR, CosineAnnealingLR, LinearLR, SequentialLR
 
 from lightning_modules.trainers import endless
 from rotpruner.errors import InputError
@@ -23,13 +23,23 @@ def check_schedule(schedule: Any, module: LightningModule) -> None:
 
 
 def with_schedule(
-    optimizer: Optimizer, schedule: LRSchedulerCallable | Literal["constant", "cosine"], trainer: Trainer
+    optimizer: Optimizer,
+    schedule: LRSchedulerCallable | Literal["constant", "cosine"],
+    trainer: Trainer,
+    warmup_steps: int = 0,
 ) -> Any:
-    """What `configure_optimizers` returns: `constant`, `cosine` to zero at the run's last step, or a scheduler."""
-    if schedule == "constant":
+    """What `configure_optimizers` returns: `constant`, `cosine` to zero at the run's last step, or a scheduler.
+
+    Before that, the first `warmup_steps` steps come up to its rate in equal parts.
+    """
+    if schedule == "constant" and not warmup_steps:
         return optimizer
     if schedule == "cosine":
-        scheduler: Any = CosineAnnealingLR(optimizer, int(trainer.estimated_stepping_batches))
+        remaining = max(1, int(trainer.estimated_stepping_batches) - warmup_steps)
+        scheduler: Any = CosineAnnealingLR(optimizer, remaining)
     else:
-        scheduler = schedule(optimizer)
+        scheduler = ConstantLR(optimizer, 1.0) if schedule == "constant" else schedule(optimizer)
+    if warmup_steps:
+        warmup = LinearLR(optimizer, 1 / (warmup_steps + 1), 1.0, warmup_steps)
+        scheduler = SequentialLR(optimizer, [warmup, scheduler], [warmup_steps])
     return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}

@@ -7,6 +7,7 @@ import json
 import math
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -23,6 +24,7 @@ from datamodules.evaluation import token_ids
 from experiments.__main__ import main
 from experiments.report_runs import read_curves
 from lightning_modules.recovery_module import RecoveryModule
+from lightning_modules.schedules import with_schedule
 from rotpruner.errors import InputError
 from rotpruner.families import linear_modules
 from rotpruner.loading import load_model, load_tokenizer
@@ -112,10 +114,28 @@ def test_what_cannot_recover_is_refused(model_directory):
         SparseRecovery(model, tiny("llama-2"), Objective(cosine=1.0))
     with pytest.raises(InputError, match="as the teacher"):
         SparseRecovery(model, tiny("llama-2", vocab_size=32))
+    with pytest.raises(InputError, match="warmup_steps -1"):
+        RecoveryModule(str(model_directory), str(model_directory), warmup_steps=-1)
     with pytest.raises(InputError, match="weight_decay"):
         RecoveryModule(
             str(model_directory), str(model_directory), optimizer=lambda p: torch.optim.AdamW(p, weight_decay=0.01)
         )
+
+
+@pytest.mark.parametrize(
+    ("schedule", "expected"),
+    [("constant", [1, 1, 1, 1]), ("cosine", [1, 3 / 4, 1 / 4, 0])],
+)
+def test_a_warm_up_comes_before_any_schedule(schedule, expected):
+    optimizer = torch.optim.Adam([torch.nn.Parameter(torch.ones(1))], lr=0.4)
+    given = with_schedule(optimizer, schedule, SimpleNamespace(estimated_stepping_batches=6), warmup_steps=3)
+    rates = []
+    for _ in range(7):
+        rates.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        given["lr_scheduler"]["scheduler"].step()
+    assert rates == pytest.approx([0.1, 0.2, 0.3, *(0.4 * share for share in expected)])
+    assert with_schedule(optimizer, "constant", None) is optimizer
 
 
 @pytest.fixture
@@ -125,6 +145,7 @@ def recover(model_directory, text_file, test_text_file, tmp_path):
     settings = ["--model", model_directory, "--pruner", "magnitude", "--pattern", "2:4", "--calibration", text_file]
     assert main(["prune", *map(str, settings), "--seq_len", "32", "--num_sequences", "2", "--output", str(pruned)]) == 0
     config = yaml.safe_load(Path("experiments/configs/recovery/smollm2-135m.yaml").read_text())
+    config["model"]["warmup_steps"] = 2
     config["trainer"]["callbacks"][1]["init_args"]["every_n_steps"] = 2
     config["trainer"]["callbacks"][2]["init_args"] = {"texts": [str(test_text_file)], "seq_len": 32, "max_tokens": 256}
     (tmp_path / "recovery.yaml").write_text(yaml.safe_dump(config))
