@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from callbacks.terminal import console, results_table, track
-from datamodules.evaluation import perplexities, tokenize_texts
+from datamodules.evaluation import perplexities, text_windows
 from datamodules.texts import check_text
 from rotpruner.artifacts import write_json
 from rotpruner.errors import InputError
@@ -49,7 +49,7 @@ class Ending(Callback, ABC):
         self.texts, self.seq_len, self.max_tokens = texts, seq_len, max_tokens
         #: What to record as the run's configuration; the command line fills it in.
         self.config: Mapping[str, Any] = {}
-        self._ids: dict[str, Tensor] = {}
+        self._windows: dict[str, Tensor] = {}
         self._training_seconds = 0.0
         self._started = 0.0
         self._device = torch.device("cpu")
@@ -76,7 +76,7 @@ class Ending(Callback, ABC):
         self._started = time.perf_counter()
         self._commit = self._commit or commit()  # the checkout may move on while this runs
         tokenizer = load_tokenizer(pl_module.model_name)  # type: ignore[arg-type]
-        self._ids = tokenize_texts(self.texts, tokenizer, self.seq_len, self.max_tokens)
+        self._windows = text_windows(self.texts, tokenizer, self.seq_len, self.max_tokens)
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Only after training has run to its end; an interrupted one is resumed, not finished.
@@ -112,9 +112,7 @@ class Ending(Callback, ABC):
             "pattern": None if pattern is None else str(pattern),
             "sparsity": sparsity_of(model),
             "seconds": round(seconds, 1),
-            "ppl": perplexities(
-                model, self._ids, self.seq_len, self.max_tokens, track, keep=reference, device=self._device
-            ),
+            "ppl": perplexities(model, self._windows, track, keep=reference, device=self._device),
             "parameters": parameter_count(model),
             "online_flops": online_cost(model).flops,
         }

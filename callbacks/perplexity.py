@@ -11,10 +11,10 @@ from torch import Tensor
 from torchmetrics import Metric
 
 from callbacks.steps import EverySteps, log_at
-from datamodules.evaluation import tokenize_texts
+from datamodules.evaluation import text_windows
 from datamodules.texts import check_text
 from rotpruner.loading import check_seq_len, load_config, load_tokenizer
-from rotpruner.perplexity import summed_nll, windows
+from rotpruner.perplexity import summed_nll
 
 
 class WindowPerplexity(Metric):
@@ -71,8 +71,7 @@ class Perplexity(Callback):
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Tokenise the texts before anything long begins."""
         tokenizer = load_tokenizer(pl_module.model_name)  # type: ignore[arg-type]
-        texts = tokenize_texts(self.texts, tokenizer, self.seq_len, self.max_tokens)
-        self._windows = {name: windows(ids, self.seq_len, self.max_tokens) for name, ids in texts.items()}
+        self._windows = text_windows(self.texts, tokenizer, self.seq_len, self.max_tokens)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """On resume, the checkpoint's own step has already been logged."""
@@ -86,9 +85,9 @@ class Perplexity(Callback):
         step, module = trainer.global_step, cast(Any, pl_module)
         if not self._steps.is_due(step):
             return
-        for name, text_windows in self._windows.items():
+        for name, cut in self._windows.items():
             metric = WindowPerplexity().to(pl_module.device)
-            for window, counts in module.ranks.share(text_windows.to(pl_module.device).split(1)):
+            for window, counts in module.ranks.share(cut.to(pl_module.device).split(1)):
                 logits = module(window)
                 if counts:
                     metric.update(logits, window)

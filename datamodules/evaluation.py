@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from rotpruner.artifacts import write_json
 from rotpruner.cache import cache_path, locked
 from rotpruner.errors import InputError
 from rotpruner.identity import identity
-from rotpruner.perplexity import perplexity, windows
+from rotpruner.perplexity import perplexity_of_windows, windows
 from rotpruner.progress import Progress
 
 logger = logging.getLogger(__name__)
@@ -32,10 +32,10 @@ def token_ids(source: str, tokenizer: PreTrainedTokenizerBase) -> Tensor:
     return torch.tensor(tokenizer(text, add_special_tokens=False, verbose=False).input_ids, dtype=torch.int64)
 
 
-def tokenize_texts(
+def text_windows(
     sources: Iterable[str], tokenizer: PreTrainedTokenizerBase, seq_len: int, max_tokens: int | None
 ) -> dict[str, Tensor]:
-    """Each text's tokens, by the text's name.
+    """Each text's first `max_tokens` tokens in non-overlapping windows (count, seq_len), by the text's name.
 
     Raises:
         InputError: a text cannot be read or does not fill a window, or two texts have the same name.
@@ -45,9 +45,8 @@ def tokenize_texts(
         name = text_name(source)
         if name in texts:
             raise InputError(f"two texts are called '{name}'; rename one file")
-        texts[name] = token_ids(source, tokenizer)
         try:
-            windows(texts[name], seq_len, max_tokens)
+            texts[name] = windows(token_ids(source, tokenizer), seq_len, max_tokens)
         except InputError as error:
             raise InputError(f"{name}: {error}") from None
     return texts
@@ -55,14 +54,12 @@ def tokenize_texts(
 
 def perplexities(
     model: PreTrainedModel,
-    texts: dict[str, Tensor],
-    seq_len: int,
-    max_tokens: int | None,
+    texts: Mapping[str, Tensor],
     progress: Progress,
     keep: bool = False,
     device: torch.device | None = None,
 ) -> dict[str, float]:
-    """Perplexity of each tokenised text; `progress(items, description)` wraps the iteration over windows or blocks.
+    """Perplexity of each text, given its windows; `progress` wraps the iteration over them, or over blocks.
 
     With a `device` that is not the model's, the model stays where it is, and its blocks go there one at a time.
 
@@ -72,14 +69,12 @@ def perplexities(
     """
     model_identity = identity(model) | {"device": (device or model.device).type} if keep else {}
     found = {}
-    for name, ids in texts.items():
-        path = _cache_path(model_identity, windows(ids, seq_len, max_tokens)) if keep else None
+    for name, cut in texts.items():
+        path = _cache_path(model_identity, cut) if keep else None
         value = _kept(path)
         if value is None:
-            value = perplexity(
-                model, ids, seq_len=seq_len, max_tokens=max_tokens, device=device,
-                progress=progress, description=f"perplexity on {name}",
-            )  # fmt: skip
+            shown = f"perplexity on {name}"
+            value = perplexity_of_windows(model, cut, device=device, progress=progress, description=shown)
             _keep(value, path)
         found[name] = value
     return found

@@ -8,12 +8,11 @@ from typing import Any
 import torch
 
 from callbacks.terminal import track
-from datamodules.evaluation import perplexities, tokenize_texts
+from datamodules.evaluation import perplexities, text_windows
 from datamodules.zero_shot import TASKS, evaluate_tasks, load_tasks
 from experiments.arguments import Parser, add_device, at_least, report
 from rotpruner.errors import InputError
 from rotpruner.loading import check_seq_len, load_config, load_model, load_tokenizer
-from rotpruner.perplexity import windows
 
 
 def main(arguments: list[str]) -> None:
@@ -38,17 +37,15 @@ def main(arguments: list[str]) -> None:
     tokenizer = load_tokenizer(options.model)
     if options.text:
         check_seq_len(config, options.seq_len)
-    texts = tokenize_texts(options.text, tokenizer, options.seq_len, options.max_tokens)
+    texts = text_windows(options.text, tokenizer, options.seq_len, options.max_tokens)
     tasks: list[Any] = []
     if options.tasks:
         tasks = load_tasks(options.tasks, tokenizer, options.task_data, options.num_fewshot)
     model = load_model(options.model, torch.float32)
     result: dict[str, Any] = {}
     if texts:
-        measured = texts, options.seq_len, options.max_tokens, track
-        result["ppl"] = perplexities(model, *measured, device=options.device)
-        counts = {name: windows(ids, options.seq_len, options.max_tokens).numel() for name, ids in texts.items()}
-        result["tokens"] = counts
+        result["ppl"] = perplexities(model, texts, track, device=options.device)
+        result["tokens"] = {name: cut.numel() for name, cut in texts.items()}
     if tasks:
         result["tasks"] = evaluate_tasks(
             model.to(options.device),

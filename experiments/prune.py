@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from callbacks.terminal import console, track
-from datamodules.evaluation import perplexities, tokenize_texts
+from datamodules.evaluation import perplexities, text_windows
 from datamodules.texts import check_text
 from datamodules.tokens import calibration_tokens
 from experiments.arguments import Parser, add_device, at_least, report
@@ -54,7 +54,7 @@ def main(arguments: list[str]) -> None:
     check_pattern(meta_model(config), pattern)
     check_seq_len(config, options.seq_len)
     tokenizer = load_tokenizer(options.model)
-    texts = tokenize_texts(options.text, tokenizer, options.seq_len, options.max_tokens)
+    texts = text_windows(options.text, tokenizer, options.seq_len, options.max_tokens)
     tokens = calibration_tokens(
         options.calibration,
         tokenizer,
@@ -77,8 +77,7 @@ def main(arguments: list[str]) -> None:
         console.print(f"saved {options.output}")
         result["output"] = str(options.output)
     if texts:
-        measured = texts, options.seq_len, options.max_tokens, track
-        result["ppl"] = perplexities(model.float(), *measured, device=options.device)
+        result["ppl"] = perplexities(model.float(), texts, track, device=options.device)
         if options.output is not None:
             describe()
     report(result, options.json)
@@ -141,7 +140,10 @@ def _prune(
         moments = None
         if options.statistics == "dense" and isinstance(pattern, Pattern) and pattern.sparsity > 0:
             gather = partial(moments_by_block, dtype=dtype, device=options.device, progress=track)
-            moments = gather_model_moments(model, pruner, rotations or {}, batches, gather)
+            # A copy where it is to be fused: what is pruned is fused and rotated in one, and rounded once.
+            dense = load_model(options.model) if "residual" in (rotations or {}) else model
+            moments = gather_model_moments(dense, pruner, rotations or {}, batches, gather)
+            del dense
         update = None if options.update is None else resolve_pruner(options.update)
         sharing = options.layer_sparsity
         prune_model(

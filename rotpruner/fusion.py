@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from rotpruner.errors import InputError
-from rotpruner.families import block_linears, family_of, module_at
+from rotpruner.families import BlockLinear, block_linears, family_of, module_at
 
 
 def untie(model: nn.Module) -> bool:
@@ -38,18 +38,15 @@ def fuse_block_norms(model: nn.Module) -> None:
     Raises:
         InputError: the final norm, which stays as it is here, could not be folded by `fuse_norms`.
     """
-    family = family_of(model.config)
-    _final_bias(model)
-    norms: dict[str, Any] = {}
+    final_bias(model)
     for linear in block_linears(model.config):
         if linear.spec.norm is not None:
-            path = f"{family.blocks}.{linear.layer}.{linear.spec.norm}"
-            norm, reader = norms.setdefault(path, module_at(model, path)), module_at(model, linear.name)
-            if norm_bias(norm) is not None:
-                reader.bias.copy_(reader.bias.double() + reader.weight.double() @ norm.bias.double())
-            _fold_gain(norm, reader, family.gain_offset)
-    for norm in norms.values():
-        _reset(norm, family.gain_offset)
+            module = module_at(model, linear.name)
+            weight, bias = folded(model, linear)
+            module.weight.copy_(weight)
+            if bias is not None:
+                module.bias.copy_(bias)
+    reset_block_norms(model)
 
 
 @torch.no_grad()
@@ -58,12 +55,42 @@ def fuse_norms(model: nn.Module) -> None:
 
     The head has no bias that could take up the final norm's: b stays there, as b ⊘ g.
     """
-    family, bias = family_of(model.config), _final_bias(model)  # which may refuse: first
+    bias = final_bias(model)  # which may refuse: first
     untie(model)
     fuse_block_norms(model)
-    norm = module_at(model, family.final_norm)
-    _fold_gain(norm, module_at(model, family.head), family.gain_offset)
-    _reset(norm, family.gain_offset, bias)
+    module_at(model, family_of(model.config).head).weight.copy_(folded_head(model))
+    reset_final_norm(model, bias)
+
+
+def folded(model: nn.Module, linear: BlockLinear, norms: bool = True) -> tuple[Tensor, Tensor | None]:
+    """Weight (O, I) and bias (O,) of a decoder linear in float64, if `norms` with that in front of it folded in."""
+    module = module_at(model, linear.name)
+    weight, bias = module.weight.double(), None if module.bias is None else module.bias.double()
+    norm = _norm_before(model, linear) if norms else None
+    if norm is not None and norm_bias(norm) is not None:
+        bias = bias + weight @ norm.bias.double()
+    return weight if norm is None else _scaled(weight, norm, family_of(model.config).gain_offset), bias
+
+
+def folded_head(model: nn.Module) -> Tensor:
+    """The head's weight (V, d) with the final norm's gain folded in; float64."""
+    family = family_of(model.config)
+    head, norm = module_at(model, family.head), module_at(model, family.final_norm)
+    return _scaled(head.weight.double(), norm, family.gain_offset)
+
+
+def reset_block_norms(model: nn.Module) -> None:
+    """Gains of one and biases of zero, inside the blocks."""
+    for linear in block_linears(model.config):
+        norm = _norm_before(model, linear)
+        if norm is not None:
+            _reset(norm, family_of(model.config).gain_offset)
+
+
+def reset_final_norm(model: nn.Module, bias: Tensor | None) -> None:
+    """A gain of one, and a bias (d,) if there is any."""
+    family = family_of(model.config)
+    _reset(module_at(model, family.final_norm), family.gain_offset, bias)
 
 
 def norm_bias(norm: nn.Module) -> Any:
@@ -71,8 +98,12 @@ def norm_bias(norm: nn.Module) -> Any:
     return getattr(norm, "bias", None)
 
 
-def _final_bias(model: nn.Module) -> Tensor | None:
-    """b ⊘ g of the final norm in float64, None where it has no bias."""
+def final_bias(model: nn.Module) -> Tensor | None:
+    """What stays of the final norm's bias b once its gain g is in the head, which has none: b ⊘ g (d,) in float64.
+
+    Raises:
+        InputError: a gain of 0 where the bias is not 0.
+    """
     family = family_of(model.config)
     norm = module_at(model, family.final_norm)
     if norm_bias(norm) is None:
@@ -87,10 +118,15 @@ def _final_bias(model: nn.Module) -> Tensor | None:
     return torch.where(dead, 0.0, bias / gain)
 
 
-def _fold_gain(norm: Any, reader: Any, gain_offset: float) -> None:
-    """W ← W diag(g) for W (O, I), g (I,)."""
-    if norm.weight is not None:
-        reader.weight.copy_(reader.weight.double() * (norm.weight.double() + gain_offset))
+def _norm_before(model: nn.Module, linear: BlockLinear) -> Any:
+    if linear.spec.norm is None:
+        return None
+    return module_at(model, f"{family_of(model.config).blocks}.{linear.layer}.{linear.spec.norm}")
+
+
+def _scaled(weight: Tensor, norm: Any, gain_offset: float) -> Tensor:
+    """W diag(g) for W (O, I), g (I,)."""
+    return weight if norm.weight is None else weight * (norm.weight.double() + gain_offset)
 
 
 def _reset(norm: Any, gain_offset: float, bias: Tensor | None = None) -> None:

@@ -48,7 +48,6 @@ def summed_nll(logits: Tensor, input_ids: Tensor) -> tuple[Tensor, int]:
     return nll.double().sum(), targets.numel()
 
 
-@torch.no_grad()
 def perplexity(
     model: Any,
     input_ids: Tensor,
@@ -74,6 +73,19 @@ def perplexity(
         InputError: as `windows`.
     """
     cut = windows(input_ids, seq_len, max_tokens)
+    return perplexity_of_windows(model, cut, device=device, progress=progress, description=description)
+
+
+@torch.no_grad()
+def perplexity_of_windows(
+    model: Any,
+    cut: Tensor,
+    *,
+    device: torch.device | None = None,
+    progress: Progress = unseen,
+    description: str = "perplexity",
+) -> float:
+    """`perplexity` of a text that is cut already: windows (count, seq_len)."""
     cut = cut.to(getattr(model, "device", cut.device))
     if device is None or device == cut.device:
         logits = (model(input_ids=window, use_cache=False).logits for window in progress(cut.split(1), description))

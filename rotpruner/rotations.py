@@ -24,7 +24,7 @@ from rotpruner.families import (
     module_at,
     residual_boundaries,
 )
-from rotpruner.fusion import fuse_norms, norm_bias
+from rotpruner.fusion import final_bias, folded, folded_head, reset_block_norms, reset_final_norm, untie
 from rotpruner.orthogonal import (
     Constraint,
     MapName,
@@ -241,7 +241,7 @@ def merge_rotations(model: nn.Module, rotations: Mapping[str, Tensor]) -> None:
     """Move a plain model into the rotated basis, in place; it computes the same function.
 
     Fuses norms if the residual stream rotates, and inserts shortcuts where that changes its basis on the way. Products
-    are taken in float64; norms are folded in and rounded before, rotations after.
+    are taken in float64, and every weight is rounded once.
 
     Raises:
         InputError: they are not rotations of this model; it is as it was.
@@ -251,21 +251,23 @@ def merge_rotations(model: nn.Module, rotations: Mapping[str, Tensor]) -> None:
     family = family_of(model.config)
     device = module_at(model, family.head).weight.device
     rotations = {space: (Q.double() if turns(space) else Q).to(device) for space, Q in rotations.items()}
-    if "residual" in rotations:
-        fuse_norms(model)
+    first, last = residual_at(model.config, rotations, 0), residual_at(model.config, rotations, -1)
+    final = None if first is None else final_bias(model)  # which may refuse: before anything is changed
     for linear in block_linears(model.config):
         module = module_at(model, linear.name)
         reads, writes = sides(model.config, rotations, linear)
-        module.weight.copy_(rotate_weight(module.weight.double(), reads, writes))
-        if module.bias is not None:
-            module.bias.copy_(rotate_bias(module.bias.double(), writes))
-    first, last = residual_at(model.config, rotations, 0), residual_at(model.config, rotations, -1)
+        weight, bias = folded(model, linear, norms=first is not None)
+        module.weight.copy_(rotate_weight(weight, reads, writes))
+        if bias is not None:
+            module.bias.copy_(rotate_bias(bias, writes))
     if first is not None and last is not None:
-        bias = norm_bias(module_at(model, family.final_norm))
-        ends = [(module_at(model, path).weight, first) for path in family.embeddings]
-        ends += [(module_at(model, family.head).weight, last), *([] if bias is None else [(bias, last)])]
-        for features, Q in ends:
-            features.copy_(rotate_features(features.double(), Q))
+        untie(model)
+        reset_block_norms(model)
+        module_at(model, family.head).weight.copy_(rotate_features(folded_head(model), last))
+        reset_final_norm(model, None if final is None else rotate_features(final, last))
+        for path in family.embeddings:
+            features = module_at(model, path).weight
+            features.copy_(rotate_features(features.double(), first))
         changes = basis_changes(model.config, len(rotations["residual"]))
         if changes:
             found = {number: basis_change(model.config, rotations, number) for number in changes}

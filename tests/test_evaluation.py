@@ -12,8 +12,9 @@ from perplexity_oracle import independent_perplexity
 from tokenizers.processors import TemplateProcessing
 
 import rotpruner
-from datamodules.evaluation import perplexities, token_ids
+from datamodules.evaluation import perplexities, text_windows, token_ids
 from datamodules.tokens import calibration_tokens
+from rotpruner.progress import unseen
 
 
 @pytest.fixture
@@ -44,8 +45,8 @@ def test_values_are_those_of_the_definition(tokenizer, test_text_file, tmp_path)
     model = tiny_llama()
     model.save_pretrained(tmp_path / "model")
     tokenizer.save_pretrained(tmp_path / "model")
-    texts = {"text": token_ids(str(test_text_file), tokenizer)}
-    (found,) = perplexities(model, texts, 32, 256, lambda windows, description: windows).values()
+    texts = text_windows([str(test_text_file)], tokenizer, 32, 256)
+    (found,) = perplexities(model, texts, unseen).values()
     assert found == pytest.approx(independent_perplexity(tmp_path / "model", test_text_file.read_text(), 32, 256), 1e-6)
 
 
@@ -59,7 +60,7 @@ def test_a_cache_that_cannot_be_written_ends_nothing(texts, tmp_path, monkeypatc
 @pytest.fixture
 def texts():
     generator = torch.Generator().manual_seed(0)
-    return {name: torch.randint(320, (200,), generator=generator) for name in ("here", "there")}
+    return {name: torch.randint(320, (5, 32), generator=generator) for name in ("here", "there")}
 
 
 @pytest.fixture
@@ -68,7 +69,7 @@ def cache(tmp_path, monkeypatch):
     return tmp_path / "perplexity"
 
 
-def measured(model, texts, seq_len=32, max_tokens=160):
+def measured(model, texts):
     """The values, and the texts whose perplexity was computed for them."""
     seen = []
 
@@ -76,12 +77,12 @@ def measured(model, texts, seq_len=32, max_tokens=160):
         seen.append(description.removeprefix("perplexity on "))
         return windows
 
-    return perplexities(model, texts, seq_len, max_tokens, progress, keep=True), seen
+    return perplexities(model, texts, progress, keep=True), seen
 
 
 def test_a_second_call_measures_nothing_and_says_the_same(texts, cache):
     model = tiny_llama()
-    expected = perplexities(model, texts, 32, 160, lambda windows, description: windows)
+    expected = perplexities(model, texts, unseen)
     assert measured(model, texts) == (expected, ["here", "there"])
     assert measured(model, texts) == (expected, [])
     assert measured(tiny_llama(), texts) == (expected, []), "the same weights in another object"
@@ -91,8 +92,8 @@ def test_a_second_call_measures_nothing_and_says_the_same(texts, cache):
 def test_whatever_changes_the_value_is_measured_again(texts, cache):
     model = tiny_llama()
     measured(model, texts)
-    assert measured(model, texts, seq_len=16)[1] == ["here", "there"]
-    assert measured(model, texts, max_tokens=128)[1] == ["here", "there"]
+    assert measured(model, {name: cut.view(10, 16) for name, cut in texts.items()})[1] == ["here", "there"]
+    assert measured(model, {name: cut[:4] for name, cut in texts.items()})[1] == ["here", "there"]
     assert measured(model, {**texts, "here": texts["here"].flip(0)})[1] == ["here"]
     assert measured(tiny_llama(rms_norm_eps=1e-2), texts)[1] == ["here", "there"], "the same weights, another config"
     weight = model.model.layers[1].mlp.down_proj.weight

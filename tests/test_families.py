@@ -110,6 +110,17 @@ def test_merged_models_load_plainly_in_their_own_class(name, ids, tmp_path):
     assert loaded.config.tie_word_embeddings == is_tied == (tied and "residual" not in spaces)
 
 
+@pytest.mark.parametrize("name", MODELS)
+def test_a_merge_rounds_every_weight_once(name):
+    narrow = tiny(name).bfloat16()
+    wide = copy.deepcopy(narrow).double()
+    for model in (narrow, wide):
+        merge_rotations(model, draw(model.config, available_spaces(model.config)))
+    expected = dict(wide.named_parameters())
+    for path, weight in narrow.named_parameters():
+        assert torch.equal(weight, expected[path].bfloat16()), path
+
+
 @pytest.mark.parametrize("name", ["llama-2", "gemma", "opt"])
 def test_fusing_leaves_gains_of_one_and_can_be_repeated(name, ids):
     model = exact(tiny(name))
