@@ -101,12 +101,11 @@ class FitCLI(LightningCLI):
         config = yaml.safe_load(self.parser.dump(self.config, skip_link_targets=False, skip_none=False))
         self.config_record = {key: value for key, value in config.items() if key != "config"}
         recorded = self.run_directory / "config.yaml"
-        if not recorded.is_file():
-            self._house_wandb({})
-            return
-        finished = (self.run_directory / "results.json").is_file()
-        known = self._complete(yaml.safe_load(recorded.read_text(encoding="utf-8")))
+        known = yaml.safe_load(recorded.read_text(encoding="utf-8")) if recorded.is_file() else {}
         self._house_wandb(known)
+        if not known:
+            return
+        known, finished = self._complete(known), (self.run_directory / "results.json").is_file()
         then, now = (_what_is_learned(config, finished) for config in (known, self.config_record))
         differing = list(_differences(then, now))
         if differing:
@@ -124,14 +123,14 @@ class FitCLI(LightningCLI):
 
     def _house_wandb(self, known: dict[str, Any]) -> None:
         """Let one run of wandb live in one run directory, however often that is resumed; its id is in `config.yaml`."""
-        recorded = next((settings["id"] for settings in _wandb_settings(known) if settings["id"]), None)
+        recorded = next((settings["id"] for settings in _wandb_settings(known) if settings.get("id")), None)
         run_id = recorded or uuid.uuid4().hex[:8]
         for given in (self.config, self.config_record):
             for settings in _wandb_settings(given):
-                if settings["save_dir"] == ".":  # Lightning's default
+                if settings.get("save_dir") == ".":  # Lightning's default
                     settings["save_dir"] = str(self.run_directory)
                 # Users may say which run it is, and agents of wandb's sweeps do, in the environment.
-                if not (settings["id"] or settings["version"] or os.environ.get("WANDB_RUN_ID")):
+                if not (settings.get("id") or settings.get("version") or os.environ.get("WANDB_RUN_ID")):
                     settings["id"] = run_id
 
     def _complete(self, known: dict[str, Any]) -> dict[str, Any]:
