@@ -84,6 +84,7 @@ def fit(arguments: list[str], callbacks=(), exact: bool = False, environment=Non
     from experiments.fit import FitCLI
 
     os.environ.update(environment or {})
+    os.environ.pop("WANDB_SERVICE", None)  # an earlier test's, which takes killed runs for living ones
     torch.set_num_threads(1)
     if exact:
         load = module.load_model
