@@ -67,7 +67,7 @@ def folded(model: nn.Module, linear: BlockLinear, norms: bool = True) -> tuple[T
     module = module_at(model, linear.name)
     weight, bias = module.weight.double(), None if module.bias is None else module.bias.double()
     norm = _norm_before(model, linear) if norms else None
-    if norm is not None and norm_bias(norm) is not None:
+    if norm is not None and _norm_bias(norm) is not None:
         bias = bias + weight @ norm.bias.double()
     return weight if norm is None else _scaled(weight, norm, family_of(model.config).gain_offset), bias
 
@@ -93,11 +93,6 @@ def reset_final_norm(model: nn.Module, bias: Tensor | None) -> None:
     _reset(module_at(model, family.final_norm), family.gain_offset, bias)
 
 
-def norm_bias(norm: nn.Module) -> Any:
-    """A norm's bias; RMS norms know none, layer norms may lack it."""
-    return getattr(norm, "bias", None)
-
-
 def final_bias(model: nn.Module) -> Tensor | None:
     """What stays of the final norm's bias b once its gain g is in the head, which has none: b ⊘ g (d,) in float64.
 
@@ -106,7 +101,7 @@ def final_bias(model: nn.Module) -> Tensor | None:
     """
     family = family_of(model.config)
     norm = module_at(model, family.final_norm)
-    if norm_bias(norm) is None:
+    if _norm_bias(norm) is None:
         return None
     gain, bias = norm.weight.double() + family.gain_offset, norm.bias.double()
     dead = gain == 0
@@ -116,6 +111,11 @@ def final_bias(model: nn.Module) -> Tensor | None:
             "rotated; leave the space 'residual' out"
         )
     return torch.where(dead, 0.0, bias / gain)
+
+
+def _norm_bias(norm: nn.Module) -> Any:
+    """A norm's bias; RMS norms know none, layer norms may lack it."""
+    return getattr(norm, "bias", None)
 
 
 def _norm_before(model: nn.Module, linear: BlockLinear) -> Any:
@@ -133,5 +133,5 @@ def _reset(norm: Any, gain_offset: float, bias: Tensor | None = None) -> None:
     """Make the gain one, and the bias zero or as given."""
     if norm.weight is not None:
         norm.weight.fill_(1 - gain_offset)
-    if norm_bias(norm) is not None:
+    if _norm_bias(norm) is not None:
         norm.bias.copy_(torch.zeros_like(norm.bias) if bias is None else bias)
