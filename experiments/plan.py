@@ -17,8 +17,8 @@ from datamodules.calibration import CalibrationBatches, CalibrationDataModule
 from experiments.arguments import Parser, at_least
 from experiments.arguments import report as print_json
 from experiments.fit import FitCLI
-from lightning_modules.rotation_module import check_choices
 from rotpruner.basis import check_offload
+from rotpruner.choices import check_choices
 from rotpruner.compensation import check_compensation
 from rotpruner.errors import InputError
 from rotpruner.loading import check_seq_len, load_config

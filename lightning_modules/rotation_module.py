@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from contextlib import nullcontext
 from typing import Any, Literal
 
@@ -17,62 +16,25 @@ from lightning_modules.devices import root_device
 from lightning_modules.schedules import check_schedule, with_schedule
 from lightning_modules.trainers import check_trainer, endless
 from rotpruner.basis import check_offload
+from rotpruner.choices import check_choices
 from rotpruner.compensation import check_compensation
 from rotpruner.distributed import Ranks
 from rotpruner.errors import InputError
-from rotpruner.families import SPACES, check_space
-from rotpruner.loading import check_pattern, check_seq_len, load_config, load_model, meta_model
+from rotpruner.loading import check_seq_len, load_config, load_model
 from rotpruner.objectives import Objective
-from rotpruner.oneshot import LayerSparsity, check_layer_sparsity
+from rotpruner.oneshot import LayerSparsity
 from rotpruner.optimizers import CayleySGD
 from rotpruner.orthogonal import MapName, orthogonality_error
-from rotpruner.patterns import Pattern, Scope, Slice, parse_pattern
-from rotpruner.placements import Placement, check_placement, residual_sites
+from rotpruner.patterns import Scope, parse_pattern
+from rotpruner.placements import Placement, residual_sites
 from rotpruner.precision import DtypeName, resolve_dtype
 from rotpruner.progress import unseen
 from rotpruner.pruners import resolve_pruner
 from rotpruner.rotated_model import RotatedModel
 from rotpruner.rotation_artifact import Rotations
-from rotpruner.rotations import LearnedRotations, Start, check_going_on, check_start, space_constraint
+from rotpruner.rotations import LearnedRotations, Start, check_going_on
 from rotpruner.sharding import shard
 from rotpruner.surrogates import Surrogate, check_surrogate
-
-
-def check_choices(
-    config: Any,
-    pattern: Pattern | Slice,
-    objective: Objective,
-    layer_sparsity: str,
-    spaces: Sequence[str],
-    placement: Placement,
-    start: str | None,
-    orthogonal_map: str,
-    optimizer: torch.optim.Optimizer,
-) -> None:
-    """Raise `InputError` if settings of a fit do not go with each other or with the model of a config."""
-    check_layer_sparsity(pattern, layer_sparsity)
-    if not spaces:
-        raise InputError(f"spaces is empty; name at least one of {', '.join(SPACES)}")
-    for space in spaces:
-        check_space(config, space)
-    check_placement(config, placement, spaces)
-    check_pattern(meta_model(config), pattern)
-    if isinstance(pattern, Slice) and list(spaces) != ["residual"]:
-        raise InputError(
-            f"pattern {pattern} removes residual directions only, but spaces is {list(spaces)}: set [residual]"
-        )
-    if isinstance(pattern, Slice) and objective.needs_importance:
-        raise InputError(
-            f"pattern {pattern} removes directions, and entropy and lost_mass judge weights: set them to 0"
-        )
-    if start == "pca" and space_constraint(config, "residual") != "none":
-        raise InputError(f"start pca would change what this {config.model_type} model computes; use identity")
-    check_start(start, spaces, pattern)
-    if (orthogonal_map == "manifold") != isinstance(optimizer, CayleySGD):
-        raise InputError(
-            f"orthogonal_map {orthogonal_map} does not go with {type(optimizer).__name__}: "
-            "manifold and rotpruner.optimizers.CayleySGD need each other"
-        )
 
 
 class RotationModule(LightningModule):
