@@ -150,6 +150,13 @@ def _alone(tmp_path_factory, monkeypatch, request):
 
 
 @pytest.fixture
+def cache(tmp_path, monkeypatch) -> Path:
+    """A cache of the test's own, which does not exist yet."""
+    monkeypatch.setenv("ROTPRUNER_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+@pytest.fixture
 def prune(model_directory, text_file, tmp_path):
     """`prune(**changes)` → (status, output directory), from arguments that work."""
 

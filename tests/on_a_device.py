@@ -8,7 +8,7 @@ from functools import partial
 import pytest
 import torch
 from elsewhere import ELSEWHERE, elsewhere
-from tiny_models import exact, tiny
+from tiny_models import exact, rotated_model, tiny
 
 from rotpruner.api import learn
 from rotpruner.compensation import compensate
@@ -18,7 +18,6 @@ from rotpruner.patterns import parse_pattern
 from rotpruner.perplexity import perplexity
 from rotpruner.pruners import PRUNERS, resolve_pruner
 from rotpruner.replay import moments_by_block
-from rotpruner.rotated_model import RotatedModel
 from rotpruner.rotations import LearnedRotations, merge_rotations, random_rotations
 from rotpruner.slicegpt import slice_per_block
 from rotpruner.surrogates import Surrogate
@@ -149,10 +148,8 @@ def test_learning_there(settings):
     assert_same(*found)
 
 
-def learned(device, pruner="wanda", pattern="2:4", spaces=None, start="identity", placement="shared", **settings):
-    base = exact(tiny("llama-3"))
-    rotations = LearnedRotations(base.config, spaces or ["residual", "value_heads"], placement=placement)
-    rotated = RotatedModel(base, rotations, resolve_pruner(pruner), parse_pattern(pattern), **settings).to(device)
+def learned(device, start="identity", **settings):
+    rotated = rotated_model(exact(tiny("llama-3")), start=start, **settings).to(device)
     ids = IDS.to(device)
     rotated.calibrate(ids.split(1))
     rotated.start_from_statistics(start)

@@ -7,6 +7,7 @@ from importlib import import_module
 import pytest
 import torch
 from conftest import sample_text, tiny_llama
+from tiny_models import rotated_model
 
 import rotpruner
 from rotpruner.families import linear_modules
@@ -193,7 +194,6 @@ def test_learning_in_16_bits_keeps_the_rotary_frequencies(tokenizer, texts, monk
 
 
 def test_adam_does_not_learn_points_of_the_manifold():
-    rotations = LearnedRotations(tiny_llama().config, ["residual"], "manifold")
-    rotated = RotatedModel(tiny_llama(), rotations, resolve_pruner("magnitude"), parse_pattern("2:4"))
+    rotated = rotated_model(tiny_llama(), pruner="magnitude", orthogonal_map="manifold")
     with pytest.raises(rotpruner.InputError, match="manifold"):
         rotpruner.learn(rotated, [], steps=1)

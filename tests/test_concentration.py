@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 from scipy.stats import entropy as scipy_entropy
-from tiny_models import exact, tiny
+from tiny_models import exact, rotated_model, tiny
 
 from experiments.__main__ import main
 from lightning_modules.rotation_module import RotationModule
@@ -23,7 +23,7 @@ from rotpruner.oneshot import gather_model_moments
 from rotpruner.patterns import parse_pattern
 from rotpruner.pruners import resolve_pruner
 from rotpruner.rotated_model import RotatedModel
-from rotpruner.rotations import LearnedRotations, merge_rotations, random_rotations
+from rotpruner.rotations import merge_rotations, random_rotations
 
 
 @pytest.fixture
@@ -31,10 +31,8 @@ def ids():
     return torch.randint(3, 64, (4, 12), generator=torch.Generator().manual_seed(1))
 
 
-def learner(objective, placement="shared", pruner="wanda") -> RotatedModel:
-    model = exact(tiny("llama-3"))
-    rotations = LearnedRotations(model.config, ("residual", "value_heads"), placement=placement).double()
-    return RotatedModel(model, rotations, resolve_pruner(pruner), parse_pattern("2:4"), objective=objective)
+def learner(objective, **settings) -> RotatedModel:
+    return rotated_model(exact(tiny("llama-3")), objective=objective, **settings)
 
 
 @given(st.integers(0, 2**31), st.integers(1, 7), st.integers(1, 9))
@@ -81,7 +79,7 @@ def obs_importance(W, H):
 )
 def test_terms_are_those_of_the_merged_model(pruner, placement, importance_of, ids):
     """An oracle: merge the rotations, gather statistics anew, and score the plain model's weights by the formula."""
-    rotated = learner(Objective(kl=0, entropy=1.0, lost_mass=0.5), placement, pruner)
+    rotated = learner(Objective(kl=0, entropy=1.0, lost_mass=0.5), placement=placement, pruner=pruner)
     config = rotated.base.config
     rotations = random_rotations(config, ("residual", "value_heads"), 3, torch.float64, placement)
     rotated.calibrate(ids.split(1))

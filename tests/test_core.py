@@ -9,7 +9,7 @@ import sys
 import pytest
 import torch
 from conftest import tiny_llama
-from tiny_models import exact
+from tiny_models import exact, rotated_model
 
 from rotpruner.families import block_linears
 from rotpruner.fusion import fuse_norms
@@ -21,8 +21,7 @@ from rotpruner.orthogonal import (
 )
 from rotpruner.patterns import parse_pattern
 from rotpruner.pruners import resolve_pruner
-from rotpruner.rotated_model import RotatedModel
-from rotpruner.rotations import LearnedRotations, merge_rotations, random_rotations, sides
+from rotpruner.rotations import merge_rotations, random_rotations, sides
 from rotpruner.surrogates import Surrogate
 
 SPACES = ("residual", "value_heads")
@@ -31,11 +30,6 @@ SPACES = ("residual", "value_heads")
 def in_float64(rotations):
     """float32 rotations made orthogonal to float64 precision."""
     return {space: torch.linalg.qr(Q.double())[0] for space, Q in rotations.items()}
-
-
-def rotated_model(model, dtype=torch.float64, **settings) -> RotatedModel:
-    rotations = LearnedRotations(model.config, SPACES).to(dtype)
-    return RotatedModel(model, rotations, resolve_pruner("wanda"), parse_pattern("2:4"), **settings)
 
 
 @pytest.mark.parametrize("tied", [True, False])
@@ -186,7 +180,7 @@ def test_gradient_checkpointing_changes_memory_not_gradients(ids):
 
 
 def test_learning_lowers_the_loss_and_stays_orthogonal(ids):
-    online = rotated_model(tiny_llama(), torch.float32)
+    online = rotated_model(tiny_llama())
     online.calibrate(ids.split(1))
     optimizer = torch.optim.Adam(online.rotations.parameters(), lr=1e-2)
     losses = []
@@ -215,8 +209,8 @@ def test_the_core_imports_no_shell():
 def test_dense_loss_is_zero_against_itself_and_gives_weight_gradients():
     """The floor of the step benchmark runs the untouched function, with a gradient at every weight."""
     model = exact(tiny_llama())
-    online = RotatedModel(model, LearnedRotations(model.config), resolve_pruner("magnitude"), parse_pattern("2:4"))
-    online.double().refresh_masks()
+    online = rotated_model(model, pruner="magnitude")
+    online.refresh_masks()
     ids = torch.randint(0, 320, (2, 16))
     assert online.loss(ids)["loss"] > 1e-3
     model.requires_grad_(True)

@@ -9,23 +9,12 @@ import torch
 from conftest import tiny_llama
 from processes import recorded, start_ranks, together
 from test_sharded import sharded
+from tiny_models import rotated_model
 
 from rotpruner.errors import InputError
-from rotpruner.patterns import parse_pattern
-from rotpruner.pruners import resolve_pruner
-from rotpruner.rotated_model import RotatedModel
-from rotpruner.rotations import LearnedRotations
 
 
-@pytest.fixture
-def cache(tmp_path, monkeypatch):
-    monkeypatch.setenv("ROTPRUNER_CACHE", str(tmp_path))
-    return tmp_path / "statistics"
-
-
-def calibrated(
-    ids, keep=True, model=None, pruner="wanda", pattern="2:4", spaces=("residual", "value_heads"), **settings
-):
+def calibrated(ids, keep=True, model=None, **settings):
     """A model after `calibrate`, and the number of batches that it has run for that."""
     ran = []
 
@@ -34,9 +23,7 @@ def calibrated(
             ran.append(batch)
             yield batch
 
-    base = tiny_llama() if model is None else model
-    rotations = LearnedRotations(base.config, spaces)
-    rotated = RotatedModel(base, rotations, resolve_pruner(pruner), parse_pattern(pattern), **settings)
+    rotated = rotated_model(tiny_llama() if model is None else model, **settings)
     rotated.calibrate(ids.split(1), progress, keep)
     return rotated, len(ran)
 
@@ -53,7 +40,7 @@ def calibrated(
 )
 def test_a_second_run_finds_them_to_the_bit(settings, ids, cache):
     expected, _ = calibrated(ids, keep=False, **settings)
-    assert not cache.exists(), "nothing is kept unasked"
+    assert not (cache / "statistics").exists(), "nothing is kept unasked"
     for batches in (3, 0):
         found, ran = calibrated(ids, **settings)
         assert ran == batches
@@ -86,7 +73,7 @@ def test_whatever_changes_them_is_gathered_anew(ids, cache):
 
 def test_what_is_damaged_is_gathered_again(ids, cache):
     expected, _ = calibrated(ids)
-    (path,) = cache.glob("*.safetensors")
+    (path,) = (cache / "statistics").glob("*.safetensors")
     sound = path.read_bytes()
     flipped = bytearray(sound)
     flipped[-3] ^= 1
@@ -114,7 +101,7 @@ def test_a_full_disk_costs_the_file_only(ids, cache, monkeypatch, caplog):
     rotated, _ = calibrated(ids)
     assert rotated.moments
     assert "No space left on device" in caplog.text
-    assert not [path for path in cache.iterdir() if path.suffix != ".lock"]
+    assert not [path for path in (cache / "statistics").iterdir() if path.suffix != ".lock"]
 
 
 def test_a_cache_that_cannot_be_written_is_refused_before_the_work(ids, tmp_path, monkeypatch):
@@ -168,7 +155,7 @@ def test_final_states_come_from_the_cache_to_the_bit(ids, cache):
         again, ran = learned(calibrated(ids, pruner=pruner)[0], ids.roll(1, 0), [7, 8, 9])
         assert ran == 0, "found by tokens, whatever their number"
         torch.testing.assert_close(again, expected[0])
-    assert len(list((cache.parent / "states").glob("*.safetensors"))) == 3
+    assert len(list((cache / "states").glob("*.safetensors"))) == 3
 
 
 def test_final_states_are_those_of_the_weights_the_tokens_and_the_dtype(ids, cache):
@@ -188,7 +175,7 @@ def test_final_states_are_those_of_the_weights_the_tokens_and_the_dtype(ids, cac
 
 def test_damaged_states_are_computed_again(ids, cache):
     expected, _ = learned(calibrated(ids)[0], ids, [0, 1, 2])
-    for path, content in zip(sorted((cache.parent / "states").glob("*.safetensors")), (b"", b"\0" * 99), strict=False):
+    for path, content in zip(sorted((cache / "states").glob("*.safetensors")), (b"", b"\0" * 99), strict=False):
         path.write_bytes(content)
     found, ran = learned(calibrated(ids)[0], ids, [0, 1, 2])
     assert ran == 2
@@ -210,7 +197,7 @@ def test_two_ranks_find_what_two_ranks_have_gathered(shards, parallel_config, tm
     runs = [tmp_path / name for name in ("plain", "gathered", "found")]
     for run, choice in zip(runs, ([], keep, keep), strict=True):
         assert start_ranks([*together(config, run), *choice], exact=True) == [0, 0]
-    assert len(list(cache.glob("*.safetensors"))) == 1
+    assert len(list((cache / "statistics").glob("*.safetensors"))) == 1
     for rank in (0, 1):
         expected = recorded(runs[0], rank)
         for run in runs[1:]:

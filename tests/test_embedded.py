@@ -16,12 +16,6 @@ from rotpruner.errors import InputError
 
 
 @pytest.fixture
-def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setenv("ROTPRUNER_CACHE", str(tmp_path / "cache"))
-    return tmp_path / "cache"
-
-
-@pytest.fixture
 def wheel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> embedded.Member:
     """A wheel of forty articles where pip finds it without a network."""
     articles = {f"Title {i}": {"extract": f" Article {i} is about {i}.\n"} for i in range(40)}

@@ -63,12 +63,6 @@ def texts():
     return {name: torch.randint(320, (5, 32), generator=generator) for name in ("here", "there")}
 
 
-@pytest.fixture
-def cache(tmp_path, monkeypatch):
-    monkeypatch.setenv("ROTPRUNER_CACHE", str(tmp_path))
-    return tmp_path / "perplexity"
-
-
 def measured(model, texts):
     """The values, and the texts whose perplexity was computed for them."""
     seen = []
@@ -86,7 +80,7 @@ def test_a_second_call_measures_nothing_and_says_the_same(texts, cache):
     assert measured(model, texts) == (expected, ["here", "there"])
     assert measured(model, texts) == (expected, [])
     assert measured(tiny_llama(), texts) == (expected, []), "the same weights in another object"
-    assert len(list(cache.glob("*.json"))) == 2
+    assert len(list((cache / "perplexity").glob("*.json"))) == 2
 
 
 def test_whatever_changes_the_value_is_measured_again(texts, cache):
@@ -106,7 +100,7 @@ def test_whatever_changes_the_value_is_measured_again(texts, cache):
 @pytest.mark.parametrize("content", ["", "{", "[]", '{"perplexity": null}', '{"perplexity": "much"}'])
 def test_what_is_damaged_is_measured_again(texts, cache, content):
     expected, _ = measured(tiny_llama(), texts)
-    paths = list(cache.glob("*.json"))
+    paths = list((cache / "perplexity").glob("*.json"))
     for path in paths:
         path.write_text(content)
     assert measured(tiny_llama(), texts) == (expected, ["here", "there"])

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 import toy_family
 import transformers
-from tiny_models import GATED, MODELS, config_of, exact, tiny
+from tiny_models import GATED, MODELS, config_of, exact, rotated_model, tiny
 from transformers import AutoModelForCausalLM
 
 from rotpruner.errors import InputError
@@ -22,7 +22,6 @@ from rotpruner.orthogonal import constraint_error, orthogonality_error
 from rotpruner.patterns import parse_pattern
 from rotpruner.placements import turns
 from rotpruner.pruners import resolve_pruner
-from rotpruner.rotated_model import RotatedModel
 from rotpruner.rotations import LearnedRotations, check_rotation, merge_rotations, random_rotations, space_constraint
 
 
@@ -40,11 +39,6 @@ def _softmax_in_its_own_dtype(monkeypatch):
 @pytest.fixture
 def ids():
     return torch.randint(3, 64, (2, 12), generator=torch.Generator().manual_seed(1))
-
-
-def rotated_model(base, spaces, dtype=torch.float64, **settings) -> RotatedModel:
-    rotations = LearnedRotations(base.config, spaces).to(dtype)
-    return RotatedModel(base, rotations, resolve_pruner("wanda"), parse_pattern("2:4"), **settings)
 
 
 def draw(config, spaces):
@@ -147,8 +141,8 @@ def test_fusing_leaves_gains_of_one_and_can_be_repeated(name, ids):
 def test_learned_rotations_stay_inside_and_equal_the_merged_pruned_model(name, map_name, ids):
     plain = exact(tiny(name))
     base, spaces = copy.deepcopy(plain), available_spaces(plain.config)
-    rotations = LearnedRotations(base.config, spaces, map_name, start="random").double()
-    online = RotatedModel(base, rotations, resolve_pruner("wanda"), parse_pattern("2:4"), objective=Objective(kl=1.0))
+    online = rotated_model(base, spaces, orthogonal_map=map_name, start="random")
+    rotations = online.rotations
     rotations.restart(draw(plain.config, spaces))
     online.calibrate(ids.split(1))
     optimizer = torch.optim.Adam(rotations.parameters(), lr=1e-2)
@@ -205,7 +199,7 @@ def test_a_final_norm_that_cannot_be_folded_is_refused_before_anything_changes(i
         norm.weight[5] = 0
     before = copy.deepcopy(model.state_dict())
     with pytest.raises(InputError, match="final_layer_norm has a gain of 0"):
-        rotated_model(model, ["residual"], torch.float32)
+        rotated_model(model, ["residual"])
     with pytest.raises(InputError, match="final_layer_norm has a gain of 0"):
         merge_rotations(model, random_rotations(model.config, ["residual"], 0))
     assert all(torch.equal(tensor, before[path]) for path, tensor in model.state_dict().items())

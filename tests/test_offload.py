@@ -8,7 +8,7 @@ from command_line import refused
 from conftest import tiny_llama
 from safetensors.torch import load_file
 from test_plan import memory_of
-from tiny_models import tiny
+from tiny_models import rotated_model, tiny
 
 import rotpruner.basis as basis_module
 import rotpruner.concentration as concentration_module
@@ -18,27 +18,10 @@ from rotpruner.diagnostics import masked_share
 from rotpruner.errors import InputError
 from rotpruner.objectives import Objective
 from rotpruner.orthogonal import rotate_weight
-from rotpruner.patterns import parse_pattern
-from rotpruner.pruners import resolve_pruner
-from rotpruner.rotated_model import RotatedModel
-from rotpruner.rotations import LearnedRotations
 from rotpruner.surrogates import Surrogate
 
-SPACES = ("residual", "value_heads")
+WAITING = dict(gradient_checkpointing=True, offload=True)
 OFFLOAD = ["--model.gradient_checkpointing", "true", "--model.offload", "true"]
-
-
-def rotated_model(offload: bool, base=None, pruner="wanda", pattern="2:4", **settings) -> RotatedModel:
-    base = base or tiny_llama()
-    return RotatedModel(
-        base,
-        LearnedRotations(base.config, SPACES),
-        resolve_pruner(pruner),
-        parse_pattern(pattern),
-        gradient_checkpointing=True,
-        offload=offload,
-        **settings,
-    )
 
 
 @pytest.fixture
@@ -59,7 +42,7 @@ def ids():
 def test_nothing_that_is_learned_changes_by_a_bit(family, settings, ids):
     found = []
     for offload in (False, True):
-        rotated = rotated_model(offload, tiny(family), **settings)
+        rotated = rotated_model(tiny(family), gradient_checkpointing=True, offload=offload, **settings)
         rotated.calibrate(ids.split(1))
         optimizer = torch.optim.Adam(rotated.parameter_groups(), lr=1e-2)
         losses = []
@@ -79,7 +62,7 @@ def test_nothing_that_is_learned_changes_by_a_bit(family, settings, ids):
 
 
 def test_weights_stay_where_they_are_and_come_to_where_they_are_needed(monkeypatch):
-    rotated = rotated_model(True, pruner="magnitude")
+    rotated = rotated_model(tiny_llama(), pruner="magnitude", **WAITING)
     held = {tensor.data_ptr() for tensor in (*rotated.parameters(), *rotated.buffers(), *rotated.state_dict().values())}
     assert not any(linear.weight.data_ptr() in held for linear in rotated.linears)
 
@@ -115,7 +98,7 @@ def test_no_more_than_one_blocks_weights_are_there_at_a_time(ids):
     layers, peaks = 6, []
     for distant in (False, True):
         shape = dict(hidden_size=128, intermediate_size=256, num_attention_heads=4, num_key_value_heads=4)
-        rotated = rotated_model(True, tiny_llama(**shape, num_hidden_layers=layers))
+        rotated = rotated_model(tiny_llama(**shape, num_hidden_layers=layers), **WAITING)
         rotated.calibrate(ids[:1].split(1))
         rotated.refresh_masks()
         weights = sum(linear.weight.nbytes for linear in rotated.linears)
@@ -154,6 +137,5 @@ def test_a_fit_refuses_offload_without_recomputation(fit, capsys):
 
 
 def test_the_core_refuses_offload_without_recomputation():
-    base = tiny_llama()
     with pytest.raises(InputError, match="gradient_checkpointing"):
-        RotatedModel(base, LearnedRotations(base.config), resolve_pruner("wanda"), parse_pattern("2:4"), offload=True)
+        rotated_model(tiny_llama(), offload=True)

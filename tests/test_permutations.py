@@ -6,7 +6,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from tiny_models import exact, tiny
+from tiny_models import exact, rotated_model, tiny
 
 from lightning_modules.rotation_module import RotationModule
 from rotpruner import permutations
@@ -16,8 +16,6 @@ from rotpruner.oneshot import prune_model
 from rotpruner.orthogonal import is_order, permutation_matrix, rotate_features, rotate_weight
 from rotpruner.patterns import NM, parse_pattern
 from rotpruner.permutations import block_orders, channel_permutation
-from rotpruner.pruners import resolve_pruner
-from rotpruner.rotated_model import RotatedModel
 from rotpruner.rotation_artifact import Rotations
 from rotpruner.rotations import LearnedRotations, check_start, merge_rotations
 from rotpruner.statistics import Moment
@@ -94,12 +92,10 @@ def test_rows_are_sampled_evenly_over_all_linears(monkeypatch):
 
 
 def test_blocks_over_which_groups_reach_stay_as_they_are():
-    stock = tiny("smollm2", head_dim=6)
-    rotations = LearnedRotations(stock.config, ["residual", "value_heads"], start="permutation")
-    rotated = RotatedModel(stock, rotations, resolve_pruner("wanda"), parse_pattern("2:4"))
+    rotated = rotated_model(tiny("smollm2", head_dim=6), start="permutation")
     rotated.calibrate([torch.arange(16)[None]])
     rotated.start_from_statistics("permutation")
-    found = rotations()
+    found = rotated.rotations()
     torch.testing.assert_close(found["value_heads"], torch.eye(6).expand_as(found["value_heads"]))
     assert not torch.equal(found["residual"][0, 0], torch.eye(24))
 
@@ -129,9 +125,9 @@ def test_orders_act_as_their_matrices():
 )
 def test_start_from_permutations_keeps_the_function_and_more_importance(name, placement, tmp_path):
     stock = tiny(name)
-    spaces, pattern, wanda = ["residual", "value_heads", "mlp"], parse_pattern("2:4"), resolve_pruner("wanda")
-    rotations = LearnedRotations(stock.config, spaces, start="permutation", placement=placement)
-    rotated = RotatedModel(tiny(name), rotations, wanda, pattern)
+    spaces = ["residual", "value_heads", "mlp"]
+    rotated = rotated_model(tiny(name), spaces, start="permutation", placement=placement)
+    rotations, wanda, pattern = rotated.rotations, rotated.pruner, rotated.pattern
     ids = torch.randint(stock.config.vocab_size, (2, 16), generator=torch.Generator().manual_seed(1))
     rotated.calibrate([ids])
 

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_families import draw, rotated_model
-from tiny_models import MODELS, exact, tiny
+from test_families import draw
+from tiny_models import MODELS, exact, rotated_model, tiny
 from transformers import AutoTokenizer
 
 import rotpruner
@@ -24,8 +24,7 @@ from rotpruner.oneshot import prune_model, sparsity_of
 from rotpruner.patterns import parse_pattern
 from rotpruner.placements import basis_changes, residual_sites
 from rotpruner.pruners import resolve_pruner
-from rotpruner.rotated_model import RotatedModel
-from rotpruner.rotations import LearnedRotations, merge_rotations, random_rotations
+from rotpruner.rotations import merge_rotations, random_rotations
 from rotpruner.shortcuts import check_exportable, online_cost, shortcuts_of
 
 PLACEMENTS = ("per_layer", "per_block", 3)
@@ -68,9 +67,8 @@ def test_placements_leave_the_logits_of_every_family_alone(name, placement, ids)
             shortcut.weight.zero_()
         assert (twin(input_ids=ids).logits - expected).abs().max() < 1e-9
         assert (merged(input_ids=ids).logits - expected).abs().max() > 1e-3
-        learned = LearnedRotations(model.config, rotations, placement=placement).double()
-        online = RotatedModel(copy.deepcopy(model), learned, resolve_pruner("wanda"), parse_pattern("2:4"))
-        learned.restart(rotations)
+        online = rotated_model(copy.deepcopy(model), tuple(rotations), placement=placement)
+        online.rotations.restart(rotations)
         assert (online(ids, pruned=False).logits - expected).abs().max() < 1e-9
         with online.dense() as dense:
             assert (dense(input_ids=ids).logits - expected).abs().max() < 1e-9
@@ -158,12 +156,10 @@ def test_an_export_saved_again_is_the_same_checkpoint(ids, tmp_path, model_direc
 @pytest.mark.parametrize("placement", PLACEMENTS)
 def test_learned_placements_prune_as_they_were_trained(placement, ids):
     model = exact(tiny("llama-3"))
-    learned = LearnedRotations(model.config, available_spaces(model.config), placement=placement).double()
-    objective = Objective(kl=1.0, cosine=0.5)
-    pruner, pattern = resolve_pruner("wanda"), parse_pattern("2:4")
-    rotated = RotatedModel(copy.deepcopy(model), learned, pruner, pattern, objective=objective)
+    settings = dict(placement=placement, objective=Objective(kl=1.0, cosine=0.5))
+    rotated = rotated_model(copy.deepcopy(model), available_spaces(model.config), **settings)
     rotated.calibrate(ids.split(1))
-    optimizer = torch.optim.Adam(learned.parameters(), lr=1e-2)
+    optimizer = torch.optim.Adam(rotated.rotations.parameters(), lr=1e-2)
     losses = []
     for _ in range(20):
         rotated.refresh_masks()
@@ -174,11 +170,11 @@ def test_learned_placements_prune_as_they_were_trained(placement, ids):
         losses.append(loss.item())
     assert sum(losses[-5:]) / 5 < 0.95 * losses[0]
     rotated.refresh_masks()
-    rotations = {space: Q.detach() for space, Q in learned().items()}
+    rotations = {space: Q.detach() for space, Q in rotated.rotations().items()}
     assert len(rotations["residual"].flatten(1).unique(dim=0)) > 1  # neighbours have parted
     with torch.no_grad():
         expected = rotated(ids).logits
-        prune_model(model, pruner, pattern, rotations=rotations, moments=rotated.moments)
+        prune_model(model, rotated.pruner, rotated.pattern, rotations=rotations, moments=rotated.moments)
         assert sparsity_of(model) == 0.5
         assert (model(input_ids=ids).logits - expected).abs().max() < 1e-9
 
@@ -187,26 +183,23 @@ def test_gradient_checkpointing_changes_no_gradient(ids):
     gradients = []
     for checkpointing in (False, True):
         model = exact(tiny("llama-3"))
-        learned = LearnedRotations(model.config, ("residual",), placement="per_block").double()
-        rotated = RotatedModel(
-            model, learned, resolve_pruner("magnitude"), parse_pattern("2:4"), gradient_checkpointing=checkpointing
-        )
-        learned.restart(random_rotations(model.config, ("residual",), 3, torch.float64, "per_block"))
+        settings = dict(pruner="magnitude", placement="per_block", gradient_checkpointing=checkpointing)
+        rotated = rotated_model(model, ("residual",), **settings)
+        rotated.rotations.restart(random_rotations(model.config, ("residual",), 3, torch.float64, "per_block"))
         rotated.refresh_masks()
         rotated.loss(ids)["loss"].backward()
-        gradients.append(torch.cat([parameter.grad.flatten() for parameter in learned.parameters()]))
+        gradients.append(torch.cat([parameter.grad.flatten() for parameter in rotated.rotations.parameters()]))
     torch.testing.assert_close(*gradients)
 
 
 def test_shared_rotations_are_where_more_of_them_start(ids):
     model = exact(tiny("llama-2"))
     shared = draw(model.config, ("residual",))
-    learned = LearnedRotations(model.config, ("residual",), placement="per_block").double()
-    learned.restart(shared)
-    assert torch.equal(learned()["residual"], shared["residual"].expand(5, -1, -1, -1))
+    many = rotated_model(exact(tiny("llama-2")), ("residual",), placement="per_block")
+    many.rotations.restart(shared)
+    assert torch.equal(many.rotations()["residual"], shared["residual"].expand(5, -1, -1, -1))
     online = rotated_model(model, ("residual",))
     online.rotations.restart(shared)
-    many = RotatedModel(exact(tiny("llama-2")), learned, resolve_pruner("wanda"), parse_pattern("2:4"))
     with torch.no_grad():
         torch.testing.assert_close(many(ids, pruned=False).logits, online(ids, pruned=False).logits)
 
@@ -215,11 +208,11 @@ def test_shared_rotations_are_where_more_of_them_start(ids):
 def test_slices_of_every_placement_are_what_was_learned(placement, ids, tmp_path, model_directory):
     model = tiny("llama-3")
     pattern = parse_pattern("slice:0.3")
-    learned = LearnedRotations(model.config, ("residual",), start="pca", placement=placement)
-    rotated = RotatedModel(copy.deepcopy(model), learned, resolve_pruner("wanda"), pattern)
+    settings = dict(pattern="slice:0.3", start="pca", placement=placement)
+    rotated = rotated_model(copy.deepcopy(model), ("residual",), **settings)
     rotated.calibrate(ids.split(1))
     rotated.start_from_statistics("pca")
-    rotations = {space: Q.detach() for space, Q in learned().items()}
+    rotations = {space: Q.detach() for space, Q in rotated.rotations().items()}
     with torch.no_grad():
         expected = rotated(ids).logits
         prune_model(model, resolve_pruner("wanda"), pattern, ids.split(1), rotations)

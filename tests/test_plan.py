@@ -10,7 +10,7 @@ from itertools import accumulate
 import pytest
 import torch
 from conftest import tiny_llama
-from tiny_models import tiny
+from tiny_models import rotated_model, tiny
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -41,25 +41,9 @@ def model_of(family: str):
     return tiny_llama(**shape) if family == "llama" else tiny("opt", **shape)
 
 
-def rotated_model(
-    base,
-    dtype,
-    spaces,
-    surrogate="constant",
-    pruner="wanda",
-    pattern="2:4",
-    orthogonal_map="cayley",
-    placement="shared",
-    **settings,
-) -> RotatedModel:
-    rotated = RotatedModel(
-        base.to(dtype),
-        LearnedRotations(base.config, spaces, orthogonal_map, placement=placement),
-        resolve_pruner(pruner),
-        parse_pattern(pattern),
-        Surrogate(surrogate),
-        **settings,
-    )
+def ready(base, dtype, spaces, **settings) -> RotatedModel:
+    """A model that has been calibrated and has its masks."""
+    rotated = rotated_model(base.to(dtype), spaces, **settings)
     rotated.calibrate([torch.arange(64)[None]])
     rotated.refresh_masks()
     return rotated
@@ -102,7 +86,7 @@ def kept_bytes(rotated: RotatedModel, seq_len: int) -> int:
 )
 def test_activations_and_rotated_weights_are_what_autograd_keeps(family, spaces, surrogate, dtype):
     """Two lengths tell what grows with tokens (activations) from what does not (weights, the solve)."""
-    rotated = rotated_model(model_of(family), dtype, spaces, surrogate)
+    rotated = ready(model_of(family), dtype, spaces, surrogate=Surrogate(surrogate))
     short, long = kept_bytes(rotated, 64), kept_bytes(rotated, 128)
     setup = setup_of(rotated, spaces, 128, keeps_unmasked=surrogate == "sr_ste")
     per_token, _ = block_activations(setup)
@@ -127,7 +111,7 @@ def test_resident_terms_are_what_the_model_holds(pruner, pattern, orthogonal_map
     spaces = ("residual",) if pattern.startswith("slice") else ("residual", "value_heads")
     choices = dict(pruner=pruner, pattern=pattern, orthogonal_map=orthogonal_map)
     waiting = dict(gradient_checkpointing=offload, offload=offload)
-    rotated = rotated_model(model_of("llama"), torch.bfloat16, spaces, **choices, **waiting)
+    rotated = ready(model_of("llama"), torch.bfloat16, spaces, **choices, **waiting)
     kind = CayleySGD if orthogonal_map == "manifold" else torch.optim.Adam
     optimizer = kind(rotated.rotations.parameters())
     rotated.loss(torch.arange(64)[None], torch.tensor([3]))["loss"].backward()
@@ -162,7 +146,7 @@ def test_resident_terms_are_what_the_model_holds(pruner, pattern, orthogonal_map
 def test_inverse_hessians_that_importance_keeps_are_planned(pruner, start, entropy):
     spaces, objective = ("residual", "value_heads"), Objective(kl=1, entropy=entropy)
     orders = ("mlp",) if start == "permutation" else ()
-    rotated = rotated_model(model_of("llama"), torch.bfloat16, (*spaces, *orders), pruner=pruner, objective=objective)
+    rotated = ready(model_of("llama"), torch.bfloat16, (*spaces, *orders), pruner=pruner, objective=objective)
     rotated.start_from_statistics(start)
     rotated.loss(torch.arange(64)[None])
     plan = memory_plan(setup_of(rotated, spaces, 64, pattern=rotated.pattern, objective=objective, start=start))
@@ -226,7 +210,7 @@ def test_basis_changes_keep_a_stream_and_two_matrices_each(placement):
     spaces = ("residual",)
     found, setups = [], []
     for each in (placement, "shared"):
-        rotated = rotated_model(model_of("llama"), torch.bfloat16, spaces, placement=each)
+        rotated = ready(model_of("llama"), torch.bfloat16, spaces, placement=each)
         short, long = kept_bytes(rotated, 64), kept_bytes(rotated, 128)
         setup = setup_of(rotated, spaces, 128, placement=each)
         cayley = next(term for term in memory_plan(setup).phases["logits"] if term.name == "orthogonal map")
@@ -245,7 +229,7 @@ def test_basis_changes_keep_a_stream_and_two_matrices_each(placement):
 def test_operations_are_those_that_torch_counts(objective, checkpointing, placement):
     spaces = ("residual", "value_heads")
     settings = {"placement": placement, "objective": objective, "gradient_checkpointing": checkpointing}
-    rotated = rotated_model(model_of("llama"), torch.float32, spaces, **settings)
+    rotated = ready(model_of("llama"), torch.float32, spaces, **settings)
     with FlopCounterMode(display=False) as counter:
         rotated.loss(torch.arange(128)[None], torch.tensor([0]))["loss"].backward()
     setup = setup_of(rotated, spaces, 128, steps=1, **settings)
@@ -261,7 +245,7 @@ def test_operations_are_those_that_torch_counts(objective, checkpointing, placem
 
 
 def test_totals_add_up():
-    rotated = rotated_model(model_of("llama"), torch.bfloat16, ("residual",))
+    rotated = ready(model_of("llama"), torch.bfloat16, ("residual",))
     plan = memory_plan(setup_of(rotated, ("residual",), 64))
     assert plan.learning == total([*plan.resident, *plan.kept_by_host]) + max(map(total, plan.phases.values()))
     assert plan.peak >= plan.host

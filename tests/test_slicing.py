@@ -7,7 +7,7 @@ import json
 
 import pytest
 import torch
-from tiny_models import exact, tiny
+from tiny_models import exact, rotated_model, tiny
 from transformers import AutoModelForCausalLM
 
 from experiments.__main__ import main
@@ -17,8 +17,7 @@ from rotpruner.oneshot import parameter_count, prune_model
 from rotpruner.patterns import Slice, parse_pattern
 from rotpruner.pruners import resolve_pruner
 from rotpruner.replay import moments_by_block
-from rotpruner.rotated_model import RotatedModel
-from rotpruner.rotations import LearnedRotations, merge_rotations, random_rotations
+from rotpruner.rotations import merge_rotations, random_rotations
 from rotpruner.slicegpt import slice_per_block
 from rotpruner.slicing import principal_directions, residual_pca, residual_readers, slice_residual, sliced_width
 
@@ -35,12 +34,11 @@ def batches(count: int = 4) -> list[torch.Tensor]:
 def test_sliced_model_computes_what_the_masked_one_learned(name):
     """The narrow model equals the full-width one that runs with zeros in the removed directions."""
     model = tiny(name).double()
-    rotations = LearnedRotations(model.config, ["residual"]).double()
-    rotations.restart(random_rotations(model.config, ["residual"], 0, torch.float64))
     pattern = Slice(0.3)
-    masked = RotatedModel(exact(copy.deepcopy(model)), rotations, MAGNITUDE, pattern)
+    masked = rotated_model(exact(copy.deepcopy(model)), ["residual"], pruner="magnitude", pattern="slice:0.3")
+    masked.rotations.restart(random_rotations(model.config, ["residual"], 0, torch.float64))
     expected = masked(batches()[0]).logits
-    prune_model(model, MAGNITUDE, pattern, rotations=rotations())
+    prune_model(model, MAGNITUDE, pattern, rotations=masked.rotations())
     assert model.config.hidden_size == sliced_width(tiny(name).config, pattern) == 16
     assert (exact(model)(input_ids=batches()[0]).logits - expected).abs().max() < 1e-9
 
@@ -77,8 +75,7 @@ def test_pca_keeps_what_a_low_rank_stream_holds():
     per_block = copy.deepcopy(model)
     slice_per_block(per_block, 16, batches())
     assert (per_block(input_ids=ids).logits - expected).abs().max() < 1e-4
-    rotations = LearnedRotations(model.config, ["residual"], start="pca").double()
-    masked = RotatedModel(model, rotations, MAGNITUDE, Slice(0.3))
+    masked = rotated_model(model, ["residual"], pruner="magnitude", pattern="slice:0.3", start="pca")
     masked.calibrate(batches())
     masked.start_from_statistics("pca")
     assert (masked(ids).logits - expected).abs().max() < 1e-4

@@ -11,7 +11,7 @@ from conftest import tiny_llama
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import chisquare, gumbel_r, kstest
-from tiny_models import exact
+from tiny_models import exact, rotated_model
 
 from rotpruner.api import learn
 from rotpruner.errors import InputError
@@ -20,7 +20,6 @@ from rotpruner.patterns import parse_pattern
 from rotpruner.pruners import resolve_pruner
 from rotpruner.pruners.wanda import Wanda
 from rotpruner.rotated_model import RotatedModel
-from rotpruner.rotations import LearnedRotations
 from rotpruner.surrogates import (
     Surrogate,
     check_surrogate,
@@ -39,13 +38,8 @@ def drawn(*shape, seed=0):
     return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
 
 
-def rotated_model(surrogate, dtype=torch.float64, **settings) -> RotatedModel:
-    model = tiny_llama()
-    rotations = LearnedRotations(model.config, ("residual", "value_heads")).to(dtype)
-    model = exact(model) if dtype == torch.float64 else model
-    return RotatedModel(
-        model, rotations, resolve_pruner("wanda"), parse_pattern("2:4"), surrogate=surrogate, **settings
-    )
+def under(surrogate, **settings) -> RotatedModel:
+    return rotated_model(exact(tiny_llama()), surrogate=surrogate, **settings)
 
 
 def directional_derivative(loss, parameters, directions, step=1e-5):
@@ -62,7 +56,7 @@ def directional_derivative(loss, parameters, directions, step=1e-5):
 
 
 def test_learn_follows_its_schedules(monkeypatch, ids):
-    online = rotated_model(Surrogate(), torch.float32)
+    online = rotated_model(tiny_llama())
     online.calibrate(ids.split(1))
     refresh, step, chosen, rates = online.refresh_masks, torch.optim.Adam.step, [], []
     monkeypatch.setattr(online, "refresh_masks", lambda: chosen.append(len(rates)) or refresh())
@@ -149,7 +143,7 @@ def test_soft_masks_of_rows_that_stay_or_go_whole_are_finite(kept):
 
 def test_sigmoid_moves_the_rotations_by_the_diagonals_of_the_moment_too(ids):
     """Against autograd through saliencies of moments that are rotated for each linear by itself."""
-    online = rotated_model(Surrogate("sigmoid"))
+    online = under(Surrogate("sigmoid"))
     online.calibrate(ids.split(1))
     online.refresh_masks()
     found, expected = [], []
@@ -199,7 +193,7 @@ def test_gumbel_has_the_gradient_of_finite_differences():
 def test_gumbel_draws_masks_with_the_chances_of_its_logits():
     pattern, trials = parse_pattern("2:4"), 20_000
     logits = torch.tensor([0.0, 1.0, -1.0, 0.5, 0.0, 2.0])
-    online = rotated_model(Surrogate("gumbel"))
+    online = under(Surrogate("gumbel"))
     noise = online.relaxation.noise(online.linears[0].place, logits.expand(trials, 1, 6).contiguous())
     masks = gumbel(torch.ones(trials, 4), logits, noise, pattern, 1e-4)
     drawn_masks = masks.round()
@@ -212,7 +206,7 @@ def test_gumbel_draws_masks_with_the_chances_of_its_logits():
 
 
 def test_noise_is_a_function_of_seed_step_and_linear():
-    online, other = rotated_model(Surrogate("gumbel"), seed=3), rotated_model(Surrogate("gumbel"), seed=4)
+    online, other = under(Surrogate("gumbel"), seed=3), under(Surrogate("gumbel"), seed=4)
     first, second = (linear.place for linear in online.linears[:2])
     logits = torch.zeros(2, 3, 6)
 
@@ -223,7 +217,7 @@ def test_noise_is_a_function_of_seed_step_and_linear():
     assert torch.equal(noise(online, 5, first), noise(online, 5, first))
     torch.manual_seed(99)
     before = torch.get_rng_state()
-    assert torch.equal(noise(online, 5, first), noise(rotated_model(Surrogate("gumbel"), seed=3), 5, first))
+    assert torch.equal(noise(online, 5, first), noise(under(Surrogate("gumbel"), seed=3), 5, first))
     for model, step, place in ((other, 5, first), (online, 6, first), (online, 5, second)):
         assert not torch.equal(noise(online, 5, first), noise(model, step, place))
     assert noise(online, 5, first).isfinite().all()
@@ -232,7 +226,7 @@ def test_noise_is_a_function_of_seed_step_and_linear():
 
 
 def test_gumbel_gradient_of_a_model_is_that_of_finite_differences(ids):
-    online = rotated_model(Surrogate("gumbel"))
+    online = under(Surrogate("gumbel"))
     online.calibrate(ids.split(1))
     online.refresh_masks()
     online.relaxation.advance(2, 5)
@@ -246,7 +240,7 @@ def test_gumbel_gradient_of_a_model_is_that_of_finite_differences(ids):
 
 
 def test_gumbel_learns_masks_that_evaluation_and_export_take(ids):
-    online = rotated_model(Surrogate("gumbel", lr=0.3), torch.float32)
+    online = rotated_model(tiny_llama(), surrogate=Surrogate("gumbel", lr=0.3))
     online.calibrate(ids.split(1))
     assert online.learned_masks() is None
     online.refresh_masks()
@@ -278,7 +272,7 @@ def test_gumbel_learns_masks_that_evaluation_and_export_take(ids):
 def test_gradient_checkpointing_changes_no_gradient(name, ids):
     gradients = []
     for checkpointing in (False, True):
-        online = rotated_model(Surrogate(name), gradient_checkpointing=checkpointing)
+        online = under(Surrogate(name), gradient_checkpointing=checkpointing)
         online.calibrate(ids.split(1))
         online.refresh_masks()
         online.relaxation.advance(1, 4)

@@ -32,12 +32,7 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
 
 
 TOKENIZER = tiny_tokenizer()
-
-
-@pytest.fixture(autouse=True)
-def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setenv("ROTPRUNER_CACHE", str(tmp_path / "cache"))
-    return tmp_path / "cache" / "calibration"
+pytestmark = pytest.mark.usefixtures("cache")
 
 
 @pytest.fixture
@@ -127,18 +122,18 @@ def test_too_short_a_text_is_refused(text):
 def test_the_cache_is_keyed_by_what_determines_the_tokens(text, cache):
     tokens_of(text)
     tokens_of(text)
-    assert len(list(cache.glob("*.safetensors"))) == 1
+    assert len(list((cache / "calibration").glob("*.safetensors"))) == 1
     tokens_of(text, seed=1)
     tokens_of(text, seq_len=8)
     Path(text).write_text(TEXT[50:])
     assert not torch.equal(tokens_of(text), all_windows(TEXT, 16)[:8])
-    assert len(list(cache.glob("*.safetensors"))) == 4
+    assert len(list((cache / "calibration").glob("*.safetensors"))) == 4
 
 
 @pytest.mark.parametrize("damage", ["truncate", "flip", "empty", "other"])
 def test_a_damaged_cache_file_is_rebuilt(text, cache, damage):
     tokens = tokens_of(text)
-    (path,) = cache.glob("*.safetensors")
+    (path,) = (cache / "calibration").glob("*.safetensors")
     data = bytearray(path.read_bytes())
     if damage == "flip":
         data[-8] ^= 1
@@ -176,11 +171,11 @@ def test_processes_at_once_build_once_and_a_killed_one_leaves_nothing_broken(tex
         assert process.stdout.readline() == "ready\n"
     assert killed.communicate("go\n")[0] == "built\n"
     assert killed.returncode == 9
-    assert not list(cache.glob("*.safetensors"))
+    assert not list((cache / "calibration").glob("*.safetensors"))
     for process in others:
         process.stdin.write("go\n")
         process.stdin.flush()
     out = "".join(process.communicate()[0] for process in others).split()
     assert out.count("built") == 1
     assert out.count(str(tokens_of(text).sum().item())) == 2
-    assert [path.suffix for path in sorted(cache.iterdir())] == [".safetensors", ".lock"]
+    assert [path.suffix for path in sorted((cache / "calibration").iterdir())] == [".safetensors", ".lock"]

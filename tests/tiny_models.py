@@ -10,6 +10,10 @@ import transformers
 from torch import nn
 
 from rotpruner.families import SPACES, family_of
+from rotpruner.patterns import parse_pattern
+from rotpruner.pruners import resolve_pruner
+from rotpruner.rotated_model import RotatedModel
+from rotpruner.rotations import LearnedRotations
 
 # Two query heads to a key-value head, and heads × head_dim ≠ hidden_size.
 GATED = dict(
@@ -110,3 +114,21 @@ def exact(model):
             norm.weight = module.weight
             model.set_submodule(path, norm)
     return model
+
+
+def rotated_model(
+    base,
+    spaces=("residual", "value_heads"),
+    *,
+    pruner="wanda",
+    pattern="2:4",
+    orthogonal_map="cayley",
+    start="identity",
+    placement="shared",
+    **settings,
+) -> RotatedModel:
+    """A model under learnable rotations, which are in float64 if it is."""
+    rotations = LearnedRotations(base.config, spaces, orthogonal_map, start, placement=placement)
+    if base.dtype == torch.float64:
+        rotations = rotations.double()
+    return RotatedModel(base, rotations, resolve_pruner(pruner), parse_pattern(pattern), **settings)
