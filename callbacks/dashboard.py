@@ -111,8 +111,8 @@ class Dashboard(Callback):
         if rows:
             self._wandb.log_table("sparsity", columns, [[row[column] for column in columns] for row in rows], step=step)
         for space, Q in rotations.items():
-            Q = permutation_matrix(Q)[:, None] if is_order(Q) else Q
-            self._wandb.log_image(f"rotations/{space}", [picture(Q[0, 0])], step)
+            first = permutation_matrix(Q[0].cpu()) if is_order(Q) else Q[0, 0]
+            self._wandb.log_image(f"rotations/{space}", [picture(first)], step)
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """What `Finish` has written, if it came before."""

@@ -68,7 +68,14 @@ class Ending(Callback, ABC):
         return self._training_seconds + (time.perf_counter() - self._started if self._started else 0.0)
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Check the windows against the model before its weights are loaded."""
+        """Check the windows against the model before its weights are loaded, and that they outlive the export."""
+        export = Path(trainer.default_root_dir) / "export"
+        for name in (pl_module.model_name, getattr(pl_module, "teacher", "")):
+            if name and Path(name).resolve() == export.resolve():  # type: ignore[arg-type]
+                raise InputError(
+                    f"model '{name}' would be replaced by what this run exports to '{export}'; choose another "
+                    "--trainer.default_root_dir"
+                )
         check_seq_len(load_config(pl_module.model_name), self.seq_len)  # type: ignore[arg-type]
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -120,11 +127,12 @@ class Ending(Callback, ABC):
     def described(self, trainer: Trainer) -> Row:
         """What model cards say of every training and its evaluation, by `Origin`'s names."""
         data: Any = trainer.datamodule  # type: ignore[attr-defined]
+        read = trainer.lightning_module.objective.runs_model  # type: ignore[union-attr]
         return {
             "calibration": data.calibration,
             "seq_len": data.seq_len,
             "steps": trainer.global_step,
-            "training_tokens": data.sequences_learned * data.seq_len,
+            "training_tokens": data.sequences_learned * data.seq_len if read else 0,
             "evaluation": evaluation_of(self.seq_len, self.max_tokens),
             "config": self.config,
         }

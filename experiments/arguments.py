@@ -14,14 +14,15 @@ from rotpruner.errors import InputError
 class Parser(argparse.ArgumentParser):
     """`argparse` whose errors are `InputError`s."""
 
-    def __init__(self, command: str, description: str) -> None:
+    def __init__(self, command: str, description: str, prints_json: bool = True) -> None:
         super().__init__(
             prog=f"python -m experiments {command}",
             description=description,
             formatter_class=argparse.ArgumentDefaultsHelpFormatter,
             allow_abbrev=False,
         )
-        self.add_argument("--json", action="store_true", help="print one JSON object on standard output")
+        if prints_json:
+            self.add_argument("--json", action="store_true", help="print one JSON object on standard output")
 
     def error(self, message: str) -> NoReturn:
         raise InputError(f"{message}; see {self.prog} --help")

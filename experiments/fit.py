@@ -29,7 +29,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 from callbacks.dashboard import Dashboard
 from callbacks.ending import Ending
-from callbacks.rotation_checkpoint import last_checkpoint
+from callbacks.rotation_checkpoint import RotationCheckpoint, last_checkpoint
 from callbacks.terminal import console, results_table
 from datamodules.calibration import CalibrationDataModule
 from lightning_modules.rotation_module import RotationModule
@@ -37,17 +37,32 @@ from rotpruner.artifacts import write_text
 from rotpruner.distributed import lost_rank
 from rotpruner.errors import InputError
 
+#: Settings of which `auto` asks the device. The record of a run holds the answer, so that it goes on in one dtype.
+_DTYPES = ("base_dtype", "compute_dtype")
+
+#: Where a run directory keeps the id of its run of wandb.
+_WANDB_ID = Path("wandb", "run_id")
+
 
 class RunRecord(Callback):
     """Write `config.yaml` into the run directory once the model and the texts have turned out to be usable."""
 
-    def __init__(self, config: dict[str, Any]) -> None:
-        self.config = config
+    def __init__(self, config: dict[str, Any], wandb_id: str | None = None) -> None:
+        self.config, self.wandb_id = config, wandb_id
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Whole or not at all: the file decides whether a later start is the same run."""
+        for name in _DTYPES:
+            if self.config["model"].get(name) == "auto":
+                self.config["model"][name] = str(getattr(pl_module, name)).removeprefix("torch.")
         if trainer.is_global_zero:
-            write_text(yaml.safe_dump(self.config, sort_keys=False), Path(trainer.default_root_dir) / "config.yaml")
+            run = Path(trainer.default_root_dir)
+            if self.wandb_id is not None:
+                write_text(self.wandb_id, run / _WANDB_ID)
+            write_text(yaml.safe_dump(self.config, sort_keys=False), run / "config.yaml")
+            for kind, lost in ((Ending, "exports or evaluates anything"), (RotationCheckpoint, "lets it be resumed")):
+                if not any(isinstance(callback, kind) for callback in trainer.callbacks):  # type: ignore[attr-defined]
+                    console.print(f"warning: no callback of this run {lost}; see experiments/configs")
 
 
 class FitCLI(LightningCLI):
@@ -58,6 +73,7 @@ class FitCLI(LightningCLI):
     """
 
     resume_from: Path | None = None
+    wandb_id: str | None = None
 
     def __init__(
         self, arguments: list[str], module: type[LightningModule] = RotationModule, command: str = "fit"
@@ -98,13 +114,18 @@ class FitCLI(LightningCLI):
     def before_instantiate_classes(self) -> None:
         """Look at the run directory before anything is built."""
         self.run_directory = Path(self.config.trainer.default_root_dir)
+        if self.config.trainer.accelerator == "auto" and torch.backends.mps.is_available():
+            self.config.trainer.accelerator = "cpu"  # `check_trainer` would refuse what Lightning takes
         config = yaml.safe_load(self.parser.dump(self.config, skip_link_targets=False, skip_none=False))
         self.config_record = {key: value for key, value in config.items() if key != "config"}
         recorded = self.run_directory / "config.yaml"
         known = yaml.safe_load(recorded.read_text(encoding="utf-8")) if recorded.is_file() else {}
-        self._house_wandb(known)
+        self._house_wandb()
         if not known:
             return
+        for name in _DTYPES:
+            if self.config_record["model"].get(name) == "auto":
+                self.config.model[name] = self.config_record["model"][name] = known["model"].get(name, "auto")
         known, finished = self._complete(known), (self.run_directory / "results.json").is_file()
         then, now = (_what_is_learned(config, finished) for config in (known, self.config_record))
         differing = list(_differences(then, now))
@@ -121,17 +142,19 @@ class FitCLI(LightningCLI):
             check_checkpoint(self.resume_from)
             rank_zero_only(console.print)(f"resuming from {self.resume_from}")
 
-    def _house_wandb(self, known: dict[str, Any]) -> None:
-        """Let one run of wandb live in one run directory, however often that is resumed; its id is in `config.yaml`."""
-        recorded = next((settings["id"] for settings in _wandb_settings(known) if settings.get("id")), None)
-        run_id = recorded or uuid.uuid4().hex[:8]
-        for given in (self.config, self.config_record):
-            for settings in _wandb_settings(given):
-                if settings.get("save_dir") == ".":  # Lightning's default
-                    settings["save_dir"] = str(self.run_directory)
-                # Users may say which run it is, and agents of wandb's sweeps do, in the environment.
-                if not (settings.get("id") or settings.get("version") or os.environ.get("WANDB_RUN_ID")):
-                    settings["id"] = run_id
+    def _house_wandb(self) -> None:
+        """Let one run of wandb live in one run directory, however often that is resumed.
+
+        The recorded configuration stays as it was given: in another directory, it is another run.
+        """
+        recorded = self.run_directory / _WANDB_ID
+        for settings in _wandb_settings(self.config):
+            if settings.get("save_dir") == ".":  # Lightning's default
+                settings["save_dir"] = str(self.run_directory)
+            # Users may say which run it is, and agents of wandb's sweeps do, in the environment.
+            if not (settings.get("id") or settings.get("version") or os.environ.get("WANDB_RUN_ID")):
+                self.wandb_id = recorded.read_text(encoding="utf-8") if recorded.is_file() else uuid.uuid4().hex[:8]
+                settings["id"] = self.wandb_id
 
     def _complete(self, known: dict[str, Any]) -> dict[str, Any]:
         """A recorded configuration with today's defaults for options that are younger than it."""
@@ -157,7 +180,7 @@ class FitCLI(LightningCLI):
         others = [getattr(logger, "root_dir", None) for logger in trainer.loggers]
         if others and own.root_dir not in others and not trainer.fast_dev_run:
             trainer.loggers = [*trainer.loggers, own]
-        trainer.callbacks.append(RunRecord(self.config_record))
+        trainer.callbacks.append(RunRecord(self.config_record, self.wandb_id))
         sharded = self.resume_from is not None and self.resume_from.is_dir()
         if sharded and not isinstance(trainer.strategy, ModelParallelStrategy):
             raise InputError(
@@ -190,7 +213,7 @@ def _what_is_learned(config: dict[str, Any], finished: bool) -> dict[str, Any]:
     """
     places = {
         "trainer": {
-            *("accelerator", "strategy", "devices", "num_nodes"),
+            *("accelerator", "strategy", "devices", "num_nodes", "default_root_dir"),
             *("logger", "log_every_n_steps", "profiler", "enable_progress_bar", "enable_model_summary"),
         },
         "model": {"cache_dense"},

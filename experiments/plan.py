@@ -127,7 +127,8 @@ def read_setup(arguments: list[str], gpu: str, count: int) -> tuple[Setup, str]:
     objective = Objective(**_plain(model.objective))
     start = model.start if model.init_rotations is None else None
     choices = model.layer_sparsity, model.spaces, model.placement, start, model.orthogonal_map
-    check_choices(config, pattern, objective, *choices, optimizer)
+    pruner = resolve_pruner(model.pruner)
+    check_choices(config, pattern, pruner, objective, *choices, optimizer)
     check_seq_len(config, data.seq_len)
     CalibrationDataModule(**{name: data[name] for name in signature(CalibrationDataModule).parameters})
     statistics_sequences = data.statistics_sequences or data.num_sequences
@@ -139,7 +140,7 @@ def read_setup(arguments: list[str], gpu: str, count: int) -> tuple[Setup, str]:
     check_offload(model.offload, model.gradient_checkpointing, sharded)
     setup = Setup(
         config=config,
-        pruner=resolve_pruner(model.pruner),
+        pruner=pruner,
         pattern=pattern,
         spaces=tuple(space for space in model.spaces if turns(space)),  # orders take bytes, and no time to speak of
         placement=model.placement,

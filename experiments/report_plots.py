@@ -17,7 +17,7 @@ try:
     from matplotlib.figure import Figure
     from matplotlib.ticker import LogFormatter, MaxNLocator, ScalarFormatter
 except ImportError as error:
-    raise InputError("reports need matplotlib; install it with: pip install 'rotpruner[report]'") from error
+    raise InputError("reports need matplotlib; in the checkout: pip install -e '.[report]'") from error
 
 # Drawn in colours that nobody would choose, which become the page's: figures follow its light or dark scheme.
 _INK, _GRID = "#010203", "#040506"

@@ -77,36 +77,25 @@ def _read(path: Path) -> dict[str, Any]:
 
 def table(sweep: dict[str, Any], records: list[tuple[str, dict[str, Any]]]) -> str:
     """One sweep as a Markdown table, its rows by their grid values, seeds pooled."""
-    dense: dict[str, float] = {}
-    pooled: dict[tuple[str, ...], list[Row]] = {}
     varied = [column for column in sweep["columns"] if "seed" not in column]
     columns = [column for column in varied if any(column in record.get("row", {}) for _, record in records)]
-    for name, record in records:
-        if name == "dense":
-            dense = record["result"]["ppl"]
-            continue
-        kinds = _rows(record)
-        dense = kinds["dense"]["ppl"] if "dense" in kinds else dense
-        for kind, result in kinds.items():
-            if kind != "dense":
-                key = (*(_shown(record["row"].get(column, "")) for column in columns), kind)
-                pooled.setdefault(key, []).append({**result, "commit": record["commit"]})
-    texts = list(dense) or list(next(iter(pooled.values()))[0]["ppl"])
+    references, pooled = _pooled(columns, records)
+    measured = [*references, *(result["ppl"] for results in pooled.values() for result in results)]
+    texts = list(dict.fromkeys(text for values in measured for text in values))
     kinds_shown = any(key[-1] for key in pooled)
     head = [*(column.rpartition(".")[2] for column in columns), *(["row"] if kinds_shown else [])]
-    head += [*(f"{text} ppl" for text in texts), *(f"G {text}" for text in texts if dense)]
+    head += [*(f"{text} ppl" for text in texts), *(f"G {text}" for text in texts if references)]
     head += ["parameters", "online FLOPs", "seconds", "seeds", "commit"]
     lines = [f"## {sweep['title']}\n", "| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
-    if dense:
-        blank = [""] * (len(columns) + kinds_shown - 1)
-        cells = ["dense", *blank, *(f"{dense[text]:.2f}" for text in texts), *("0" for _ in texts), "", "", "", "", ""]
+    for reference in references:
+        cells = ["dense", *[""] * (len(columns) + kinds_shown - 1), *(reference.get(text, "") for text in texts)]
+        cells += [*("0" if text in reference else "" for text in texts), *[""] * 5]
         lines.append("| " + " | ".join(cells) + " |")
     for key, results in sorted(pooled.items()):
         cells = [*(key if kinds_shown else key[:-1])]
-        cells += [_pool([result["ppl"][text] for result in results], "{:.2f}") for text in texts]
-        cells += [
-            _pool([math.log(result["ppl"][text] / dense[text]) for result in results], "{:.3f}") for text in dense
-        ]
+        cells += [_pool([row["ppl"][text] for row in results if text in row["ppl"]], "{:.2f}") for text in texts]
+        if references:
+            cells += [_pool([row["gaps"][text] for row in results if text in row["gaps"]], "{:.3f}") for text in texts]
         cells += [f"{results[0]['parameters'] / 1e6:.1f} M" if "parameters" in results[0] else ""]
         cells += [f"{results[0].get('online_flops', 0) / 1e6:.0f} M"]
         cells += [_pool([result["seconds"] for result in results], "{:.0f}"), str(len(results))]
@@ -117,6 +106,29 @@ def table(sweep: dict[str, Any], records: list[tuple[str, dict[str, Any]]]) -> s
     return "\n".join([*lines, "", details])
 
 
+def _pooled(
+    columns: list[str], records: list[tuple[str, dict[str, Any]]]
+) -> tuple[list[dict[str, str]], dict[tuple[str, ...], list[Row]]]:
+    """The dense models, perplexities as they are shown, and the rows by their grid values and kind, with their `gaps`.
+
+    A gap is from the dense model of the row's own record, or else from the sweep's first, on texts that both have.
+    """
+    references: list[dict[str, str]] = []
+    pooled: dict[tuple[str, ...], list[Row]] = {}
+    found = [{"dense": record["result"]} if name == "dense" else _rows(record) for name, record in records]
+    first: Row = next((kinds["dense"] for kinds in found if "dense" in kinds), {"ppl": {}})
+    for (_, record), kinds in zip(records, found, strict=True):
+        dense = kinds.pop("dense", first)["ppl"]
+        shown = {text: f"{ppl:.2f}" for text, ppl in dense.items()}
+        if shown and shown not in references:
+            references.append(shown)
+        for kind, result in kinds.items():
+            key = (*(_shown(record["row"].get(column, "")) for column in columns), kind)
+            gaps = {text: math.log(ppl / dense[text]) for text, ppl in result["ppl"].items() if text in dense}
+            pooled.setdefault(key, []).append({**result, "gaps": gaps, "commit": record["commit"]})
+    return references, pooled
+
+
 def _short(commit: str | None) -> str:
     """Seven digits of a commit, and whether there were changes on top of it."""
     return "" if commit is None else commit[:7] + "-dirty" * commit.endswith("-dirty")
@@ -125,7 +137,7 @@ def _short(commit: str | None) -> str:
 def _rows(record: dict[str, Any]) -> dict[str, Row]:
     """The results of a record by their kind: a fit holds rows of its own, the dense model and the controls."""
     found = record["result"]
-    return {"": found} if "ppl" in found else found
+    return {"": found} if "ppl" in found else dict(found)
 
 
 def _add_steps(lines: Lines, sweep: str, records: list[tuple[str, dict[str, Any]]]) -> None:
@@ -213,5 +225,7 @@ def _shown(value: Any) -> str:
 
 
 def _pool(values: list[float], form: str) -> str:
+    if not values:
+        return ""
     shown = form.format(mean(values))
     return shown if len(values) == 1 else f"{shown} ± {form.format(stdev(values))}"

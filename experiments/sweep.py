@@ -42,7 +42,7 @@ _COMMANDS = ("prune", "fit", "recover")
 
 def main(arguments: list[str]) -> None:
     """Run the rows that have no result yet; a row that fails is named and the others go on."""
-    parser = Parser("sweep", "Run every row of a table of experiments; finished rows are kept.")
+    parser = Parser("sweep", "Run every row of a table of experiments; finished rows are kept.", prints_json=False)
     parser.add_argument("file", type=Path, help="a sweep file, as in experiments/sweeps")
     parser.add_argument(
         "--set", action="append", default=[], metavar="KEY=VALUE", help="argument of every row, as YAML"

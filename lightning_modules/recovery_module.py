@@ -17,7 +17,7 @@ from rotpruner.errors import InputError
 from rotpruner.loading import check_seq_len, load_config, load_model
 from rotpruner.objectives import Objective
 from rotpruner.precision import resolve_dtype
-from rotpruner.recovery import SparseRecovery
+from rotpruner.recovery import SparseRecovery, check_recovery
 
 
 class RecoveryModule(LightningModule):
@@ -70,7 +70,7 @@ class RecoveryModule(LightningModule):
         self.warmup_steps = warmup_steps
         self.model_name, self.teacher, self.objective, self.seed = model, teacher, objective, seed
         self._config = load_config(model)
-        load_config(teacher)
+        check_recovery(self._config, load_config(teacher), objective)
         self._compute_dtype: Literal["auto", "bfloat16", "float32"] = compute_dtype
         self.gradient_checkpointing, self.cache_dense = gradient_checkpointing, cache_dense
         self._optimizer, self._lr_scheduler = optimizer, lr_scheduler
@@ -89,7 +89,13 @@ class RecoveryModule(LightningModule):
         check_schedule(self._lr_scheduler, self)
         if self.device_mesh is not None:
             raise InputError("recovery trains whole copies of the model, which ModelParallelStrategy shards: use ddp")
-        check_seq_len(self._config, self.trainer.datamodule.seq_len)  # type: ignore[attr-defined]
+        data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
+        if data.statistics_sequences != data.num_sequences:
+            raise InputError(
+                f"data.statistics_sequences {data.statistics_sequences} is for pruners, and recovery runs none: "
+                "leave it out"
+            )
+        check_seq_len(self._config, data.seq_len)
 
     def configure_model(self) -> None:
         """Load both models, once."""

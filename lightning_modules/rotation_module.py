@@ -123,7 +123,8 @@ class RotationModule(LightningModule):
         config = load_config(model)
         trial = optimizer([torch.nn.Parameter(torch.eye(2))])
         first = start if init_rotations is None else None
-        check_choices(config, self.pattern, objective, layer_sparsity, spaces, placement, first, orthogonal_map, trial)
+        choices = layer_sparsity, spaces, placement, first, orthogonal_map
+        check_choices(config, self.pattern, self.pruner, objective, *choices, trial)
         self.placement: Placement = placement
         if init_rotations is not None:
             given = Rotations.from_pretrained(init_rotations)

@@ -10,7 +10,7 @@ from rotpruner.errors import InputError
 
 
 def check_trainer(module: LightningModule) -> None:
-    """Raise `InputError` if a module's trainer has a device or a strategy on which this code does not compute."""
+    """Raise `InputError` if a module's trainer has a device, a precision or a strategy that this code does not know."""
     device, strategy = root_device(module), module.trainer.strategy
     if device.type == "mps":
         raise InputError("accelerator mps has no float64, in which errors are measured: set trainer.accelerator to cpu")
@@ -18,6 +18,11 @@ def check_trainer(module: LightningModule) -> None:
         raise InputError(
             f"{type(strategy).__name__} flattens the weight matrices that rotations multiply: use ddp, or "
             "lightning.pytorch.strategies.ModelParallelStrategy"
+        )
+    if module.trainer.precision != "32-true":
+        raise InputError(
+            f"trainer.precision {module.trainer.precision} would cast what is learned, which stays in float32: leave "
+            "it out, and say in which dtype to compute with model.base_dtype (fit) or model.compute_dtype (recover)"
         )
 
 

@@ -43,10 +43,13 @@ def new_directory(path: str | Path, replace: bool = False) -> Iterator[Path]:
 
 
 def check_new_directory(path: str | Path, replace: bool = False) -> None:
-    """Raise `InputError` if `path` holds something already and is not to be replaced."""
+    """Raise `InputError` if `path` cannot be made, or holds something already and is not to be replaced."""
     path = Path(path)
     if path.exists() and not replace and (not path.is_dir() or any(path.iterdir())):
         raise InputError(f"output '{path}' exists already; choose another directory or remove it")
+    above = next(parent for parent in path.absolute().parents if parent.exists())
+    if not above.is_dir() or not os.access(above, os.W_OK | os.X_OK):
+        raise InputError(f"output '{path}' cannot be made in '{above}'; choose another directory")
 
 
 def write_bytes(content: bytes, path: str | Path) -> None:

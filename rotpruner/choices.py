@@ -15,12 +15,14 @@ from rotpruner.oneshot import check_layer_sparsity
 from rotpruner.optimizers import CayleySGD
 from rotpruner.patterns import Pattern, Slice
 from rotpruner.placements import Placement, check_placement
+from rotpruner.pruners import Pruner
 from rotpruner.rotations import check_start, space_constraint
 
 
 def check_choices(
     config: Any,
     pattern: Pattern | Slice,
+    pruner: Pruner,
     objective: Objective,
     layer_sparsity: str,
     spaces: Sequence[str],
@@ -47,6 +49,10 @@ def check_choices(
         )
     if start == "pca" and space_constraint(config, "residual") != "none":
         raise InputError(f"start pca would change what this {config.model_type} model computes; use identity")
+    if start == "pca" and pruner.needs == "nothing" and not isinstance(pattern, Slice):
+        raise InputError(
+            f"start pca needs statistics, and {type(pruner).__name__} has none gathered; take wanda, or start identity"
+        )
     check_start(start, spaces, pattern)
     if (orthogonal_map == "manifold") != isinstance(optimizer, CayleySGD):
         raise InputError(

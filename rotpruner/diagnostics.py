@@ -114,9 +114,11 @@ def layer_table(
             if patterns:
                 rotated = rotate_weight(weight, *sides(model.config, rotations, place))
                 row["error"] = relative_error(rotated, found, turned)
-                saliencies = {"own": pruner.saliency(weight, moment), "learned": pruner.saliency(rotated, turned)}
-                choose = patterns[place.layer].mask
-                row["kept_mass"] = {basis: kept_mass(S, choose(S)) for basis, S in saliencies.items()}
+                own, learned = pruner.saliency(weight, moment), pruner.saliency(rotated, turned)
+                row["kept_mass"] = {
+                    "own": kept_mass(own, patterns[place.layer].mask(own)),
+                    "learned": kept_mass(learned, found != 0),  # masks may be learned, or found during an update
+                }
             rows.append(row)
     return rows
 

@@ -29,6 +29,7 @@ _METHODS = {
 _ROWS = {
     "dense": "the model as it came",
     "pruner": "control: the same pruner in the model's own basis",
+    "start": "control: the same pruner in the basis where learning began",
     "pca": "control: the same slice in the basis of principal directions, nothing learned",
     "random_rotation": "control: the same pruner in a random basis",
     "rotpruner": "this model",

@@ -6,6 +6,8 @@ no rotations: with those of a learned space merged away it starts from there, wi
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -47,14 +49,8 @@ class SparseRecovery(nn.Module):
         cache_dense: bool = False,
     ) -> None:
         super().__init__()
-        if pruned.config.vocab_size != teacher.config.vocab_size:
-            raise InputError(
-                f"the pruned model has {pruned.config.vocab_size} tokens, its teacher {teacher.config.vocab_size}; "
-                "give the model that was pruned as the teacher"
-            )
         self.objective = objective or Objective()
-        if self.objective.cosine or self.objective.needs_importance:
-            raise InputError("recovery knows the objectives kl and cross_entropy only; set the others to 0")
+        check_recovery(pruned.config, teacher.config, self.objective)
         self.compute_dtype = compute_dtype or fast_dtype(pruned.device)
         self.ranks = ranks or Ranks()
         self._teacher = [teacher.requires_grad_(False).eval()]
@@ -92,6 +88,17 @@ class SparseRecovery(nn.Module):
     @torch.no_grad()
     def _run_teacher(self, input_ids: Tensor) -> Tensor:
         return self._teacher[0].base_model(input_ids=input_ids, use_cache=False).last_hidden_state
+
+
+def check_recovery(pruned: Any, teacher: Any, objective: Objective) -> None:
+    """Raise `InputError` if the model of one config cannot learn this from that of the other."""
+    if pruned.vocab_size != teacher.vocab_size:
+        raise InputError(
+            f"the pruned model has {pruned.vocab_size} tokens, its teacher {teacher.vocab_size}; "
+            "give the model that was pruned as the teacher"
+        )
+    if objective.cosine or objective.needs_importance:
+        raise InputError("recovery knows the objectives kl and cross_entropy only; set the others to 0")
 
 
 def _learn_survivors(weight: Tensor) -> None:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 
 import pytest
 import torch
 import yaml
+from command_line import learning_arguments
 from conftest import tiny_llama
 from perplexity_oracle import independent_perplexity
 from tiny_models import MODELS, tiny
@@ -211,6 +213,43 @@ def test_only_a_run_without_a_step_is_removed_when_its_input_is_refused(late, fi
     assert status == 2
     assert "the cache is full" in capsys.readouterr().err
     assert run.exists() is (run / "checkpoints" / "last.ckpt").is_file() is late
+
+
+def test_a_run_keeps_the_dtype_that_its_first_device_chose(fit, monkeypatch):
+    """One that goes on elsewhere, in another dtype, would end as neither of the two."""
+    chosen = ["--model.base_dtype", "auto", "--trainer.callbacks+", "callbacks.rotation_checkpoint.RotationCheckpoint"]
+    with monkeypatch.context() as here:
+        here.setattr("rotpruner.precision.fast_dtype", lambda device: torch.float64)
+        here.setattr("callbacks.finish.write_card", lambda *_: pytest.fail("cut short"))
+        with pytest.raises(pytest.fail.Exception):
+            fit(*chosen)
+    monkeypatch.setattr("rotpruner.precision.fast_dtype", lambda device: torch.float32)
+    status, run = fit(*chosen)
+    assert status == 0
+    assert yaml.safe_load((run / "config.yaml").read_text())["model"]["base_dtype"] == "float64"
+    assert json.loads((run / "results.json").read_text())["config"]["model"]["base_dtype"] == "float64"
+    assert fit(*chosen, "--model.base_dtype", "float32")[0] == 2
+
+
+def test_the_same_run_directory_may_be_spelled_otherwise(fit, tmp_path):
+    assert fit()[0] == 0
+    with pytest.raises(SystemExit, match="0"):
+        fit("--trainer.default_root_dir", f"{tmp_path}/../{tmp_path.name}/run/")
+
+
+def test_a_run_that_would_replace_its_own_model_is_refused(fit, model_directory, capsys, tmp_path):
+    shutil.copytree(model_directory, tmp_path / "run" / "export")
+    assert fit("--model.model", str(tmp_path / "run" / "export"))[0] == 2
+    assert "would be replaced" in capsys.readouterr().err
+    assert not (tmp_path / "run" / "config.yaml").exists()
+
+
+def test_a_run_that_would_leave_nothing_behind_says_so(model_directory, text_file, tmp_path, capsys):
+    settings = {"--trainer.max_steps": 1, "--trainer.callbacks": "callbacks.repruning.Repruning"}
+    assert main(["fit", *learning_arguments(model_directory, text_file, tmp_path / "run", settings)]) == 0
+    said = " ".join(capsys.readouterr().err.split())
+    assert "no callback of this run exports or evaluates anything" in said
+    assert "no callback of this run lets it be resumed" in said
 
 
 def test_what_is_seen_of_a_run_may_change_and_options_may_be_younger_than_it(fit):

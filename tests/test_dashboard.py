@@ -118,8 +118,13 @@ def test_a_resumed_run_goes_on_with_its_run_of_wandb(settings, monkeypatch):
     parts = sorted((run / "wandb").glob("offline-run-*"))
     assert len(parts) == 2
     (recorded,) = {part.name.split("-")[-1] for part in parts}
-    assert yaml.safe_load((run / "config.yaml").read_text())["trainer"]["logger"]["init_args"]["id"] == recorded
     assert OfflineRun(parts[1]).values("trainer/global_step")[0] == 4
+
+    again = run.with_name("again")  # as the report says to make it once more
+    config = ["-c", str(run / "config.yaml"), "--trainer.default_root_dir", str(again)]
+    assert start(config) == 0
+    (other,) = (again / "wandb").glob("offline-run-*")
+    assert other.name.split("-")[-1] != recorded
 
 
 def test_secrets_are_left_out_of_the_settings():

@@ -114,6 +114,8 @@ def test_what_cannot_recover_is_refused(model_directory):
         SparseRecovery(model, tiny("llama-2"), Objective(cosine=1.0))
     with pytest.raises(InputError, match="as the teacher"):
         SparseRecovery(model, tiny("llama-2", vocab_size=32))
+    with pytest.raises(InputError, match="kl and cross_entropy only"):
+        RecoveryModule(str(model_directory), str(model_directory), Objective(cosine=1.0))
     with pytest.raises(InputError, match="warmup_steps -1"):
         RecoveryModule(str(model_directory), str(model_directory), warmup_steps=-1)
     with pytest.raises(InputError, match="weight_decay"):

@@ -44,6 +44,7 @@ ENDLESS = ["--trainer.max_steps", "-1", "--trainer.max_epochs", "-1"]
         (dict(layer_sparsity="owl"), ["owl", "2:4"]),
         (dict(layer_sparsity="owl", pattern="0.95"), ["0.95"]),
         (dict(banana=1), ["banana"]),
+        (dict(output=__file__ + "/pruned"), ["/pruned", "test_refusals.py"]),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
@@ -175,6 +176,8 @@ def test_evaluate_refuses(changes, mentions, model_directory, test_text_file, ca
         (["--trainer.callbacks.init_args.texts", "[/no/such.txt]"], ["/no/such.txt"]),
         (["--trainer.callbacks.init_args.seq_len", "300"], ["300", "128"]),
         (["--model.base_dtype", "float16"], ["float16"]),
+        (["--trainer.precision", "bf16-true"], ["bf16-true", "model.base_dtype"]),
+        (["--model.start", "pca", "--model.pruner", "magnitude"], ["pca", "Magnitude", "wanda"]),
     ],
     ids=lambda value: "".join(value[:2]) if value[0].startswith("--") else "",
 )
@@ -202,12 +205,6 @@ def prepared(model_directory, tmp_path):
     drawn = random_rotations(model.config, ["residual", "value_heads"], 0, placement=3)
     Rotations.of(drawn, model).save_pretrained(tmp_path / "rotations")
     return tmp_path / "rotations"
-
-
-def test_principal_directions_need_statistics(fit, capsys):
-    status, _ = fit("--model.start", "pca", "--model.pruner", "magnitude", "--model.spaces", "[residual]")
-    assert status == 2
-    assert "wanda" in capsys.readouterr().err.splitlines()[-1]
 
 
 def test_fit_hints_at_unquoted_patterns(fit, capsys, tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 import os
@@ -21,6 +22,7 @@ from callbacks import finish
 from experiments.__main__ import main
 from experiments.report_runs import read_curves
 from rotpruner.diagnostics import block_means, kept_mass, layer_table, relative_error, write_diagnostics
+from rotpruner.families import linear_modules
 from rotpruner.oneshot import gather_model_moments, prune_model
 from rotpruner.patterns import parse_pattern
 from rotpruner.pruners import resolve_pruner
@@ -74,6 +76,9 @@ def test_layer_table_reports_what_the_pruner_did():
         assert 0.25 < row["kept_mass"]["own"] < 1
         assert 0.25 < row["kept_mass"]["learned"] < 1
         assert 0.1 < row["error"] < 1
+    other = layer_table(tiny_llama(), _shuffled(pruned), rotations, moments, pruner, [pattern] * 2)
+    for row, worse in zip(rows, other, strict=True):
+        assert worse["kept_mass"]["learned"] < row["kept_mass"]["learned"], "of the masks that are there"
     # Queries, of the merged model with statistics of its own: what the pruner has judged.
     merged, wanda = tiny_llama(), resolve_pruner("wanda")
     merge_rotations(merged, rotations)
@@ -90,6 +95,15 @@ def test_layer_table_reports_what_the_pruner_did():
     row = layer_table(tiny_llama(), narrow, {}, {}, pruner, [])[4]
     assert row["sparsity"] == pytest.approx(0.75)
     assert row["error"] is row["kept_mass"] is None
+
+
+def _shuffled(model):
+    """The same model with its zeros elsewhere."""
+    shuffled = copy.deepcopy(model)
+    for name, linear in linear_modules(shuffled).items():
+        order = torch.randperm(linear.in_features, generator=torch.Generator().manual_seed(len(name)))
+        linear.weight.data = linear.weight.data[:, order]
+    return shuffled
 
 
 def test_means_of_blocks_are_over_weights():
@@ -296,4 +310,4 @@ def test_without_matplotlib_the_reader_is_told_what_to_install(runs, monkeypatch
     for module in ("experiments.report", "experiments.report_plots"):
         monkeypatch.delitem(sys.modules, module, raising=False)
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    assert "rotpruner[report]" in _refused([str(runs[0])], capsys)
+    assert "-e '.[report]'" in _refused([str(runs[0])], capsys)

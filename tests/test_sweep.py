@@ -94,6 +94,25 @@ def test_gaps_are_counted_from_the_dense_row():
     assert f"| a | 20.00 | {math.log(2):.3f} | 1.0 M | 0 M | 3 | 1 | abcdef0 |" in text
 
 
+def test_gaps_are_counted_from_each_rows_own_dense_model_on_the_texts_of_both():
+    def record(model: str, **ppl: tuple[float, float]) -> tuple[str, dict]:
+        kinds = {
+            name: {**_row(0), "ppl": {text: values[index] for text, values in ppl.items()}}
+            for index, name in enumerate(("dense", "rotpruner"))
+        }
+        return model, {"row": {"model": model}, "command": "fit", "commit": "abcdef012", "result": kinds}
+
+    records = [record("a", one=(10.0, 20.0)), record("b", one=(5.0, 20.0), two=(3.0, 9.0))]
+    lines = table({"title": "T", "columns": ["model"]}, records).splitlines()
+    gaps = [[cell.strip() for cell in line.split("|")[3:7]] for line in lines if "rotpruner" in line]
+    assert gaps == [
+        ["20.00", "", f"{math.log(2):.3f}", ""],
+        ["20.00", "9.00", f"{math.log(4):.3f}", f"{math.log(3):.3f}"],
+    ]
+    dense = [[cell.strip() for cell in line.split("|")[3:5]] for line in lines if line.startswith("| dense")]
+    assert dense == [["10.00", ""], ["5.00", "3.00"]]
+
+
 def test_plots_show_steps_and_sparsities(tmp_path):
     directory = tmp_path / "results" / "tiny"
     directory.mkdir(parents=True)
