@@ -156,6 +156,7 @@ def _prune(
         "pattern": str(pattern),
         "sparsity": sparsity_of(model),
         "seconds": round(time.perf_counter() - started, 1),
+        "dtype": str(dtype or model.dtype).removeprefix("torch."),  # of the products that calibrated it
         "parameters": parameters or parameter_count(model),
     }
     if width is not None:

@@ -85,11 +85,13 @@ def table(sweep: dict[str, Any], records: list[tuple[str, dict[str, Any]]]) -> s
     kinds_shown = any(key[-1] for key in pooled)
     head = [*(column.rpartition(".")[2] for column in columns), *(["row"] if kinds_shown else [])]
     head += [*(f"{text} ppl" for text in texts), *(f"G {text}" for text in texts if references)]
-    head += ["parameters", "online FLOPs", "seconds", "seeds", "commit"]
+    dtypes_shown = any(row["dtype"] for results in pooled.values() for row in results)
+    head += ["parameters", "online FLOPs", "seconds", *(["computed in"] if dtypes_shown else []), "seeds", "commit"]
     lines = [f"## {sweep['title']}\n", "| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
     for reference in references:
         cells = ["dense", *[""] * (len(columns) + kinds_shown - 1), *(reference.get(text, "") for text in texts)]
-        cells += [*("0" if text in reference else "" for text in texts), *[""] * 5]
+        cells += ["0" if text in reference else "" for text in texts]
+        cells += [""] * (len(head) - len(cells))
         lines.append("| " + " | ".join(cells) + " |")
     for key, results in sorted(pooled.items()):
         cells = [*(key if kinds_shown else key[:-1])]
@@ -98,8 +100,9 @@ def table(sweep: dict[str, Any], records: list[tuple[str, dict[str, Any]]]) -> s
             cells += [_pool([row["gaps"][text] for row in results if text in row["gaps"]], "{:.3f}") for text in texts]
         cells += [f"{results[0]['parameters'] / 1e6:.1f} M" if "parameters" in results[0] else ""]
         cells += [f"{results[0].get('online_flops', 0) / 1e6:.0f} M"]
-        cells += [_pool([result["seconds"] for result in results], "{:.0f}"), str(len(results))]
-        cells += [" ".join(dict.fromkeys(_short(result["commit"]) for result in results))]
+        cells += [_pool([result["seconds"] for result in results], "{:.0f}")]
+        cells += [" ".join(dict.fromkeys(row["dtype"] or "" for row in results))] if dtypes_shown else []
+        cells += [str(len(results)), " ".join(dict.fromkeys(_short(row["commit"]) for row in results))]
         lines.append("| " + " | ".join(cells) + " |")
     commands = "\n".join(f"{record['command']}" for _, record in records)
     details = f"<details><summary>commands</summary>\n\n```\n{commands}\n```\n\n</details>\n"
@@ -125,7 +128,8 @@ def _pooled(
         for kind, result in kinds.items():
             key = (*(_shown(record["row"].get(column, "")) for column in columns), kind)
             gaps = {text: math.log(ppl / dense[text]) for text, ppl in result["ppl"].items() if text in dense}
-            pooled.setdefault(key, []).append({**result, "gaps": gaps, "commit": record["commit"]})
+            dtype = result.get("dtype", record.get("dtype"))
+            pooled.setdefault(key, []).append({**result, "gaps": gaps, "dtype": dtype, "commit": record["commit"]})
     return references, pooled
 
 

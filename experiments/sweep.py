@@ -179,11 +179,17 @@ def _done(target: Path, command: list[str]) -> str:
 
 
 def _found(command: list[str], output: str) -> dict[str, Any]:
-    """`result`, without a local path; of a training also the `curves` of losses and perplexity that it has logged, and
-    its own `commit`, since it may have been finished before."""
+    """`result`, without a local path; of a training also the `curves` of losses and perplexity that it has logged, its
+    `dtype`, and its own `commit`, since it may have been finished before."""
     if command[0] not in ("fit", "recover"):
         return {"result": {name: value for name, value in json.loads(output).items() if name != "output"}}
     run = Path(command[command.index("--trainer.default_root_dir") + 1])
     found = json.loads((run / "results.json").read_text(encoding="utf-8"))
     curves = {name: points for name, points in read_curves(run).items() if name.startswith(("ppl/", "train/"))}
-    return {"result": {row["name"]: row for row in found["rows"]}, "curves": curves, "commit": found["commit"]}
+    chosen = found["config"]["model"]
+    return {
+        "result": {row["name"]: row for row in found["rows"]},
+        "curves": curves,
+        "dtype": chosen.get("base_dtype", chosen.get("compute_dtype")),
+        "commit": found["commit"],
+    }

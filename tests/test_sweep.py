@@ -79,10 +79,12 @@ def test_what_rows_would_overrule_and_rows_of_one_name_are_refused(tmp_path, cap
     assert "have the same name, 32" in capsys.readouterr().err
 
 
-def test_a_fits_commit_is_that_of_the_run(tmp_path):
-    (tmp_path / "results.json").write_text(json.dumps({"rows": [{"name": "dense"}], "commit": "of the run"}))
-    found = _found(["fit", "--trainer.default_root_dir", str(tmp_path)], "")
-    assert found["commit"] == "of the run"
+@pytest.mark.parametrize(("command", "setting"), [("fit", "base_dtype"), ("recover", "compute_dtype")])
+def test_commit_and_dtype_of_a_training_are_those_of_its_run(command, setting, tmp_path):
+    results = {"rows": [{"name": "dense"}], "commit": "of the run", "config": {"model": {setting: "bfloat16"}}}
+    (tmp_path / "results.json").write_text(json.dumps(results))
+    found = _found([command, "--trainer.default_root_dir", str(tmp_path)], "")
+    assert (found["commit"], found["dtype"]) == ("of the run", "bfloat16")
 
 
 def test_gaps_are_counted_from_the_dense_row():
@@ -92,6 +94,10 @@ def test_gaps_are_counted_from_the_dense_row():
     ]
     text = table({"title": "T", "columns": ["pruner"]}, records)
     assert f"| a | 20.00 | {math.log(2):.3f} | 1.0 M | 0 M | 3 | 1 | abcdef0 |" in text
+    records[1][1]["dtype"] = "bfloat16"
+    text = table({"title": "T", "columns": ["pruner"]}, records)
+    assert "| seconds | computed in | seeds | commit |" in text
+    assert "| 3 | bfloat16 | 1 | abcdef0 |" in text
 
 
 def test_gaps_are_counted_from_each_rows_own_dense_model_on_the_texts_of_both():
