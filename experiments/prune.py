@@ -46,7 +46,7 @@ from rotpruner.slicing import sliced_width
 
 
 def main(arguments: list[str]) -> None:
-    """Print `{"pattern", "sparsity", "seconds", "parameters"}`, and `"output"` or `"ppl"` if these were asked for."""
+    """Print `{"pattern", "sparsity", "seconds", "dtype", "parameters"}`, and `"output"` or `"ppl"` if asked for."""
     options = _parser().parse_args(arguments)
     begun_at = commit()
     pattern = _checked_pattern(options)
@@ -152,11 +152,13 @@ def _prune(
     if options.compensate:
         fitted = batches[: options.compensate]
         length = compensate(model, load_model(options.model), fitted, rotations=rotations, **running)
+    # What calibrated it: `BlockReplay` runs 16-bit models in their own dtype.
+    computed = model.dtype if dtype is None or model.dtype.itemsize < 4 else dtype
     result: dict[str, Any] = {
         "pattern": str(pattern),
         "sparsity": sparsity_of(model),
         "seconds": round(time.perf_counter() - started, 1),
-        "dtype": str(dtype or model.dtype).removeprefix("torch."),  # of the products that calibrated it
+        "dtype": str(computed).removeprefix("torch."),
         "parameters": parameters or parameter_count(model),
     }
     if width is not None:

@@ -10,7 +10,7 @@ import pytest
 import torch
 from command_line import fit_arguments
 from hypothesis import settings
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tiny_models import byte_bpe
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from experiments.__main__ import main
@@ -77,15 +77,7 @@ def sample_text(words: int, seed: int = 0) -> str:
 
 @pytest.fixture(scope="session")
 def tokenizer() -> PreTrainedTokenizerFast:
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    tokenizer.train_from_iterator(
-        [sample_text(2000)],
-        trainers.BpeTrainer(vocab_size=320, initial_alphabet=alphabet, show_progress=False),
-    )
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer)
+    return byte_bpe(sample_text(2000), 320)
 
 
 @pytest.fixture(scope="session")

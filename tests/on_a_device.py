@@ -139,7 +139,7 @@ LEARNING = {
 
 
 @pytest.mark.parametrize("settings", LEARNING.values(), ids=LEARNING)
-def test_learning_there(settings):
+def test_learning_gives_there_what_it_gives_on_the_cpu(settings):
     found = []
     with elsewhere():
         for device in DEVICES:

@@ -16,6 +16,7 @@ from rotpruner.patterns import parse_pattern
 from rotpruner.pruners import Pruner, resolve_pruner
 from rotpruner.rotated_model import RotatedModel
 from rotpruner.rotations import LearnedRotations, random_rotations
+from rotpruner.shortcuts import online_cost
 
 
 class RelativeToColumn(Pruner):
@@ -96,6 +97,41 @@ def test_a_notebooks_global_state_changes_nothing(tokenizer, texts):
         found = rotpruner.prune(tiny_llama(), tokenizer, texts, gradient_checkpointing=True, **settings)
     for name, weight in expected.state_dict().items():
         torch.testing.assert_close(found.state_dict()[name], weight, msg=name)
+
+
+def test_prune_learns_and_prunes_in_what_it_has_learned(tokenizer, texts, tmp_path):
+    settings = dict(num_sequences=1, seq_len=32, dtype=torch.float32)
+    moved = []
+    for lr in (1e-2, 1e-4):
+        losses, kept = [], tmp_path / f"{lr}"
+        found = dict(on_step=lambda step, found, losses=losses: losses.append(found["loss"]), rotations_directory=kept)
+        rotpruner.prune(tiny_llama(), tokenizer, texts, steps=8, lr=lr, **settings, **found)
+        Q = rotpruner.Rotations.from_pretrained(kept)["residual"]
+        moved.append((Q - torch.eye(Q.shape[-1])).norm())
+        if lr == 1e-2:
+            assert losses[-1] < 0.98 * losses[0]
+    assert moved[0] > 10 * moved[1] > 0
+
+
+def test_batches_are_rows_by_their_numbers():
+    """By which the teacher's states are found again."""
+    rows = torch.arange(5)[:, None] + 100 * torch.arange(3)
+    passes = rotpruner.api._passes(rows, torch.Generator().manual_seed(0))
+    batches = [next(passes) for _ in range(10)]
+    assert all(torch.equal(ids, rows[index]) for ids, index in batches)
+    assert sorted(index.item() for _, index in batches) == sorted([*range(5)] * 2)
+    assert [index.item() for _, index in batches] != [*range(5)] * 2
+
+
+def test_other_placements_and_orders_reach_the_pruned_model(tokenizer, texts, tmp_path):
+    settings = dict(steps=0, num_sequences=2, seq_len=32, dtype=torch.float32)
+    pruned = rotpruner.prune(tiny_llama(), tokenizer, texts, **{**settings, "steps": 1}, rotate="per_block")
+    assert online_cost(pruned).flops > 0
+    rotpruner.prune(
+        tiny_llama(), tokenizer, texts, spaces=("residual", "mlp"), rotations_directory=tmp_path / "orders", **settings
+    )
+    order = rotpruner.Rotations.from_pretrained(tmp_path / "orders")["mlp"]
+    assert not torch.equal(order, torch.arange(order.shape[-1]).expand_as(order))
 
 
 def test_prune_without_spaces_is_the_pruner_alone(tokenizer, texts):

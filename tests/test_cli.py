@@ -31,7 +31,8 @@ def test_prune_prints_json_and_writes_a_plain_checkpoint(prune, capsys, pattern,
     printed = capsys.readouterr().out
     assert status == 0
     result = json.loads(printed)
-    assert set(result) == {"output", "pattern", "sparsity", "seconds", "parameters"}
+    assert set(result) == {"output", "pattern", "sparsity", "seconds", "dtype", "parameters"}
+    assert result["dtype"] == "float32"
     assert result["sparsity"] == pytest.approx(sparsity, abs=1e-6)
     model = AutoModelForCausalLM.from_pretrained(output)
     assert type(model).__name__ == "LlamaForCausalLM"
@@ -117,8 +118,9 @@ def test_fit_writes_results_and_export_and_is_shown_again(fit, capsys, prune):
         assert set(row) == {"name", "pattern", "sparsity", "seconds", "ppl", "parameters", "online_flops"}
         assert row["sparsity"] == (0 if row["name"] == "dense" else 0.5)
     assert results["config"]["trainer"]["max_steps"] == 2
-    dense, pruned, _, learned = (row["parameters"] for row in results["rows"])
-    assert dense == pruned < learned, "the untied head must be counted"
+    dense, pruned, drawn, learned = (row["parameters"] for row in results["rows"])
+    assert dense == pruned < drawn == learned, "the untied head must be counted"
+    assert len({row["ppl"]["other_words"] for row in results["rows"]}) == 4, "each row is a model of its own"
     exported = AutoModelForCausalLM.from_pretrained(run / "export")
     assert sparsity_of(exported) == 0.5
 
@@ -231,6 +233,14 @@ def test_a_run_keeps_the_dtype_that_its_first_device_chose(fit, monkeypatch):
     assert fit(*chosen, "--model.base_dtype", "float32")[0] == 2
 
 
+def test_what_16_bit_models_are_calibrated_in_is_their_own_dtype(prune, model_directory, tokenizer, tmp_path, capsys):
+    load_model(model_directory).bfloat16().save_pretrained(tmp_path / "narrow")
+    tokenizer.save_pretrained(tmp_path / "narrow")
+    for model, asked in ((tmp_path / "narrow", "float32"), (model_directory, "bfloat16")):
+        assert prune(model=model, calibration_dtype=asked, output=tmp_path / asked)[0] == 0
+        assert json.loads(capsys.readouterr().out)["dtype"] == "bfloat16"
+
+
 def test_the_same_run_directory_may_be_spelled_otherwise(fit, tmp_path):
     assert fit()[0] == 0
     with pytest.raises(SystemExit, match="0"):
@@ -296,7 +306,7 @@ def test_every_family_is_rotated_from_the_command_line(name, prune, tokenizer, t
 
 @pytest.mark.parametrize("name", ["opt", "qwen3", "gemma-2"])
 @pytest.mark.parametrize("pruner", ["wanda", "sparsegpt"])
-def test_fit_of_other_families(name, pruner, fit, tokenizer, tmp_path):
+def test_fit_of_other_families_exports_their_own_class_half_sparse(name, pruner, fit, tokenizer, tmp_path):
     model = tiny(name, vocab_size=320, max_position_embeddings=128)
     model.save_pretrained(tmp_path / "dense")
     tokenizer.save_pretrained(tmp_path / "dense")

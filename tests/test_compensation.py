@@ -113,21 +113,13 @@ def test_online_bases_are_made_up_for_too():
     assert distance(pruned) < before
 
 
+@pytest.mark.parametrize("damping", [0.01, 10.0])
 @torch.no_grad()
-def test_a_model_that_lost_nothing_stays():
-    dense = exact(tiny("smollm2"))
-    pruned = copy.deepcopy(dense)
-    compensate(pruned, dense, batches(4))
-    for one, other in zip(linear_modules(pruned).values(), linear_modules(dense).values(), strict=True):
-        torch.testing.assert_close(one.weight, other.weight, rtol=1e-6, atol=1e-9)
-
-
-@torch.no_grad()
-def test_damping_holds_the_weights_as_they_are():
-    """Without the line search, which would not go where it does harm; a model that lost nothing has nothing to mend."""
+def test_a_model_that_lost_nothing_stays(damping):
+    """Without the line search, which would not go where it does harm; damping pulls to the weights as they are."""
     dense = exact(tiny("smollm2"))
     same = copy.deepcopy(dense)
-    _fit(same, dense, batches(4), 10.0, None, None, lambda items, description: items)
+    _fit(same, dense, batches(4), damping, None, None, lambda items, description: items)
     for one, other in zip(linear_modules(same).values(), linear_modules(dense).values(), strict=True):
         torch.testing.assert_close(one.weight, other.weight)
 
@@ -199,7 +191,7 @@ def test_a_step_that_helps_nowhere_is_not_taken():
     assert line_search(lambda length: losses.get(length, 1.01)) == 0
 
 
-def test_what_cannot_be_is_refused(capsys):
+def test_too_few_or_too_many_sequences_and_slices_are_refused(capsys):
     pattern = parse_pattern("2:4")
     check_compensation(0, 1, pattern)
     check_compensation(8, 8, pattern)
@@ -235,5 +227,6 @@ def test_a_fit_updates_all_its_rows_under_their_masks(model_directory, text_file
     results = json.loads((run / "results.json").read_text())
     pruned = [row for row in results["rows"] if row["name"] != "dense"]
     assert [row["name"] for row in pruned] == ["pruner", "random_rotation", "rotpruner"]
-    assert all(row["sparsity"] == 0.5 and 0 <= row["step_length"] <= 1 for row in pruned)
+    assert all(row["sparsity"] == 0.5 for row in pruned)
+    assert all(0 < row["step_length"] <= 1 for row in pruned if row["name"] != "random_rotation")
     assert "compensation" in (run / "export" / "README.md").read_text()

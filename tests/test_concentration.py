@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 from scipy.stats import entropy as scipy_entropy
-from tiny_models import exact, rotated_model, tiny
+from tiny_models import exact, rotated_model, tiny, tiny_ids
 
 from experiments.__main__ import main
 from lightning_modules.rotation_module import RotationModule
@@ -28,7 +28,7 @@ from rotpruner.rotations import merge_rotations, random_rotations
 
 @pytest.fixture
 def ids():
-    return torch.randint(3, 64, (4, 12), generator=torch.Generator().manual_seed(1))
+    return tiny_ids(4)
 
 
 def learner(objective, **settings) -> RotatedModel:

@@ -193,7 +193,14 @@ def test_learning_lowers_the_loss_and_stays_orthogonal(ids):
         optimizer.zero_grad()
         losses.append(loss.item())
     assert losses[-1] < 0.6 * losses[0]
+    masks = [linear.mask for linear in online.linears]
+    flipped = online.refresh_masks()
+    differing = [(linear.mask != mask).float().mean() for linear, mask in zip(online.linears, masks, strict=True)]
+    sizes = [mask.numel() for mask in masks]
+    assert flipped == pytest.approx(sum(d * n for d, n in zip(differing, sizes, strict=True)) / sum(sizes))
+    assert flipped > 0
     assert all(orthogonality_error(Q) < 1e-5 for Q in online.rotations().values())
+    assert all(torch.equal(Q, torch.eye(Q.shape[-1]).expand_as(Q)) for Q in online.rotations.started().values())
 
 
 def test_the_core_imports_no_shell():

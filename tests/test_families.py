@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 import toy_family
 import transformers
-from tiny_models import GATED, MODELS, config_of, exact, rotated_model, tiny
+from tiny_models import GATED, MODELS, config_of, exact, rotated_model, tiny, tiny_ids
 from transformers import AutoModelForCausalLM
 
 from rotpruner.errors import InputError
@@ -38,7 +38,7 @@ def _softmax_in_its_own_dtype(monkeypatch):
 
 @pytest.fixture
 def ids():
-    return torch.randint(3, 64, (2, 12), generator=torch.Generator().manual_seed(1))
+    return tiny_ids(2)
 
 
 def draw(config, spaces):
@@ -213,7 +213,7 @@ def test_a_final_norm_that_cannot_be_folded_is_refused_before_anything_changes(i
 # -- from outside, and at full size ----------------------------------------------------------------
 
 
-def test_a_family_from_outside_the_package(ids, tmp_path):
+def test_a_family_from_outside_the_package_keeps_its_function(ids, tmp_path):
     model = toy_family.ToyForCausalLM(toy_family.ToyConfig(**GATED)).eval()
     assert largest_difference(exact(copy.deepcopy(model)), SPACES, ids) < 1e-9
     expected = model(input_ids=ids).logits
@@ -254,7 +254,7 @@ def gated_size(kind: str, hidden: int, mlp: int, layers: int, heads: int, kv_hea
     ],
     ids=["opt-125m", "opt-1.3b", "llama-2-7b", "llama-3-8b", "qwen2-7b", "qwen3-8b"],
 )
-def test_full_sizes_on_the_meta_device(config, millions):
+def test_full_sizes_have_the_published_parameters_and_take_2_4(config, millions):
     model = meta_model(config)
     check_pattern(model, parse_pattern("2:4"))
     assert round(model.num_parameters() / 1e6) == millions

@@ -20,7 +20,7 @@ from rotpruner.statistics import Moment, gather_moments
 
 
 @pytest.mark.parametrize("map_name", ["cayley", "exponential"])
-def test_orthogonal_maps(map_name):
+def test_maps_start_at_the_identity_and_stay_orthogonal(map_name):
     matrices = OrthogonalMatrices(2, 3, 6, map_name)
     assert torch.equal(matrices(), torch.eye(6).expand(2, 3, 6, 6))
     start = random_orthogonal(2, 3, 6, torch.Generator().manual_seed(0))

@@ -44,6 +44,11 @@ def same_tensors(left, right):
     assert all(torch.equal(left[name], right[name]) and left[name].dtype == right[name].dtype for name in left)
 
 
+def test_the_first_weight_is_the_lowest_bit():
+    """As all packed files have it."""
+    assert pack_mask(torch.tensor([True] + [False] * 8 + [True])).tolist() == [1, 2]
+
+
 @given(st.lists(st.booleans(), min_size=1, max_size=40))
 def test_masks_of_any_size_come_back(bits):
     mask = torch.tensor(bits)

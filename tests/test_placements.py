@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from test_families import draw
-from tiny_models import MODELS, exact, rotated_model, tiny
+from tiny_models import MODELS, exact, rotated_model, tiny, tiny_ids
 from transformers import AutoTokenizer
 
 import rotpruner
@@ -33,7 +33,7 @@ ROTATING = [name for name, (_, _, spaces) in MODELS.items() if "residual" in spa
 
 @pytest.fixture
 def ids():
-    return torch.randint(3, 64, (2, 12), generator=torch.Generator().manual_seed(1))
+    return tiny_ids(2)
 
 
 def random_in(config, placement, dtype=torch.float64):
@@ -198,6 +198,10 @@ def test_shared_rotations_are_where_more_of_them_start(ids):
     many = rotated_model(exact(tiny("llama-2")), ("residual",), placement="per_block")
     many.rotations.restart(shared)
     assert torch.equal(many.rotations()["residual"], shared["residual"].expand(5, -1, -1, -1))
+    three = random_rotations(model.config, ("residual",), 4, torch.float64, placement=3)
+    parted = rotated_model(exact(tiny("llama-2")), ("residual",), placement="per_block")
+    parted.rotations.restart(three)
+    assert torch.equal(parted.rotations()["residual"], three["residual"][[0, 0, 1, 1, 2]])
     online = rotated_model(model, ("residual",))
     online.rotations.restart(shared)
     with torch.no_grad():
@@ -225,7 +229,7 @@ def test_slices_of_every_placement_are_what_was_learned(placement, ids, tmp_path
     assert rotpruner.load(tmp_path / "export").config.hidden_size == width
 
 
-def test_what_cannot_be_is_refused(ids):
+def test_streams_that_change_basis_take_no_more_rotations(ids):
     model = tiny("llama-2")
     merge_rotations(model, random_in(model.config, "per_block", torch.float32))
     with pytest.raises(InputError, match="changes basis on the way"):

@@ -17,7 +17,7 @@ import yaml
 from huggingface_hub import metadata_load
 from lightning import Trainer
 from safetensors.torch import load_file
-from tiny_models import exact, tiny
+from tiny_models import exact, tiny, tiny_ids
 from wandb_file import OfflineRun
 
 from datamodules.evaluation import token_ids
@@ -39,7 +39,7 @@ from rotpruner.rotations import random_rotations
 
 @pytest.fixture
 def ids():
-    return torch.randint(3, 64, (4, 12), generator=torch.Generator().manual_seed(1))
+    return tiny_ids(4)
 
 
 def recovery_of(name, placement="shared", **settings) -> SparseRecovery:

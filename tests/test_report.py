@@ -17,11 +17,20 @@ import yaml
 from command_line import fit_arguments
 from conftest import tiny_llama
 from safetensors.torch import load_file
+from tiny_models import rotated_model
 
 from callbacks import finish
 from experiments.__main__ import main
 from experiments.report_runs import read_curves
-from rotpruner.diagnostics import block_means, kept_mass, layer_table, relative_error, write_diagnostics
+from rotpruner.diagnostics import (
+    block_means,
+    kept_mass,
+    layer_table,
+    masked_share,
+    pooled_rms,
+    relative_error,
+    write_diagnostics,
+)
 from rotpruner.families import linear_modules
 from rotpruner.oneshot import gather_model_moments, prune_model
 from rotpruner.patterns import parse_pattern
@@ -95,6 +104,24 @@ def test_layer_table_reports_what_the_pruner_did():
     row = layer_table(tiny_llama(), narrow, {}, {}, pruner, [])[4]
     assert row["sparsity"] == pytest.approx(0.75)
     assert row["error"] is row["kept_mass"] is None
+
+
+def test_a_heat_map_shows_root_mean_squares():
+    torch.testing.assert_close(pooled_rms(torch.tensor([[1.0, -3.0]])), torch.tensor([[1.0, 3.0]]) / math.sqrt(5))
+
+
+def test_masks_are_scored_in_the_rotations_that_they_were_chosen_in(ids):
+    """While it learns as afterwards."""
+    rotated = rotated_model(tiny_llama(), start="random")
+    rotated.calibrate(ids.split(1))
+    rotated.refresh_masks()
+    rotations = {space: Q.detach() for space, Q in rotated.rotations().items()}
+    pruned = tiny_llama()
+    prune_model(pruned, rotated.pruner, rotated.pattern, rotations=rotations, moments=rotated.moments)
+    rows = layer_table(tiny_llama(), pruned, rotations, rotated.moments, rotated.pruner, rotated.patterns)
+    for row, learning in zip(rows, masked_share(rotated), strict=True):
+        assert learning["name"] == row["name"]
+        assert learning["kept_mass"] == pytest.approx(row["kept_mass"]["learned"], rel=1e-4)
 
 
 def _shuffled(model):

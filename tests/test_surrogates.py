@@ -129,6 +129,16 @@ def test_soft_masks_harden_as_the_temperature_falls(text, scope):
     assert torch.allclose(soft_mask(1e6 * saliency, mask, pattern, 0.5), soft_mask(saliency, mask, pattern, 0.5))
 
 
+def test_the_threshold_is_halfway_between_the_last_kept_and_the_first_removed():
+    saliency, mask = torch.tensor([[4.0, 3.0, 1.0, 0.0]]), torch.tensor([[True, True, False, False]])
+    # t = 2, and the unit is the mean saliency, 2.
+    expected = torch.tensor([[1.0, 0.5, -0.5, -1.0]]).sigmoid()
+    torch.testing.assert_close(soft_mask(saliency, mask, parse_pattern("2:4"), 1.0), expected)
+    torch.testing.assert_close(
+        soft_mask(saliency, mask, parse_pattern("2:4"), 0.5), (2 * torch.tensor([[1.0, 0.5, -0.5, -1.0]])).sigmoid()
+    )
+
+
 @pytest.mark.parametrize("kept", [True, False])
 def test_soft_masks_of_rows_that_stay_or_go_whole_are_finite(kept):
     saliency, mask = drawn(2, 4).abs().requires_grad_(), torch.full((2, 4), kept)

@@ -10,8 +10,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import PreTrainedTokenizerFast
+from tiny_models import byte_bpe
 
 from datamodules import texts
 from datamodules import tokens as tokens_module
@@ -21,17 +20,7 @@ from rotpruner.errors import InputError
 TEXT = "\n\n".join(f"Paragraph {i} tells of the {i * i} ways home.\nIt ends well, they say: 第{i}." for i in range(60))
 
 
-def tiny_tokenizer() -> PreTrainedTokenizerFast:
-    """Byte-level BPE of 400 entries, cut into words like GPT-2's."""
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    tokenizer.train_from_iterator([TEXT], trainers.BpeTrainer(vocab_size=400, initial_alphabet=alphabet))
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer)
-
-
-TOKENIZER = tiny_tokenizer()
+TOKENIZER = byte_bpe(TEXT, 400)
 pytestmark = pytest.mark.usefixtures("cache")
 
 

@@ -1,4 +1,4 @@
-"""A tiny random model of every family, and what makes it exact."""
+"""A tiny random model of every family, what makes it exact and what it reads."""
 
 from __future__ import annotations
 
@@ -7,7 +7,9 @@ import copy
 import torch
 import torch.nn.functional as F
 import transformers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import nn
+from transformers import PreTrainedTokenizerFast
 
 from rotpruner.families import SPACES, family_of
 from rotpruner.patterns import parse_pattern
@@ -132,3 +134,19 @@ def rotated_model(
     if base.dtype == torch.float64:
         rotations = rotations.double()
     return RotatedModel(base, rotations, resolve_pruner(pruner), parse_pattern(pattern), **settings)
+
+
+def byte_bpe(text: str, size: int) -> PreTrainedTokenizerFast:
+    """Byte-level BPE of so many entries, cut into words like GPT-2's."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=size, initial_alphabet=alphabet, show_progress=False)
+    tokenizer.train_from_iterator([text], trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer)
+
+
+def tiny_ids(rows: int) -> torch.Tensor:
+    """Sequences of 12 tokens that all tiny models know, none of them special."""
+    return torch.randint(3, 64, (rows, 12), generator=torch.Generator().manual_seed(1))
