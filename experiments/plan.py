@@ -154,6 +154,7 @@ def read_setup(arguments: list[str], gpu: str, count: int) -> tuple[Setup, str]:
         batch_size=data.batch_size,
         num_sequences=data.num_sequences,
         statistics_sequences=statistics_sequences,
+        test_tokens=_test_tokens(trainer),
         steps=_steps(trainer, data, count),
         gradient_checkpointing=model.gradient_checkpointing,
         offload=model.offload,
@@ -164,6 +165,12 @@ def read_setup(arguments: list[str], gpu: str, count: int) -> tuple[Setup, str]:
         device="cpu" if gpu == "cpu" else "gpu",
     )
     return setup, model.model
+
+
+def _test_tokens(trainer: Any) -> int:
+    """Of the longest text at the end; one that is used whole is taken for WikiText-2's test split, of about 300,000."""
+    endings = [callback for callback in trainer.callbacks or () if callback.class_path.endswith(".Finish")]
+    return max((callback.init_args.max_tokens or 300_000 for callback in endings), default=0)
 
 
 def _steps(trainer: Any, data: Any, ranks: int) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -164,7 +165,8 @@ def prune(
         # Pruners that rebuild the outputs of what they have pruned get the statistics of pruned predecessors.
         moments = None if resolved.rebuilds else rotated.moments
         origin = replace(origin, steps=steps, training_tokens=steps * seq_len, **rotating.described(steps))
-        del base, rotated  # before the model is copied again
+        del base, rotated
+        gc.collect()  # now, before the model is copied again: the hooks of a rotated model refer to it
     pruned: Any = copy.deepcopy(model).eval()
     prune_model(pruned, resolved, parsed, rows.split(1), rotations, moments)
     if compensate:

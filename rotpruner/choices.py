@@ -47,13 +47,13 @@ def check_choices(
         raise InputError(
             f"pattern {pattern} removes directions, and entropy and lost_mass judge weights: set them to 0"
         )
+    check_start(start, spaces, pattern)
     if start == "pca" and space_constraint(config, "residual") != "none":
         raise InputError(f"start pca would change what this {config.model_type} model computes; use identity")
     if start == "pca" and pruner.needs == "nothing" and not isinstance(pattern, Slice):
         raise InputError(
             f"start pca needs statistics, and {type(pruner).__name__} has none gathered; take wanda, or start identity"
         )
-    check_start(start, spaces, pattern)
     if (orthogonal_map == "manifold") != isinstance(optimizer, CayleySGD):
         raise InputError(
             f"orthogonal_map {orthogonal_map} does not go with {type(optimizer).__name__}: "

@@ -98,9 +98,9 @@ def layer_table(
         fuse_block_norms(model)
     rows = []
     for members in progress(by_group(block_linears(model.config)), "layer diagnostics"):
-        moment = moments.get(members[0].group)
         # Once for the group, whose linears share what a pruner derives from it.
-        turned = rotated_moment(model.config, rotations, moments, members[0])
+        known = _passing(moments, members[0].group)
+        moment, turned = known.get(members[0].group), rotated_moment(model.config, rotations, known, members[0])
         for place in members:
             weight, found = module_at(model, place.name).weight.float(), module_at(pruned, place.name).weight
             row: dict[str, Any] = {
@@ -127,7 +127,8 @@ def layer_table(
 def masked_share(rotated: RotatedModel) -> list[dict[str, Any]]:
     """One row a decoder linear, of the current masks in the current rotations, while it learns.
 
-    It rotates and scores every weight: as dear as a refresh of the masks. Sharded weights come together one at a
+    It rotates and scores every weight: as dear as a refresh of the masks, but where the saliency of a pruner that
+    rebuilds weights inverts each H, of which a refresh needs less. Sharded weights come together one at a
     time, so all ranks must ask at the same time; all get the same answer.
 
     Returns:
@@ -137,7 +138,8 @@ def masked_share(rotated: RotatedModel) -> list[dict[str, Any]]:
     rotations = {space: Q.detach() for space, Q in rotated.rotations().items()}
     config, rows = rotated.base.config, []
     for linears in rotated.groups():
-        turned = rotated_moment(config, rotations, rotated.moments, linears[0].place)
+        known = _passing(rotated.moments, linears[0].place.group)
+        turned = rotated_moment(config, rotations, known, linears[0].place)
         for linear in linears:
             mask = linear.mask
             if mask is None:
@@ -147,6 +149,11 @@ def masked_share(rotated: RotatedModel) -> list[dict[str, Any]]:
             row = {"name": linear.place.name, "layer": linear.place.layer, "weights": mask.numel()}
             rows.append({**row, "sparsity": 1 - mask.double().mean().item(), "kept_mass": kept_mass(saliency, mask)})
     return rows
+
+
+def _passing(moments: Mapping[str, Moment], group: str) -> dict[str, Moment]:
+    """The moment of a group apart from the one that stays, for what is derived from it, an inverse, is as large."""
+    return {group: Moment(moments[group].blocks)} if group in moments else {}
 
 
 def block_means(rows: Iterable[Mapping[str, Any]], value: Callable[[Mapping[str, Any]], float]) -> dict[int, float]:

@@ -17,7 +17,10 @@ from rotpruner.families import family_of, module_at
 
 
 def fingerprint(model: nn.Module) -> str:
-    """Tells models apart, whatever dtype they are loaded in: a hash of the first embedding rows in bfloat16."""
+    """Tells models apart: a hash of the first embedding rows in bfloat16.
+
+    Alike in the checkpoint's own dtype and all that hold its values or round to bfloat16; float16 may round otherwise.
+    """
     embedding = module_at(model, family_of(model.config).embeddings[0]).weight
     rows = embedding[:256].detach().to("cpu", torch.bfloat16).contiguous().view(torch.uint8)
     return hashlib.sha256(rows.numpy().tobytes()).hexdigest()

@@ -114,7 +114,8 @@ def prune_model(
         progress: wraps the iteration over blocks, for a progress bar.
 
     Raises:
-        InputError: a linear cannot take the pattern, or the pattern has no sparsity to share out.
+        InputError: a linear cannot take the pattern, the pattern has no sparsity to share out, or statistics are needed
+            and no batches are given.
     """
     check_pattern(model, pattern)
     check_layer_sparsity(pattern, layer_sparsity)
@@ -123,6 +124,12 @@ def prune_model(
     if isinstance(pattern, Slice):
         _slice(model, pattern, batches, rotations, calibration_dtype, device, progress)
         return
+    # What each block's statistics are gathered for, if anything.
+    needs = "nothing" if moments is not None else pruner.needs
+    if update is not None:
+        needs = max(needs, update.needs, key=get_args(Needs).index)
+    if pattern.sparsity and needs != "nothing" and not batches:
+        raise InputError(f"{type(update or pruner).__name__} needs statistics, and no calibration batches are given")
     if patterns is None:
         there = partial(moments_by_block, device=device, progress=progress)
         patterns = layer_patterns(model, pattern, layer_sparsity, batches, there)
@@ -135,10 +142,6 @@ def prune_model(
         for linear in block_linears(model.config)
         if linear.leads_group and (moment := rotated_moment(model.config, rotations, moments or {}, linear)) is not None
     }
-    # What each block's statistics are gathered for, if anything.
-    needs = "nothing" if moments is not None else pruner.needs
-    if update is not None:
-        needs = max(needs, update.needs, key=get_args(Needs).index)
     replay = None if needs == "nothing" else BlockReplay(model, batches, calibration_dtype, device)
     for layer, members in progress(by_block(block_linears(model.config)), "pruning block by block"):
         with visiting(module_at(model, family_of(model.config).blocks)[layer], device):

@@ -29,7 +29,8 @@ def outlier_sparsities(
     """
     if spread < 0 or not 0 <= sparsity - spread <= sparsity + spread < 1:
         raise InputError(
-            f"outlier ratios spread sparsity {sparsity:g} by {spread:g}, out of [0, 1); choose a smaller spread"
+            f"outlier ratios spread sparsity {sparsity:g} by {spread:g}, out of [0, 1); choose a sparsity in "
+            f"[{spread:g}, {1 - spread:g}), or layer_sparsity uniform"
         )
     ratios = [int((layer > threshold * layer.mean()).count_nonzero()) / layer.numel() for layer in saliencies]
     if len(set(ratios)) <= 1:

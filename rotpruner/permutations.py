@@ -36,7 +36,7 @@ def channel_permutation(importance: Tensor, pattern: NM, rounds: int = 5) -> Ten
         rounds: at most that many times, one feature of every place in the groups is assigned anew.
     """
     groups = importance.sum(0).argsort(descending=True, stable=True).view(pattern.m, -1).mT.contiguous()
-    if pattern.sparsity == 0 or pattern.n == 0:
+    if pattern.sparsity == 0:
         return groups.flatten()
     kept = _kept(importance, groups, pattern)
     for _ in range(rounds):
@@ -70,7 +70,8 @@ def block_orders(importances: Iterable[Tensor], rows: int, blocks: int, n: int, 
     stride = -(-rows // MOST_ROWS)
     kept, first = [], 0
     for importance in importances:
-        own = rearrange(importance / importance.sum(), "o (b r n) -> b (o r) n", b=blocks, n=n)
+        total = importance.sum().clamp_min(torch.finfo(importance.dtype).tiny)  # a linear of zeros has no importance
+        own = rearrange(importance / total, "o (b r n) -> b (o r) n", b=blocks, n=n)
         kept.append(own[:, first::stride].contiguous())  # not a view, which would hold them all
         first = (first - own.shape[1]) % stride
         del importance, own  # before the next is made

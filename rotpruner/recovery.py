@@ -103,5 +103,4 @@ def check_recovery(pruned: Any, teacher: Any, objective: Objective) -> None:
 
 def _learn_survivors(weight: Tensor) -> None:
     """Let a weight learn where it is not zero. Optimisers without weight decay leave zeros alone then."""
-    mask = weight != 0
-    weight.requires_grad_(True).register_hook(lambda gradient: gradient * mask.to(gradient.device))
+    weight.requires_grad_(True).register_hook(lambda gradient: gradient.masked_fill(weight.detach() == 0, 0))

@@ -20,6 +20,18 @@ class _Reached(Exception):  # noqa: N818 - a signal, not an error
     pass
 
 
+def _sharing(new: Any, known: Any) -> Any:
+    """Arguments of a block with the tensors of another batch where these are equal: masks and positions mostly are."""
+    if isinstance(new, Tensor):
+        same = isinstance(known, Tensor) and new.dtype == known.dtype and torch.equal(new, known)
+        return known if same else new
+    if isinstance(new, tuple) and type(known) is type(new) and len(known) == len(new):
+        return tuple(map(_sharing, new, known))
+    if isinstance(new, dict) and isinstance(known, dict):
+        return {name: _sharing(value, known.get(name)) for name, value in new.items()}
+    return new
+
+
 def _moved(value: Any, device: torch.device) -> Any:
     """The tensors of nested dicts and tuples, on a device."""
     if isinstance(value, Tensor):
@@ -84,7 +96,8 @@ class BlockReplay:
         def keep(layer: int, hidden_states: Tensor, **kwargs: Any) -> Tensor:
             if layer == 0:
                 self.states.append(hidden_states)
-            self._arguments[layer].append(kwargs)
+            known = self._arguments[layer]
+            known.append(_sharing(kwargs, known[-1]) if known else kwargs)
             if layer == len(self.blocks) - 1:
                 raise _Reached
             return hidden_states

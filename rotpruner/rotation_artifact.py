@@ -195,7 +195,8 @@ class Rotations(Mapping[str, Tensor]):
         self.check_config(model.config)
         if self.model_fingerprint != fingerprint(model):
             raise InputError(
-                f"{self._what} were learned on another model of the same type, or this one is rotated already; "
+                f"{self._what} were learned on another model of the same type, or this one is rotated already"
+                f"{', or rounded to float16' if model.dtype == torch.float16 else ''}; "
                 "give the model that they were learned on"
             )
 

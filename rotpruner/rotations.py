@@ -56,6 +56,13 @@ def check_start(start: str | None, spaces: Sequence[str], pattern: Pattern | Sli
 
     None stands for rotations that are given, which go with all spaces.
     """
+    if "mlp" in spaces and start in ("identity", "pca", "permutation") and not isinstance(pattern, NM):
+        raise InputError(
+            f"space mlp admits only permutations, which help groups of N:M, and pattern {pattern} has none: "
+            "leave mlp out"
+        )
+    if start == "pca" and "residual" not in spaces:
+        raise InputError(f"start pca turns the residual stream, but spaces are {list(spaces)}; add residual")
     if start == "permutation" and not isinstance(pattern, NM):
         raise InputError(f"start permutation helps groups of N:M, and pattern {pattern} has none; use identity")
     if "mlp" in spaces and start in ("identity", "pca"):
@@ -153,8 +160,6 @@ class LearnedRotations(nn.Module):
         if start not in get_args(Start):
             raise InputError(f"unknown start '{start}'; choose one of {', '.join(get_args(Start))}")
         self.config = config
-        if start == "pca" and "residual" not in spaces:
-            raise InputError(f"start pca turns the residual stream, but spaces are {list(spaces)}; add 'residual'")
         self.spaces = nn.ModuleDict(
             {
                 space: OrthogonalMatrices(

@@ -90,7 +90,7 @@ def test_sparsities_that_were_shared_out_before_are_kept():
 
 @pytest.mark.parametrize(("sparsity", "spread"), [(0.05, 0.08), (0.95, 0.08), (0.5, -0.1), (1.2, 0.0)])
 def test_a_spread_out_of_bounds_is_refused(sparsity: float, spread: float):
-    with pytest.raises(InputError, match="choose a smaller spread"):
+    with pytest.raises(InputError, match="or layer_sparsity uniform"):
         outlier_sparsities([layer(1)], sparsity, spread=spread)
 
 

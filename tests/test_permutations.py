@@ -177,10 +177,23 @@ def test_start_from_permutations_keeps_the_function(name, placement, tmp_path):
         torch.testing.assert_close(moved(ids).logits, expected, atol=1e-6, rtol=0)
 
 
+def test_linears_of_zeros_do_not_stop_the_search_for_an_order():
+    rotated = rotated_model(tiny("smollm2"), start="permutation")
+    for linear in rotated.linears:
+        if linear.place.spec.path == "self_attn.o_proj":
+            linear.weight.data.zero_()
+    rotated.calibrate([torch.arange(16)[None]])
+    rotated.start_from_statistics("permutation")
+    assert all(Q.isfinite().all() for Q in rotated.rotations().values())
+
+
 @pytest.mark.parametrize(
     ("start", "spaces", "pattern", "message"),
     [
         ("permutation", ["residual"], "0.5", "start permutation helps groups of N:M"),
+        ("identity", ["residual", "mlp"], "0.5", "leave mlp out"),
+        ("permutation", ["residual", "mlp"], "0.5", "leave mlp out"),
+        ("pca", ["value_heads"], "2:4", "add residual"),
         ("identity", ["residual", "mlp"], "2:4", "set start to permutation"),
         ("permutation", ["mlp"], "2:4", "has rotations to learn"),
         (None, ["mlp"], "2:4", "has rotations to learn"),

@@ -6,11 +6,13 @@ import pytest
 import torch
 from tiny_models import MODELS, tiny
 
+from rotpruner.errors import InputError
 from rotpruner.families import block_linears, family_of, linear_modules, module_at
 from rotpruner.oneshot import gather_model_moments, linears_to_watch, prune_model, sparsity_of
 from rotpruner.patterns import parse_pattern
 from rotpruner.pruners import resolve_pruner
 from rotpruner.replay import BlockReplay, moments_by_block
+from rotpruner.rotations import random_rotations
 from rotpruner.statistics import gather_moments, watch_inputs
 
 
@@ -41,6 +43,23 @@ def test_replayed_blocks_compute_what_the_model_computes(name):
     for found, states in zip(replay.finish(), final, strict=True):
         assert torch.equal(found, states)
     assert all("forward" not in vars(block) for block in blocks), "the blocks were left changed"
+
+
+def test_batches_share_their_masks_and_positions():
+    """Or each would hold a T × T matrix where attention takes one, as Gemma-2's does."""
+    batches = torch.randint(0, 64, (5, 16), generator=torch.Generator().manual_seed(0)).split(1)
+    replay = BlockReplay(tiny("gemma-2"), batches)
+    for layer in replay._arguments:
+        assert len({id(arguments["attention_mask"]) for arguments in layer}) == 1
+        assert layer[0]["attention_mask"].shape[-2:] == (16, 16)
+
+
+def test_statistics_need_batches():
+    model, untouched = tiny("llama-2"), tiny("llama-2")
+    rotations = random_rotations(model.config, ["residual"], 0)
+    with pytest.raises(InputError, match="Wanda needs statistics, and no calibration batches are given"):
+        prune_model(model, resolve_pruner("wanda"), parse_pattern("2:4"), rotations=rotations)
+    assert all(torch.equal(one, other) for one, other in zip(model.parameters(), untouched.parameters(), strict=True))
 
 
 @pytest.mark.parametrize("name", MODELS)

@@ -52,6 +52,18 @@ def test_kept_mass_and_error_by_hand():
     assert relative_error(weight, weight * torch.tensor([[0.0, 1.0]]), None) == pytest.approx(math.sqrt(1 / 5))
 
 
+def test_looking_at_saliencies_leaves_no_inverses_behind(ids):
+    """Of which each is as large as the moment that it was taken of."""
+    rotated = rotated_model(tiny_llama(), pruner="sparsegpt")
+    rotated.calibrate(ids.split(1))
+    rotated.refresh_masks()
+    before = {group: len(moment._derived) for group, moment in rotated.moments.items()}
+    assert len(masked_share(rotated)) == 14
+    rotations = {space: Q.detach() for space, Q in rotated.rotations().items()}
+    layer_table(tiny_llama(), tiny_llama(), rotations, rotated.moments, rotated.pruner, rotated.patterns)
+    assert {group: len(moment._derived) for group, moment in rotated.moments.items()} == before
+
+
 @pytest.mark.parametrize(("n", "heads"), [(8, 1), (4, 2), (8, 2)])
 def test_errors_do_not_depend_on_the_basis(n, heads):
     """The same error, seen from x Q with W Q: blocks gathered by head, whole, and whole but rotated by head."""

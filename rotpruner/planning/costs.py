@@ -113,7 +113,7 @@ def _orthogonal_map(setup: Setup) -> Term:
 
 
 def disk_space(setup: Setup) -> list[Term]:
-    """Bytes that a run directory and the calibration cache take at the most."""
+    """Bytes that a run directory and the calibration cache take at the most, without what `cache_dense` keeps."""
     config, r = setup.config, setup.r
     K, k = setup.rotation_entries, setup.trainable
     tied = getattr(config, "tie_word_embeddings", False) and "residual" in setup.spaces

@@ -124,6 +124,10 @@ def _host_phases(setup: Setup) -> Phases:
             *back,
             Term("model in float32", P * 4, f"P · 4 = {P:,} · 4"),
             Term("logits", 2 * T * V * 4, f"2 · T · V · 4 = 2 · {T} · {V:,} · 4"),
+            *([] if setup.device == "cpu"
+              else [Term("states of the test windows", 2 * setup.test_tokens * setup.config.hidden_size * 4,
+                    f"2 · tokens · d · 4 = 2 · {setup.test_tokens:,} · {setup.config.hidden_size} · 4: "
+                    "of one block and the next")]),
         ],
     }  # fmt: skip
 

@@ -66,6 +66,7 @@ class Setup:
         dtype: of the frozen weights and activations.
         seq_len, batch_size, num_sequences, steps: of a rank.
         statistics_sequences: how many of the sequences give the pruner its statistics.
+        test_tokens: of the longest text on which perplexity is measured at the end.
         gradient_checkpointing: whether blocks are recomputed in the backward pass.
         offload: whether the decoder linears' weights wait in main memory; with gradient checkpointing, unsharded.
         optimizer_states: tensors that the optimiser keeps for each parameter; Adam has 2.
@@ -91,6 +92,7 @@ class Setup:
     batch_size: int = 1
     num_sequences: int = 128
     statistics_sequences: int = 128
+    test_tokens: int = 0
     steps: int = 100
     gradient_checkpointing: bool = False
     offload: bool = False

@@ -108,6 +108,8 @@ def resolve_pruner(name: str | Pruner) -> Pruner:
     """
     if isinstance(name, Pruner):
         return name
+    if not isinstance(name, str):
+        raise InputError(f"pruner {name!r} is neither a name nor an object of a Pruner subclass; call the class")
     path = PRUNERS.get(name, name)
     module_name, _, class_name = path.rpartition(".")
     known = f"choose one of {', '.join(PRUNERS)}, or give the import path of a Pruner subclass"
@@ -119,4 +121,7 @@ def resolve_pruner(name: str | Pruner) -> Pruner:
         raise InputError(f"unknown pruner '{name}' ({error}); {known}") from None
     if not (isinstance(pruner_class, type) and issubclass(pruner_class, Pruner)):
         raise InputError(f"'{name}' is not a subclass of rotpruner.pruners.Pruner; {known}")
-    return pruner_class()
+    try:
+        return pruner_class()
+    except TypeError as error:  # abstract methods, or arguments
+        raise InputError(f"pruner '{name}' cannot be made without arguments: {error}") from None
