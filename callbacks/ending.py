@@ -21,7 +21,7 @@ from rotpruner.errors import InputError
 from rotpruner.loading import check_seq_len, load_config, load_tokenizer
 from rotpruner.model_card import evaluation_of
 from rotpruner.oneshot import parameter_count, sparsity_of
-from rotpruner.provenance import commit
+from rotpruner.provenance import commit, device_name
 from rotpruner.shortcuts import online_cost
 
 Row = dict[str, Any]
@@ -139,7 +139,7 @@ class Ending(Callback, ABC):
 
     def record(self, run: Path, rows: list[Row]) -> None:
         """Write `results.json`, which makes the run a finished one, and show it."""
-        results = {"rows": rows, "config": self.config, "commit": self._commit}
+        results = {"rows": rows, "config": self.config, "commit": self._commit, "device": device_name(self._device)}
         write_json(results, run / "results.json")
         console.print(results_table(results))
         console.print(f"export: {run / 'export'}")

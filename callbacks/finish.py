@@ -21,6 +21,7 @@ from callbacks.terminal import console, track
 from rotpruner.artifacts import save_model, write_json
 from rotpruner.compensation import compensate
 from rotpruner.diagnostics import write_diagnostics
+from rotpruner.errors import InputError
 from rotpruner.loading import load_model, load_tokenizer
 from rotpruner.model_card import Origin, pruner_name, write_card
 from rotpruner.oneshot import prune_model
@@ -42,7 +43,8 @@ class Finish(Ending):
     The rows of `results.json`: `dense`, the model as it came; `pruner`, the same pruner on the
     untouched model (neither fused nor untied), or `pca` for a slice; `random_rotation`, the same pruner in a
     random basis of the same spaces; `rotpruner`, in the learned one. `start`, if it is asked for, is the same pruner in
-    the basis that learning started from, such as that of a permutation. Every row but the first is saved, loaded
+    the basis that learning started from, such as that of a permutation; `no_update`, if it is asked for and
+    `compensate` is set, is `rotpruner` without the weight update. Every row but the first is saved, loaded
     again by plain `transformers` and evaluated in float32; `export/README.md` is a model card with all rows.
     Finished rows survive an interruption.
 
@@ -50,7 +52,7 @@ class Finish(Ending):
         texts: names or paths of test texts, none of which calibrated anything.
         seq_len: tokens per window.
         max_tokens: the first tokens of each text that are used; None takes all.
-        controls: which of the control rows `pruner`, `start` and `random_rotation` to make.
+        controls: which of the control rows `pruner`, `start`, `random_rotation` and `no_update` to make.
     """
 
     def __init__(
@@ -58,12 +60,18 @@ class Finish(Ending):
         texts: list[str] = ["wikipedia_test"],  # noqa: B006 - read by the command line, never changed
         seq_len: int = 1024,
         max_tokens: int | None = 16384,
-        controls: list[Literal["pruner", "start", "random_rotation"]] = ["pruner", "random_rotation"],  # noqa: B006
+        controls: list[Literal["pruner", "start", "random_rotation", "no_update"]] = ["pruner", "random_rotation"],  # noqa: B006
     ) -> None:
         super().__init__(texts, seq_len, max_tokens)
         self.controls = controls
         self._learned: RotationSet = {}
         self._masks: dict[str, Tensor] | None = None
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Refuse a control that would be what it is a control of."""
+        super().setup(trainer, pl_module, stage)
+        if "no_update" in self.controls and not pl_module.compensate:
+            raise InputError("controls: no_update is rotpruner itself where compensate is 0: leave it out")
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
         """Delete rows left by an earlier finish; they describe older rotations."""
@@ -85,7 +93,7 @@ class Finish(Ending):
         moments = {group: moment.to("cpu") for group, moment in module.rotated.moments.items()}
         running: dict[str, Any] = {"calibration_dtype": dtype, "device": self._device, "progress": track}
 
-        def pruned(rotations: dict[str, Tensor] | None, directory: Path) -> Row:
+        def pruned(rotations: dict[str, Tensor] | None, updated: int, directory: Path) -> Row:
             model, found = load_model(name), Row()
             # Learned masks keep the statistics that they were learned with. Controls, and pruners that rebuild the
             # outputs of what they have pruned, get those of pruned predecessors.
@@ -102,20 +110,22 @@ class Finish(Ending):
                 patterns=module.rotated.patterns if rotations is learned else None,
                 **running,
             )
-            if module.compensate:
-                fitted = batches[: module.compensate]
+            if updated:
+                fitted = batches[:updated]
                 found["step_length"] = compensate(model, load_model(name), fitted, rotations=rotations, **running)
             save_model(model, tokenizer, directory, replace=True)
             return found
 
         Rotations.of(learned, module.rotated.base).save_pretrained(run / "rotations", replace=True)
         rows = [self._kept(run, "dense", lambda: self._dense(name))]
-        for control, rotations in (("pruner", None), ("start", started), ("random_rotation", drawn)):
+        update = module.compensate
+        controls = {"pruner": None, "start": started, "random_rotation": drawn, "no_update": learned}
+        for control, rotations in controls.items():
             if control in self.controls:
+                build = partial(pruned, rotations, 0 if rotations is learned else update)
                 control = "pca" if control == "pruner" and isinstance(pattern, Slice) else control
-                build = partial(self._pruned, run, control, pattern, partial(pruned, rotations))
-                rows.append(self._kept(run, control, build))
-        build = partial(self._pruned, run, "rotpruner", pattern, partial(pruned, learned), seconds)
+                rows.append(self._kept(run, control, partial(self._pruned, run, control, pattern, build)))
+        build = partial(self._pruned, run, "rotpruner", pattern, partial(pruned, learned, update), seconds)
         rows.append(self._kept(run, "rotpruner", build))
         exported = AutoModelForCausalLM.from_pretrained(run / "export")
         patterns = module.rotated.patterns

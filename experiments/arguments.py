@@ -56,11 +56,6 @@ def _device(text: str) -> torch.device:
     return device
 
 
-def device_name(device: torch.device) -> str:
-    """`cpu`, or the device and the name of its GPU."""
-    return f"{device} ({torch.cuda.get_device_name(device)})" if device.type == "cuda" else str(device)
-
-
 def report(result: dict[str, Any], as_json: bool) -> None:
     """Print a command's result, for programs or for people."""
     if as_json:

@@ -22,11 +22,12 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from callbacks.terminal import track
-from experiments.arguments import Parser, add_device, at_least, device_name, report
+from experiments.arguments import Parser, add_device, at_least, report
 from rotpruner.errors import InputError
 from rotpruner.families import linear_modules
 from rotpruner.loading import load_config, load_model
 from rotpruner.oneshot import parameter_count
+from rotpruner.provenance import device_name
 
 Row = dict[str, Any]
 

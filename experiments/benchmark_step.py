@@ -19,13 +19,13 @@ from torch import Tensor
 
 from callbacks.terminal import track
 from datamodules.tokens import calibration_tokens
-from experiments.arguments import Parser, add_device, at_least, device_name, report
+from experiments.arguments import Parser, add_device, at_least, report
 from rotpruner.loading import load_model, load_tokenizer
 from rotpruner.objectives import Objective
 from rotpruner.oneshot import parameter_count
 from rotpruner.patterns import parse_pattern
 from rotpruner.precision import fast_dtype
-from rotpruner.provenance import commit
+from rotpruner.provenance import commit, device_name
 from rotpruner.pruners import resolve_pruner
 from rotpruner.rotated_model import RotatedModel
 from rotpruner.rotations import LearnedRotations

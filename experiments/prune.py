@@ -35,7 +35,7 @@ from rotpruner.oneshot import (
 )
 from rotpruner.patterns import Pattern, Scope, Slice, parse_pattern
 from rotpruner.precision import resolve_dtype
-from rotpruner.provenance import commit
+from rotpruner.provenance import commit, device_name
 from rotpruner.pruners import PRUNERS, resolve_pruner
 from rotpruner.replay import moments_by_block
 from rotpruner.rotation_artifact import Rotations
@@ -46,7 +46,7 @@ from rotpruner.slicing import sliced_width
 
 
 def main(arguments: list[str]) -> None:
-    """Print `{"pattern", "sparsity", "seconds", "dtype", "parameters"}`, and `"output"` or `"ppl"` if asked for."""
+    """Print `{"pattern", "sparsity", "seconds", "dtype", "device", "parameters"}`; if asked, `"output"` and `"ppl"`."""
     options = _parser().parse_args(arguments)
     begun_at = commit()
     pattern = _checked_pattern(options)
@@ -159,6 +159,7 @@ def _prune(
         "sparsity": sparsity_of(model),
         "seconds": round(time.perf_counter() - started, 1),
         "dtype": str(computed).removeprefix("torch."),
+        "device": device_name(options.device),
         "parameters": parameters or parameter_count(model),
     }
     if width is not None:

@@ -85,8 +85,8 @@ def table(sweep: dict[str, Any], records: list[tuple[str, dict[str, Any]]]) -> s
     kinds_shown = any(key[-1] for key in pooled)
     head = [*(column.rpartition(".")[2] for column in columns), *(["row"] if kinds_shown else [])]
     head += [*(f"{text} ppl" for text in texts), *(f"G {text}" for text in texts if references)]
-    dtypes_shown = any(row["dtype"] for results in pooled.values() for row in results)
-    head += ["parameters", "online FLOPs", "seconds", *(["computed in"] if dtypes_shown else []), "seeds", "commit"]
+    computed_shown = any(row["computed"] for results in pooled.values() for row in results)
+    head += ["parameters", "online FLOPs", "seconds", *(["computed in"] if computed_shown else []), "seeds", "commit"]
     lines = [f"## {sweep['title']}\n", "| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
     for reference in references:
         cells = ["dense", *[""] * (len(columns) + kinds_shown - 1), *(reference.get(text, "") for text in texts)]
@@ -101,7 +101,7 @@ def table(sweep: dict[str, Any], records: list[tuple[str, dict[str, Any]]]) -> s
         cells += [f"{results[0]['parameters'] / 1e6:.1f} M" if "parameters" in results[0] else ""]
         cells += [f"{results[0].get('online_flops', 0) / 1e6:.0f} M"]
         cells += [_pool([result["seconds"] for result in results], "{:.0f}")]
-        cells += [" ".join(dict.fromkeys(row["dtype"] or "" for row in results))] if dtypes_shown else []
+        cells += [" ".join(dict.fromkeys(row["computed"] for row in results))] if computed_shown else []
         cells += [str(len(results)), " ".join(dict.fromkeys(_short(row["commit"]) for row in results))]
         lines.append("| " + " | ".join(cells) + " |")
     commands = "\n".join(f"{record['command']}" for _, record in records)
@@ -128,9 +128,17 @@ def _pooled(
         for kind, result in kinds.items():
             key = (*(_shown(record["row"].get(column, "")) for column in columns), kind)
             gaps = {text: math.log(ppl / dense[text]) for text, ppl in result["ppl"].items() if text in dense}
-            dtype = result.get("dtype", record.get("dtype"))
-            pooled.setdefault(key, []).append({**result, "gaps": gaps, "dtype": dtype, "commit": record["commit"]})
+            computed = _computed({**record, **result})
+            pooled.setdefault(key, []).append(
+                {**result, "gaps": gaps, "computed": computed, "commit": record["commit"]}
+            )
     return references, pooled
+
+
+def _computed(row: Row) -> str:
+    """The dtype of what learned or calibrated, and the GPU that it ran on, if it was one."""
+    _, _, gpu = (row.get("device") or "").partition(" ")
+    return " ".join(filter(None, [row.get("dtype"), gpu]))
 
 
 def _short(commit: str | None) -> str:

@@ -2,8 +2,9 @@
 
 A sweep file is YAML: a `title`, the `command` (prune, fit or recover), its `arguments` (for the last two also
 `config`, a list of files), and a `grid` of arguments whose combinations are the rows, or the `rows` one by one, each
-with the arguments that it changes. With `reference: true` the first row of a table of prunes is the dense model on the
-same texts, from which gaps are counted. `--config experiments/configs/opt-125m.yaml` runs a table of fits on another
+with the arguments that it changes. `{seed}` in an argument is the row's own `seed`, and so with its other values. With
+`reference: true` the first row of a table of prunes is the dense model on the same texts, from which gaps are counted.
+`--config experiments/configs/opt-125m.yaml` runs a table of fits on another
 model, as a table of its own.
 
 ```yaml
@@ -23,14 +24,17 @@ import shlex
 import subprocess
 import sys
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
+from functools import partial
 from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import yaml
 
 from callbacks.terminal import console
-from experiments.arguments import Parser
+from experiments.arguments import Parser, at_least
 from experiments.report_runs import read_curves
 from rotpruner.artifacts import write_json
 from rotpruner.errors import InputError
@@ -50,6 +54,12 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--config", type=Path, help="instead of a fit's first file: the same table on another model")
     parser.add_argument("--results", type=Path, default=Path("experiments/results"), help="where results are kept")
     parser.add_argument("--runs", type=Path, default=Path("runs"), help="where fits have their run directories")
+    parser.add_argument(
+        "--jobs",
+        type=at_least(1),
+        default=1,
+        help="rows at a time, all on the same device; what each says goes into files beside its runs then",
+    )
     options = parser.parse_args(arguments)
 
     sweep, table = read_sweep(options.file), options.file.stem
@@ -69,23 +79,42 @@ def main(arguments: list[str]) -> None:
             f"rows of {options.file} have the same name, {', '.join(sorted(alike))}, which is made of their values: "
             "give all rows the same keys"
         )
-    failed = []
-    for name, row, command in planned:
-        target = directory / f"{name}.json"
-        if target.is_file():
-            console.print(f"{name}: {_done(target, command)}", markup=False, highlight=False)
-            continue
-        console.print(f"{name}: {shlex.join(command)}", markup=False, highlight=False)
+    if not all((directory / f"{name}.json").is_file() for name in names):
         write_json({"title": sweep["title"], "columns": columns}, directory / "sweep.json")
-        begun_at = commit()  # the row may take hours, and the checkout move on
-        finished = subprocess.run([sys.executable, "-m", "experiments", *command], stdout=subprocess.PIPE, text=True)
-        if finished.returncode:
-            failed.append(name)
-            continue
-        record = {"row": row, "command": _public(command), "commit": begun_at}
-        write_json({**record, **_found(command, finished.stdout)}, target)
+    run = partial(_run, directory=directory, logs=options.runs / table if options.jobs > 1 else None)
+    pool = ThreadPoolExecutor(options.jobs)
+    try:
+        failed = [
+            name for name, done in zip(names, pool.map(run, *zip(*planned, strict=True)), strict=True) if not done
+        ]
+    finally:
+        pool.shutdown(cancel_futures=True)  # an interrupted sweep begins no other row
     if failed:
         raise InputError(f"rows that failed: {', '.join(failed)}; what they said stands above, run again to retry them")
+
+
+def _run(name: str, row: dict[str, Any], command: list[str], directory: Path, logs: Path | None) -> bool:
+    """Run one row, unless it has a result; whether it has one now. `logs` is where to keep what it says."""
+    target = directory / f"{name}.json"
+    if target.is_file():
+        console.print(f"{name}: {_done(target, command)}", markup=False, highlight=False)
+        return True
+    console.print(f"{name}: {shlex.join(command)}", markup=False, highlight=False)
+    begun_at = commit()  # the row may take hours, and the checkout move on
+    with nullcontext() if logs is None else _log(logs / f"{name}.log") as says:
+        words = [sys.executable, "-m", "experiments", *command]
+        finished = subprocess.run(words, stdout=subprocess.PIPE, stderr=says, text=True)
+    if finished.returncode:
+        return False
+    record = {"row": row, "command": _public(command), "commit": begun_at}
+    write_json({**record, **_found(command, finished.stdout)}, target)
+    return True
+
+
+def _log(path: Path) -> TextIO:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    console.print(f"see {path}", markup=False, highlight=False)
+    return path.open("a", encoding="utf-8")
 
 
 def read_sweep(path: Path) -> dict[str, Any]:
@@ -119,13 +148,21 @@ def rows(sweep: dict[str, Any], runs: Path) -> Iterator[tuple[str, dict[str, Any
         yield "dense", {}, ["evaluate", *_flags(texts), "--json"]
     for row in sweep["rows"]:
         name = "-".join(map(_name, row.values())) or "base"
-        arguments = {**shared, **row}
+        arguments = {key: _filled(value, row) for key, value in {**shared, **row}.items()}
         if sweep["command"] in ("fit", "recover"):
             configs = [item for config in sweep["config"] for item in ("-c", str(config))]
             arguments["trainer.default_root_dir"] = str(runs / name)
             yield name, row, [sweep["command"], *configs, *_flags(arguments, repeat=False)]
         else:
             yield name, row, [sweep["command"], *_flags(arguments), "--json"]
+
+
+def _filled(value: Any, row: dict[str, Any]) -> Any:
+    """An argument with the row's own values in the place of their names in braces."""
+    if isinstance(value, str):
+        for name, other in row.items():
+            value = value.replace(f"{{{name}}}", str(other))
+    return value
 
 
 def on_another(sweep: dict[str, Any], config: Path) -> list[str]:
@@ -180,7 +217,7 @@ def _done(target: Path, command: list[str]) -> str:
 
 def _found(command: list[str], output: str) -> dict[str, Any]:
     """`result`, without a local path; of a training also the `curves` of losses and perplexity that it has logged, its
-    `dtype`, and its own `commit`, since it may have been finished before."""
+    `dtype` and `device`, and its own `commit`, since it may have been finished before."""
     if command[0] not in ("fit", "recover"):
         return {"result": {name: value for name, value in json.loads(output).items() if name != "output"}}
     run = Path(command[command.index("--trainer.default_root_dir") + 1])
@@ -191,5 +228,6 @@ def _found(command: list[str], output: str) -> dict[str, Any]:
         "result": {row["name"]: row for row in found["rows"]},
         "curves": curves,
         "dtype": chosen.get("base_dtype", chosen.get("compute_dtype")),
+        "device": found.get("device"),
         "commit": found["commit"],
     }

@@ -32,6 +32,7 @@ _ROWS = {
     "start": "control: the same pruner in the basis where learning began",
     "pca": "control: the same slice in the basis of principal directions, nothing learned",
     "random_rotation": "control: the same pruner in a random basis",
+    "no_update": "control: this model before the weight update",
     "rotpruner": "this model",
     "pruned": "this model",
     "recovered": "this model",

@@ -1,10 +1,12 @@
-"""Which code made a result."""
+"""Which code made a result, and where."""
 
 from __future__ import annotations
 
 import subprocess
 from importlib.metadata import version
 from pathlib import Path
+
+import torch
 
 
 def commit() -> str | None:
@@ -20,6 +22,11 @@ def commit() -> str | None:
 
 def _git(*arguments: str, cwd: Path) -> str:
     return subprocess.run(["git", *arguments], cwd=cwd, capture_output=True, text=True, check=True).stdout.strip()
+
+
+def device_name(device: torch.device) -> str:
+    """`cpu`, or the device and the name of its GPU."""
+    return f"{device} ({torch.cuda.get_device_name(device)})" if device.type == "cuda" else str(device)
 
 
 def versions() -> dict[str, str]:

@@ -1,4 +1,4 @@
-"""A device that no machine has: its tensors are held on the CPU, and refuse to mix with the CPU's, as a GPU's do.
+"""The GPU, or a device that no machine has: its tensors are held on the CPU, and refuse to mix with the CPU's.
 
 What runs on it unchanged, with the CPU's figures, has every tensor where it belongs. PyTorch learns of the device for
 the rest of the process, so tests with it run in one of their own (`test_devices.py`).
@@ -27,10 +27,13 @@ class _Backend(backend_registration._DummyBackendModule):
         return [torch.bfloat16, torch.float16]
 
 
-backend_registration._setup_privateuseone_for_python_backend("elsewhere", _Backend())
+GPU = torch.cuda.is_available()
+
+if not GPU:
+    backend_registration._setup_privateuseone_for_python_backend("elsewhere", _Backend())
 
 #: The device.
-ELSEWHERE = torch.device("elsewhere:0")
+ELSEWHERE = torch.device("cuda:0" if GPU else "elsewhere:0")
 
 #: What brings tensors from one device to another.
 _CROSSING = {aten._to_copy.default, aten.copy_.default, aten._foreach_copy_.default}
@@ -75,6 +78,9 @@ class _Python(TorchFunctionMode):
 @contextmanager
 def elsewhere() -> Iterator[torch.device]:
     """The device, for the time of a `with` block."""
+    if GPU:
+        yield ELSEWHERE
+        return
     with _Mode(), _Python():
         yield ELSEWHERE
 

@@ -223,10 +223,17 @@ def test_a_fit_updates_all_its_rows_under_their_masks(model_directory, text_file
     arguments += fit_arguments(model_directory, text_file, test_text_file, run)
     assert main([*arguments, "--model.compensate", "100000"]) == 2
     assert "calibration sequences; give fewer" in capsys.readouterr().err
-    assert main([*arguments, "--model.compensate", "4"]) == 0
+    controls = ["--trainer.callbacks.init_args.controls", "[pruner, random_rotation, no_update]"]
+    assert main([*arguments, *controls]) == 2
+    assert "no_update is rotpruner itself where compensate is 0" in capsys.readouterr().err
+    assert main([*arguments, *controls, "--model.compensate", "4"]) == 0
     results = json.loads((run / "results.json").read_text())
-    pruned = [row for row in results["rows"] if row["name"] != "dense"]
-    assert [row["name"] for row in pruned] == ["pruner", "random_rotation", "rotpruner"]
-    assert all(row["sparsity"] == 0.5 for row in pruned)
-    assert all(0 < row["step_length"] <= 1 for row in pruned if row["name"] != "random_rotation")
+    assert results["device"] == "cpu"
+    pruned = {row["name"]: row for row in results["rows"] if row["name"] != "dense"}
+    assert list(pruned) == ["pruner", "random_rotation", "no_update", "rotpruner"]
+    assert all(row["sparsity"] == 0.5 for row in pruned.values())
+    assert all(0 < pruned[name]["step_length"] <= 1 for name in ("pruner", "rotpruner"))
+    assert "step_length" not in pruned["no_update"]
+    assert pruned["no_update"]["ppl"] != pruned["rotpruner"]["ppl"]
+    assert "this model before the weight update" in (run / "export" / "README.md").read_text()
     assert "compensation" in (run / "export" / "README.md").read_text()

@@ -31,10 +31,13 @@ def test_a_sweep_runs_its_rows_once_and_results_become_a_table(model_directory, 
         "grid": {"pruner": ["magnitude"], "pattern": ["2:4"], "seed": [0, 1]},
         "reference": True,
     }
+    settings["output"] = str(tmp_path / "pruned" / "{pruner}-{seed}")
     file.write_text(yaml.safe_dump(sweep, sort_keys=False))
     arguments = ["sweep", str(file), "--set", f"calibration={text_file}", "--set", f"text=[{test_text_file}]"]
-    arguments += ["--results", str(tmp_path / "results")]
+    arguments += ["--results", str(tmp_path / "results"), "--runs", str(tmp_path / "runs"), "--jobs", "2"]
     assert main(arguments) == 0
+    assert {path.name for path in (tmp_path / "pruned").iterdir()} == {"magnitude-0", "magnitude-1"}
+    assert "saved" in (tmp_path / "runs" / "tiny" / "magnitude-2of4-1.log").read_text()
     kept = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "results" / "tiny").iterdir()}
     assert set(kept) == {"sweep.json", "dense.json", "magnitude-2of4-0.json", "magnitude-2of4-1.json"}
     record = json.loads((tmp_path / "results" / "tiny" / "magnitude-2of4-0.json").read_text())
@@ -50,7 +53,7 @@ def test_a_sweep_runs_its_rows_once_and_results_become_a_table(model_directory, 
     assert main(["results", "--results", str(tmp_path / "results"), "--output", str(output)]) == 0
     assert output.read_text().count("\n## ") == 1
     line = next(line for line in output.read_text().splitlines() if line.startswith("| magnitude | 2:4"))
-    assert line.split(" | ")[-2] == "2"
+    assert line.split(" | ")[-3:-1] == ["float32", "2"]
     assert " ± " in line
 
 
@@ -81,10 +84,14 @@ def test_what_rows_would_overrule_and_rows_of_one_name_are_refused(tmp_path, cap
 
 @pytest.mark.parametrize(("command", "setting"), [("fit", "base_dtype"), ("recover", "compute_dtype")])
 def test_commit_and_dtype_of_a_training_are_those_of_its_run(command, setting, tmp_path):
-    results = {"rows": [{"name": "dense"}], "commit": "of the run", "config": {"model": {setting: "bfloat16"}}}
+    results = {"rows": [_row(1.0) | {"name": "dense"}], "config": {"model": {setting: "bfloat16"}}}
+    results |= {"commit": "of the run", "device": "cuda:0 (A GPU)"}
     (tmp_path / "results.json").write_text(json.dumps(results))
     found = _found([command, "--trainer.default_root_dir", str(tmp_path)], "")
     assert (found["commit"], found["dtype"]) == ("of the run", "bfloat16")
+    found["result"]["recovered"] = _row(2.0)
+    text = table({"title": "T", "columns": []}, [("a", {"row": {}, "command": command, **found})])
+    assert "| bfloat16 (A GPU) | 1 | of the  |" in text
 
 
 def test_gaps_are_counted_from_the_dense_row():
