@@ -23,6 +23,7 @@ from rotpruner.compensation import compensate
 from rotpruner.diagnostics import write_diagnostics
 from rotpruner.errors import InputError
 from rotpruner.loading import load_model, load_tokenizer
+from rotpruner.memory import home_of
 from rotpruner.model_card import Origin, pruner_name, write_card
 from rotpruner.oneshot import prune_model
 from rotpruner.patterns import Slice
@@ -87,7 +88,7 @@ class Finish(Ending):
         """Prune in the learned space and as the controls do; export, evaluate and describe."""
         learned = self._learned
         name, pruner, pattern, dtype = module.model_name, module.pruner, module.pattern, module.base_dtype
-        tokenizer, batches = load_tokenizer(name), trainer.datamodule.statistics_tokens.split(1)  # type: ignore[attr-defined]
+        tokenizer, tokens = load_tokenizer(name), trainer.datamodule.statistics_tokens  # type: ignore[attr-defined]
         started = {space: Q.cpu() for space, Q in module.rotated.rotations.started().items()}
         drawn = random_rotations(module.rotated.base.config, module.spaces, module.seed, placement=module.placement)
         moments = {group: moment.to("cpu") for group, moment in module.rotated.moments.items()}
@@ -95,6 +96,9 @@ class Finish(Ending):
 
         def pruned(rotations: dict[str, Tensor] | None, updated: int, directory: Path) -> Row:
             model, found = load_model(name), Row()
+            home = home_of(model, self._device, copies=5, tokens=tokens.numel())
+            model.to(home)  # type: ignore[arg-type]
+            batches = tokens.to(home).split(1)
             # Learned masks keep the statistics that they were learned with. Controls, and pruners that rebuild the
             # outputs of what they have pruned, get those of pruned predecessors.
             known = moments if rotations is learned and not pruner.rebuilds else None
@@ -112,7 +116,8 @@ class Finish(Ending):
             )
             if updated:
                 fitted = batches[:updated]
-                found["step_length"] = compensate(model, load_model(name), fitted, rotations=rotations, **running)
+                dense: Any = load_model(name)
+                found["step_length"] = compensate(model, dense.to(home), fitted, rotations=rotations, **running)
             save_model(model, tokenizer, directory, replace=True)
             return found
 

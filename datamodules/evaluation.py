@@ -18,6 +18,7 @@ from rotpruner.artifacts import write_json
 from rotpruner.cache import cache_path, locked
 from rotpruner.errors import InputError
 from rotpruner.identity import identity
+from rotpruner.memory import home_of
 from rotpruner.perplexity import perplexity_of_windows, windows
 from rotpruner.progress import Progress
 
@@ -61,13 +62,16 @@ def perplexities(
 ) -> dict[str, float]:
     """Perplexity of each text, given its windows; `progress` wraps the iteration over them, or over blocks.
 
-    With a `device` that is not the model's, the model stays where it is, and its blocks go there one at a time.
+    With a `device` that is not the model's, its blocks go there one at a time; or it goes as a whole, and stays there,
+    if there is room (`rotpruner.memory.home_of`).
 
     With `keep`, which is for models that many runs are compared with, each value is measured once and stays in the
     cache. It is found again only for the same configuration and weights to the bit, the same windows, device type and
     versions of torch and transformers; what is damaged is measured again.
     """
     model_identity = identity(model) | {"device": (device or model.device).type} if keep else {}
+    if device is not None:
+        model.to(home_of(model, device))  # type: ignore[arg-type]
     found = {}
     for name, cut in texts.items():
         path = _cache_path(model_identity, cut) if keep else None

@@ -10,6 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, get_args
 
+import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -23,6 +24,7 @@ from rotpruner.compensation import check_compensation, compensate
 from rotpruner.errors import InputError
 from rotpruner.families import available_spaces
 from rotpruner.loading import check_pattern, check_seq_len, load_config, load_model, load_tokenizer, meta_model
+from rotpruner.memory import home_of
 from rotpruner.model_card import Origin, evaluation_of, public, write_card
 from rotpruner.oneshot import (
     LayerSparsity,
@@ -65,7 +67,9 @@ def main(arguments: list[str]) -> None:
     )
     model = load_model(options.model)
     rotations = _rotations(options, model)
-    result = _prune(model, pattern, rotations, tokens.split(1), options)
+    home = home_of(model, options.device, copies=5, tokens=tokens.numel())
+    model.to(home)  # type: ignore[arg-type]
+    result = _prune(model, pattern, rotations, tokens.to(home).split(1), options)
 
     def describe() -> None:
         origin = _origin(options, rotations, [{"name": "pruned", **result}])
@@ -81,6 +85,11 @@ def main(arguments: list[str]) -> None:
         if options.output is not None:
             describe()
     report(result, options.json)
+
+
+def _load_at(name: str, device: torch.device) -> PreTrainedModel:
+    model: Any = load_model(name)
+    return model.to(device)
 
 
 def _checked_pattern(options: argparse.Namespace) -> Pattern | Slice:
@@ -127,6 +136,7 @@ def _prune(
 ) -> dict[str, Any]:
     """Prune a model in place; what is to be reported of it."""
     started = time.perf_counter()
+    load_there = partial(_load_at, options.model, model.device)
     dtype = None
     if options.calibration_dtype is not None:
         dtype = resolve_dtype(options.calibration_dtype, options.device)
@@ -141,7 +151,7 @@ def _prune(
         if options.statistics == "dense" and isinstance(pattern, Pattern) and pattern.sparsity > 0:
             gather = partial(moments_by_block, dtype=dtype, device=options.device, progress=track)
             # A copy where it is to be fused: what is pruned is fused and rotated in one, and rounded once.
-            dense = load_model(options.model) if "residual" in (rotations or {}) else model
+            dense = load_there() if "residual" in (rotations or {}) else model
             moments = gather_model_moments(dense, pruner, rotations or {}, batches, gather)
             del dense
         update = None if options.update is None else resolve_pruner(options.update)
@@ -151,7 +161,7 @@ def _prune(
         )
     if options.compensate:
         fitted = batches[: options.compensate]
-        length = compensate(model, load_model(options.model), fitted, rotations=rotations, **running)
+        length = compensate(model, load_there(), fitted, rotations=rotations, **running)
     # What calibrated it: `BlockReplay` runs 16-bit models in their own dtype.
     computed = model.dtype if dtype is None or model.dtype.itemsize < 4 else dtype
     result: dict[str, Any] = {

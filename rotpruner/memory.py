@@ -1,4 +1,4 @@
-"""Memory that has been freed, and that the C library has not given back."""
+"""What memory there is: freed blocks that the C library has not given back, and room on a GPU."""
 
 from __future__ import annotations
 
@@ -8,6 +8,32 @@ from collections.abc import Callable
 from functools import cache
 
 import torch
+from torch import nn
+
+#: What a pass block by block holds at most, in tensors as large as the final states of all tokens: what goes into and
+#: comes out of two models' blocks, and inside of them into the last linear of an MLP, the widest.
+_STATES = 24
+
+
+def home_of(model: nn.Module, device: torch.device, copies: int = 1, tokens: int = 0) -> torch.device:
+    """Where a model waits whose blocks run on a device: there as well, if that is a GPU with room, else where it is.
+
+    Args:
+        model: as it came, on the CPU.
+        device: where its blocks run.
+        copies: of its weights that are there at a time.
+        tokens: whose states wait with it.
+
+    Returns:
+        The device, if all of it would take less than half of the GPU's free memory.
+    """
+    here = next(model.parameters()).device
+    if device.type != "cuda":
+        return here
+    weights = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
+    states = _STATES * 4 * tokens * getattr(model, "config").hidden_size  # noqa: B009 - nn.Module knows no config
+    free, _ = torch.cuda.mem_get_info(device)
+    return device if copies * weights + states < free / 2 else here
 
 
 def release_freed(device: torch.device) -> None:

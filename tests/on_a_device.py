@@ -59,8 +59,8 @@ def test_blocks_are_pruned_there(pruner, pattern):
             model = tiny("smollm2") if pattern.startswith("slice") else exact(tiny("smollm2"))
             prune_model(model, resolve_pruner(pruner), parse_pattern(pattern), IDS.split(1), device=device)
             found.append(weights(model))
-    # What is solved in steps ends a little elsewhere: attention takes another path on the device.
-    assert_same(*found, tolerance=1e-2 if pruner == "alps" else 1e-6)
+    # What is solved in steps ends a little elsewhere: attention takes another path on the device. Slices are float32.
+    assert_same(*found, tolerance={"alps": 1e-2, "magnitude": 1e-5}.get(pruner, 1e-6))
 
 
 @pytest.mark.parametrize("name", ["llama-3", "opt"])
@@ -82,6 +82,21 @@ def test_rotated_masks_with_dense_statistics_and_the_update(name):
             updated.append([*weights(model), torch.tensor(length)])
     assert_same(*masked)
     assert_same(*updated, tolerance=1e-2)  # conjugate gradients, and a parabola
+
+
+@pytest.mark.parametrize("placement", ["shared", "per_layer"])
+@torch.no_grad()
+def test_a_model_that_is_there_as_a_whole_is_pruned_and_updated_there(placement):
+    found = []
+    with elsewhere():
+        for device in DEVICES:
+            model, dense, ids = exact(tiny("llama-3")).to(device), exact(tiny("llama-3")).to(device), IDS.to(device)
+            rotations = random_rotations(model.config, ["residual", "value_heads", "mlp"], 0, placement=placement)
+            prune_model(model, resolve_pruner("wanda"), parse_pattern("2:4"), ids.split(1), rotations, device=device)
+            length = compensate(model, dense, ids.split(1), rotations=rotations, device=device)
+            ppl = perplexity(model, ids.flatten(), seq_len=16, device=device)
+            found.append([*(weight.cpu() for weight in weights(model)), torch.tensor([length, ppl])])
+    assert_same(*found, tolerance=1e-2)
 
 
 @torch.no_grad()
@@ -119,7 +134,7 @@ def test_perplexity_is_measured_there(name):
     here = perplexity(model, IDS.flatten(), seq_len=16)
     with elsewhere() as device:
         there = perplexity(model, IDS.flatten(), seq_len=16, device=device)
-    assert there == pytest.approx(here, rel=1e-9)
+    assert there == pytest.approx(here, rel=1e-7)  # Gemma's norms are float32 in any model
 
 
 #: Not `gumbel`: a device made in Python has no generator of noise.

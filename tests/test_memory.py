@@ -1,4 +1,4 @@
-"""Freed memory goes back to the system."""
+"""Freed memory goes back to the system; models wait on a GPU that has room for them."""
 
 from __future__ import annotations
 
@@ -7,9 +7,10 @@ import platform
 import pytest
 import torch
 from peak_memory import needs_linux, resident
+from tiny_models import tiny
 
 from rotpruner import memory
-from rotpruner.memory import release_freed
+from rotpruner.memory import home_of, release_freed
 from rotpruner.objectives import Objective
 
 MIB = 2**20
@@ -20,6 +21,17 @@ def freed_but_held() -> torch.Tensor:
     """100 MiB in blocks too small to be mapped one by one, freed but for the last, which pins those below it."""
     blocks = [torch.ones(25 * 1024) for _ in range(1024)]
     return blocks[-1]
+
+
+def test_a_model_waits_on_a_gpu_with_room_for_its_copies_and_states(monkeypatch):
+    model, gpu = tiny("llama-2"), torch.device("cuda:0")
+    weights = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
+    states = 24 * 4 * 1000 * model.config.hidden_size
+    for needed, given in ((weights, {}), (5 * weights + states, {"copies": 5, "tokens": 1000})):
+        for free, expected in ((2 * needed + 2, gpu), (2 * needed, CPU)):
+            monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device, free=free: (free, 10**12))
+            assert home_of(model, gpu, **given) == expected
+    assert home_of(model, torch.device("meta")) == CPU
 
 
 @needs_linux
