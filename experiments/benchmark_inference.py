@@ -5,7 +5,7 @@ Prefill (one forward pass over a batch of prompts, logits of the last position o
 the machine does falls on all of them alike. Ratios are taken within a turn, against the first model.
 
 Weights run as dense matrices, zeros included. On CUDA a checkpoint whose decoder linears are all 2:4 is timed once
-more in torch's semi-structured form; no GPU has run that path yet.
+more in torch's semi-structured form.
 """
 
 from __future__ import annotations

@@ -188,7 +188,7 @@ def test_shipped_sweeps_expand_and_name_public_texts(file, tmp_path):
 
 FITS = [file for file in SWEEPS if read_sweep(file)["command"] == "fit"]
 WITH_UPDATE = ("longer", "per-layer", "shipped", "shipped-unstructured", "unstructured-120")
-ON_OTHERS = ("ablations", "budget", "denoise-rotator", "learned", "main", "sparsity")
+ON_OTHERS = ("ablations", "budget", "denoise-rotator", "learned", "sparsity")
 
 
 @pytest.mark.parametrize(
@@ -225,7 +225,7 @@ def test_settings_of_every_shipped_fit_go_together(file, config, kind, tokenizer
         given = [item for key, value in settings.items() for item in (f"--{key}", str(value))]
         cli = FitCLI([*command[1:], *given])
         check_compensation(cli.model.compensate, cli.datamodule.statistics_sequences, cli.model.pattern)
-        assert cli.model.compensate == (32 if file.stem in WITH_UPDATE else 0), name
+        assert cli.model.compensate == (48 if file.stem in WITH_UPDATE else 0), name
 
 
 def test_another_config_takes_the_place_of_the_first(capsys, tmp_path):
@@ -239,7 +239,7 @@ def test_another_config_takes_the_place_of_the_first(capsys, tmp_path):
     table = ["sweep", str(tmp_path / "main.yaml"), "--config", quickstart, "--results", str(tmp_path)]
     assert main(table) == 0
     assert "of the other model" in capsys.readouterr().err
-    assert main(["sweep", "experiments/sweeps/main.yaml", "--config", "nowhere.yaml"]) == 2
+    assert main(["sweep", "experiments/sweeps/learned.yaml", "--config", "nowhere.yaml"]) == 2
     assert "nowhere.yaml" in capsys.readouterr().err
     assert main(["sweep", "experiments/sweeps/pruners.yaml", "--config", quickstart]) == 2
     assert "--set model" in capsys.readouterr().err
