@@ -41,8 +41,8 @@ from rotpruner.rotations import RotationSet, merge_rotations
 from rotpruner.statistics import Moment
 from rotpruner.teacher import head_at
 
-#: The share of the sequences that is kept from the fit, for the line search. They cost little beside those that are fitted,
-#: and the pruned model is more sensitive to the step length than four sequences can tell.
+#: The share of the sequences that is kept from the fit, for the line search. They cost little beside those that are
+#: fitted, and the pruned model is more sensitive to the step length than four sequences can tell.
 _HELD_OUT = 1 / 3
 
 #: Steps of conjugate gradients at most.
