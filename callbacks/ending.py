@@ -88,8 +88,8 @@ class Ending(Callback, ABC):
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Only after training has run to its end; an interrupted one is resumed, not finished.
 
-        The first rank works on a model of its own in main memory, whose blocks are run where training was, one at a
-        time; the others wait for it.
+        The first rank works on a model of its own, whose blocks are run where training was, one at a time or with the
+        whole model there (`rotpruner.memory.home_of`); the others wait for it.
         """
         if trainer.interrupted or trainer.received_sigterm:
             return

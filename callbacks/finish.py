@@ -127,9 +127,10 @@ class Finish(Ending):
         controls = {"pruner": None, "start": started, "random_rotation": drawn, "no_update": learned}
         for control, rotations in controls.items():
             if control in self.controls:
-                build = partial(pruned, rotations, 0 if rotations is learned else update)
+                updated, spent = (0, seconds) if rotations is learned else (update, 0.0)
                 control = "pca" if control == "pruner" and isinstance(pattern, Slice) else control
-                rows.append(self._kept(run, control, partial(self._pruned, run, control, pattern, build)))
+                build = partial(self._pruned, run, control, pattern, partial(pruned, rotations, updated), spent)
+                rows.append(self._kept(run, control, build))
         build = partial(self._pruned, run, "rotpruner", pattern, partial(pruned, learned, update), seconds)
         rows.append(self._kept(run, "rotpruner", build))
         exported = AutoModelForCausalLM.from_pretrained(run / "export")
@@ -159,9 +160,7 @@ class Finish(Ending):
     def _dense(self, name: str) -> Row:
         return self.evaluated("dense", None, load_model(name, torch.float32), 0.0, reference=True)
 
-    def _pruned(
-        self, run: Path, name: str, pattern: Any, build: Callable[[Path], Row], learning_seconds: float = 0.0
-    ) -> Row:
+    def _pruned(self, run: Path, name: str, pattern: Any, build: Callable[[Path], Row], learning_seconds: float) -> Row:
         """Build, reload, evaluate; `build` may add to the row."""
         started = time.perf_counter()
         with tempfile.TemporaryDirectory(dir=run) as scratch:

@@ -49,11 +49,10 @@ def add_device(parser: argparse.ArgumentParser) -> None:
 
 def _device(text: str) -> torch.device:
     try:
-        device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if text == "auto" else text)
-        torch.empty(0, device=device)
+        name = ("cuda" if torch.cuda.is_available() else "cpu") if text == "auto" else text
+        return torch.empty(0, device=name).device  # of the number that models say they are on
     except (RuntimeError, AssertionError) as error:
         raise argparse.ArgumentTypeError(f"device '{text}' cannot be used here: {str(error).splitlines()[0]}") from None
-    return device
 
 
 def report(result: dict[str, Any], as_json: bool) -> None:

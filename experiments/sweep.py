@@ -2,10 +2,10 @@
 
 A sweep file is YAML: a `title`, the `command` (prune, fit or recover), its `arguments` (for the last two also
 `config`, a list of files), and a `grid` of arguments whose combinations are the rows, or the `rows` one by one, each
-with the arguments that it changes. `{seed}` in an argument is the row's own `seed`, and so with its other values. With
-`reference: true` the first row of a table of prunes is the dense model on the same texts, from which gaps are counted.
-`--config experiments/configs/opt-125m.yaml` runs a table of fits on another
-model, as a table of its own.
+with the arguments that it changes. `{seed}` in an argument is the row's own `seed`, and so with its other values;
+`{runs}` is the directory of run directories. With `keep: true` a table of prunes keeps its models there, as fits do.
+With `reference: true` the first row of a table of prunes is the dense model on the same texts, from which gaps are
+counted. `--config experiments/configs/opt-125m.yaml` runs a table of fits on another model, as a table of its own.
 
 ```yaml
 title: One-shot pruners
@@ -19,14 +19,16 @@ reference: true
 from __future__ import annotations
 
 import json
+import os
 import re
 import shlex
+import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
-from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import Any, TextIO
@@ -39,6 +41,9 @@ from experiments.report_runs import read_curves
 from rotpruner.artifacts import write_json
 from rotpruner.errors import InputError
 from rotpruner.provenance import commit
+
+#: Name, the arguments that a row changes, command line.
+_Planned = tuple[str, dict[str, Any], list[str]]
 
 #: What a sweep may run.
 _COMMANDS = ("prune", "fit", "recover")
@@ -81,40 +86,80 @@ def main(arguments: list[str]) -> None:
         )
     if not all((directory / f"{name}.json").is_file() for name in names):
         write_json({"title": sweep["title"], "columns": columns}, directory / "sweep.json")
-    run = partial(_run, directory=directory, logs=options.runs / table if options.jobs > 1 else None)
-    pool = ThreadPoolExecutor(options.jobs)
-    try:
-        failed = [
-            name for name, done in zip(names, pool.map(run, *zip(*planned, strict=True)), strict=True) if not done
-        ]
-    finally:
-        pool.shutdown(cancel_futures=True)  # an interrupted sweep begins no other row
-    if failed:
-        raise InputError(f"rows that failed: {', '.join(failed)}; what they said stands above, run again to retry them")
+    runner = _Runner(directory, options.runs / table, options.jobs)
+    if failed := [name for name, done in zip(names, runner.all(planned), strict=True) if not done]:
+        where = "above" if options.jobs == 1 else f"in {options.runs / table}/ROW.log"
+        raise InputError(
+            f"rows that failed: {', '.join(failed)}; what they said stands {where}, run again to retry them"
+        )
 
 
-def _run(name: str, row: dict[str, Any], command: list[str], directory: Path, logs: Path | None) -> bool:
-    """Run one row, unless it has a result; whether it has one now. `logs` is where to keep what it says."""
-    target = directory / f"{name}.json"
-    if target.is_file():
-        console.print(f"{name}: {_done(target, command)}", markup=False, highlight=False)
-        return True
-    console.print(f"{name}: {shlex.join(command)}", markup=False, highlight=False)
-    begun_at = commit()  # the row may take hours, and the checkout move on
-    with nullcontext() if logs is None else _log(logs / f"{name}.log") as says:
-        words = [sys.executable, "-m", "experiments", *command]
-        finished = subprocess.run(words, stdout=subprocess.PIPE, stderr=says, text=True)
-    if finished.returncode:
+class _Runner:
+    """Runs rows that have no result yet, some at a time.
+
+    Args:
+        directory: of results.
+        runs: of the table's run directories, and of what rows say where several run at a time.
+        jobs: rows at a time.
+    """
+
+    def __init__(self, directory: Path, runs: Path, jobs: int) -> None:
+        self._directory, self._runs, self._jobs = directory, runs, jobs
+        self._running: set[subprocess.Popen[str]] = set()
+
+    def all(self, planned: list[_Planned]) -> list[bool]:
+        """Whether each row has a result now. What ends this process ends the rows that run, and begins no other."""
+        held = signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+        pool = ThreadPoolExecutor(self._jobs)
+        try:
+            return list(pool.map(self._one, planned))
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
+            for process in list(self._running):
+                process.terminate()
+            pool.shutdown()
+            signal.signal(signal.SIGTERM, held)
+
+    def _one(self, planned: _Planned) -> bool:
+        name, row, command = planned
+        target = self._directory / f"{name}.json"
+        if target.is_file():
+            _say(f"{name}: {_done(target, command)}")
+            return True
+        _say(f"{name}: {shlex.join(command)}")
+        begun_at = commit()  # the row may take hours, and the checkout move on
+        try:
+            if command[0] == "prune" and (kept := self._runs / name).is_dir():
+                shutil.rmtree(kept)  # what an interrupted row has left; no finished one comes here
+            status, output = self._ended(name, command)
+            if status == 0:
+                record = {"row": row, "command": _public(command), "commit": begun_at}
+                write_json({**record, **_found(command, output)}, target)
+                return True
+            _say(f"{name} failed with status {status}")
+        except (InputError, OSError, ValueError, KeyError) as error:
+            _say(f"{name} failed: {error}")
         return False
-    record = {"row": row, "command": _public(command), "commit": begun_at}
-    write_json({**record, **_found(command, finished.stdout)}, target)
-    return True
+
+    def _ended(self, name: str, command: list[str]) -> tuple[int, str]:
+        """Exit status and standard output of a row, once it has ended."""
+        with nullcontext() if self._jobs == 1 else self._log(name) as says:
+            words = [sys.executable, "-m", "experiments", *command]
+            environment = {**os.environ, "ROTPRUNER_JOBS": str(self._jobs)}
+            with subprocess.Popen(words, stdout=subprocess.PIPE, stderr=says, text=True, env=environment) as process:
+                self._running.add(process)
+                output, _ = process.communicate()
+                self._running.discard(process)
+        return process.returncode, output
+
+    def _log(self, name: str) -> TextIO:
+        path = self._runs / f"{name}.log"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        return path.open("a", encoding="utf-8")
 
 
-def _log(path: Path) -> TextIO:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    console.print(f"see {path}", markup=False, highlight=False)
-    return path.open("a", encoding="utf-8")
+def _say(text: str) -> None:
+    console.print(text, markup=False, highlight=False)
 
 
 def read_sweep(path: Path) -> dict[str, Any]:
@@ -137,18 +182,22 @@ def read_sweep(path: Path) -> dict[str, Any]:
         sweep["rows"] = [dict(zip(grid, values, strict=True)) for values in product(*grid.values())]
     if sweep["command"] not in _COMMANDS:
         raise InputError(f"sweep file '{path}': command '{sweep['command']}' is not one of {', '.join(_COMMANDS)}")
-    return {"arguments": {}, "config": [], "reference": False, **sweep}
+    if sweep.get("keep") and sweep["command"] != "prune":
+        raise InputError(f"sweep file '{path}': keep is for prune; {sweep['command']} always keeps its models")
+    return {"arguments": {}, "config": [], "reference": False, "keep": False, **sweep}
 
 
-def rows(sweep: dict[str, Any], runs: Path) -> Iterator[tuple[str, dict[str, Any], list[str]]]:
-    """(name, the arguments that it changes, command line) of every row."""
+def rows(sweep: dict[str, Any], runs: Path) -> Iterator[_Planned]:
+    """Every row; `runs` is where those of this table have their run directories."""
     shared = sweep["arguments"]
     if sweep["reference"]:
         texts = {key: shared[key] for key in ("model", "text", "seq_len", "max_tokens") if key in shared}
         yield "dense", {}, ["evaluate", *_flags(texts), "--json"]
     for row in sweep["rows"]:
         name = "-".join(map(_name, row.values())) or "base"
-        arguments = {key: _filled(value, row) for key, value in {**shared, **row}.items()}
+        arguments = {key: _filled(key, value, {"runs": runs.parent, **row}) for key, value in {**shared, **row}.items()}
+        if sweep["keep"]:
+            arguments["output"] = str(runs / name)
         if sweep["command"] in ("fit", "recover"):
             configs = [item for config in sweep["config"] for item in ("-c", str(config))]
             arguments["trainer.default_root_dir"] = str(runs / name)
@@ -157,12 +206,13 @@ def rows(sweep: dict[str, Any], runs: Path) -> Iterator[tuple[str, dict[str, Any
             yield name, row, [sweep["command"], *_flags(arguments), "--json"]
 
 
-def _filled(value: Any, row: dict[str, Any]) -> Any:
-    """An argument with the row's own values in the place of their names in braces."""
-    if isinstance(value, str):
-        for name, other in row.items():
-            value = value.replace(f"{{{name}}}", str(other))
-    return value
+def _filled(key: str, value: Any, known: dict[str, Any]) -> Any:
+    """An argument with values in the place of their names in braces."""
+    if not isinstance(value, str):
+        return value
+    if unknown := {name for name in re.findall(r"\{([\w.]+)\}", value) if name not in known}:
+        raise InputError(f"{key} {value}: no {', '.join(sorted(unknown))} in a row that has {', '.join(known)}")
+    return re.sub(r"\{([\w.]+)\}", lambda name: str(known[name[1]]), value)
 
 
 def on_another(sweep: dict[str, Any], config: Path) -> list[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import os
 import sys
 from collections.abc import Callable
 from functools import cache
@@ -25,7 +26,8 @@ def home_of(model: nn.Module, device: torch.device, copies: int = 1, tokens: int
         tokens: whose states wait with it.
 
     Returns:
-        The device, if all of it would take less than half of the GPU's free memory.
+        The device, if all of it would take less than half of the GPU's free memory, or of this process's share where
+        `ROTPRUNER_JOBS` says how many there are.
     """
     here = next(model.parameters()).device
     if device.type != "cuda":
@@ -33,7 +35,9 @@ def home_of(model: nn.Module, device: torch.device, copies: int = 1, tokens: int
     weights = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
     states = _STATES * 4 * tokens * getattr(model, "config").hidden_size  # noqa: B009 - nn.Module knows no config
     free, _ = torch.cuda.mem_get_info(device)
-    return device if copies * weights + states < free / 2 else here
+    free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # held for this process to use
+    jobs = int(os.environ.get("ROTPRUNER_JOBS", 1))
+    return device if copies * weights + states < free / jobs / 2 else here
 
 
 def release_freed(device: torch.device) -> None:

@@ -44,7 +44,7 @@ def pair(name: str, pattern: str = "2:4", placement: str | None = None):
 def test_every_family_comes_nearer_and_keeps_its_masks(name):
     pruned, dense = pair(name)
     masks = {path: linear.weight != 0 for path, linear in linear_modules(pruned).items()}
-    distance = _distance_to(dense, batches()[-2:], None, None)
+    distance = _distance_to(dense, batches()[-5:], None, None)
     before = distance(pruned)
     length = compensate(pruned, dense, batches())
     assert 0 < length <= 1
@@ -107,7 +107,7 @@ def _stream(model, behind: str | int) -> torch.Tensor:
 @torch.no_grad()
 def test_online_bases_are_made_up_for_too():
     pruned, dense = pair("llama-2", placement="per_block")
-    distance = _distance_to(dense, batches()[-2:], None, None)
+    distance = _distance_to(dense, batches()[-5:], None, None)
     before = distance(pruned)
     assert compensate(pruned, dense, batches()) > 0
     assert distance(pruned) < before
@@ -132,7 +132,7 @@ def test_what_finds_the_step_was_not_fitted(monkeypatch):
         compensation, "_distance_to", lambda dense, these, *rest: tried.extend(these) or (lambda model: 0.0)
     )
     compensate(pruned, dense, given)
-    assert len(tried) == 2
+    assert (len(fitted), len(tried)) == (11, 5)
     assert [*map(id, fitted + tried)] == [*map(id, given)]
 
 
@@ -167,7 +167,7 @@ def test_checkpoints_in_float16_are_updated_under_bfloat16(name):
     dense = tiny(name).half()
     pruned = copy.deepcopy(dense)
     prune_model(pruned, resolve_pruner("wanda"), parse_pattern("2:4"), batches(), calibration_dtype=torch.bfloat16)
-    distance = _distance_to(dense, batches()[-2:], torch.bfloat16, None)
+    distance = _distance_to(dense, batches()[-5:], torch.bfloat16, None)
     before = distance(pruned)
     assert compensate(pruned, dense, batches(), calibration_dtype=torch.bfloat16) > 0
     assert distance(pruned) < before
@@ -234,6 +234,7 @@ def test_a_fit_updates_all_its_rows_under_their_masks(model_directory, text_file
     assert all(row["sparsity"] == 0.5 for row in pruned.values())
     assert all(0 < pruned[name]["step_length"] <= 1 for name in ("pruner", "rotpruner"))
     assert "step_length" not in pruned["no_update"]
+    assert pruned["no_update"]["seconds"] > pruned["rotpruner"]["seconds"] / 2, "both have learned"
     assert pruned["no_update"]["ppl"] != pruned["rotpruner"]["ppl"]
     assert "this model before the weight update" in (run / "export" / "README.md").read_text()
     assert "compensation" in (run / "export" / "README.md").read_text()

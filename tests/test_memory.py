@@ -27,10 +27,14 @@ def test_a_model_waits_on_a_gpu_with_room_for_its_copies_and_states(monkeypatch)
     model, gpu = tiny("llama-2"), torch.device("cuda:0")
     weights = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
     states = 24 * 4 * 1000 * model.config.hidden_size
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 1000)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 400)
     for needed, given in ((weights, {}), (5 * weights + states, {"copies": 5, "tokens": 1000})):
-        for free, expected in ((2 * needed + 2, gpu), (2 * needed, CPU)):
-            monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device, free=free: (free, 10**12))
-            assert home_of(model, gpu, **given) == expected
+        for jobs in (1, 3):
+            monkeypatch.setenv("ROTPRUNER_JOBS", str(jobs))
+            for free, expected in ((2 * jobs * needed + 6, gpu), (2 * jobs * needed, CPU)):
+                monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device, free=free: (free - 600, 10**12))
+                assert home_of(model, gpu, **given) == expected
     assert home_of(model, torch.device("meta")) == CPU
 
 

@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import shutil
+import signal
+import time
 from pathlib import Path
+from threading import Thread
 from xml.etree import ElementTree
 
 import pytest
@@ -17,6 +21,7 @@ from experiments.fit import FitCLI
 from experiments.results import table
 from experiments.sweep import _found, on_another, read_sweep, rows
 from rotpruner.compensation import check_compensation
+from rotpruner.errors import InputError
 
 SWEEPS = sorted(Path("experiments/sweeps").glob("*.yaml"))
 
@@ -30,13 +35,18 @@ def test_a_sweep_runs_its_rows_once_and_results_become_a_table(model_directory, 
         "arguments": settings,
         "grid": {"pruner": ["magnitude"], "pattern": ["2:4"], "seed": [0, 1]},
         "reference": True,
+        "keep": True,
     }
-    settings["output"] = str(tmp_path / "pruned" / "{pruner}-{seed}")
     file.write_text(yaml.safe_dump(sweep, sort_keys=False))
     arguments = ["sweep", str(file), "--set", f"calibration={text_file}", "--set", f"text=[{test_text_file}]"]
     arguments += ["--results", str(tmp_path / "results"), "--runs", str(tmp_path / "runs"), "--jobs", "2"]
+    left = tmp_path / "runs" / "tiny" / "magnitude-2of4-0"
+    left.mkdir(parents=True)
+    (left / "half").write_text("of an interrupted row")
     assert main(arguments) == 0
-    assert {path.name for path in (tmp_path / "pruned").iterdir()} == {"magnitude-0", "magnitude-1"}
+    kept = {path.name for path in (tmp_path / "runs" / "tiny").iterdir() if path.is_dir()}
+    assert kept == {"magnitude-2of4-0", "magnitude-2of4-1"}
+    assert not (left / "half").exists()
     assert "saved" in (tmp_path / "runs" / "tiny" / "magnitude-2of4-1.log").read_text()
     kept = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "results" / "tiny").iterdir()}
     assert set(kept) == {"sweep.json", "dense.json", "magnitude-2of4-0.json", "magnitude-2of4-1.json"}
@@ -69,6 +79,72 @@ def test_a_row_that_another_command_has_made_is_kept_and_named(tmp_path, capsys)
         shown = " ".join(capsys.readouterr().err.split())
         assert ("by another command" in shown) is other
         assert (f"({ran})" in shown) is other
+
+
+@pytest.fixture
+def program(tmp_path, monkeypatch):
+    """Rows run this shell script instead of Python, which leaves its process's number in `pid`; a sweep of one."""
+    script = tmp_path / "program"
+    script.write_text(f"#!/bin/sh\necho $$ > {tmp_path}/pid.part\nmv {tmp_path}/pid.part {tmp_path}/pid\n")
+    script.chmod(0o755)
+    monkeypatch.setattr("experiments.sweep.sys.executable", str(script))
+    (tmp_path / "one.yaml").write_text("{title: One, command: prune, rows: [{seed: 0}, {seed: 1}]}")
+    return script
+
+
+def sweep_one(tmp_path, *more):
+    directories = ["--results", str(tmp_path / "results"), "--runs", str(tmp_path / "runs")]
+    return main(["sweep", str(tmp_path / "one.yaml"), *directories, *more])
+
+
+@pytest.mark.parametrize(
+    ("ends", "said"), [("echo of the row >&2; exit 3", "0 failed with status 3"), ("", "0 failed: ")]
+)
+@pytest.mark.parametrize("jobs", ["1", "2"])
+def test_rows_that_fail_are_named_and_the_others_go_on(ends, said, jobs, program, tmp_path, capsys):
+    """A status, or an output that is none; what they said stands where the message has it."""
+    program.write_text(program.read_text() + f"test $ROTPRUNER_JOBS = {jobs} || exit 9\n{ends}\n")
+    assert sweep_one(tmp_path, "--jobs", jobs) == 2
+    shown = " ".join(capsys.readouterr().err.split())
+    assert said in shown
+    assert "rows that failed: 0, 1" in shown
+    if jobs == "2":
+        assert "ROW.log" in shown
+        assert ("of the row" in (tmp_path / "runs" / "one" / "0.log").read_text()) is bool(ends)
+
+
+def test_a_sweep_that_is_ended_ends_its_rows(program, tmp_path):
+    program.write_text(program.read_text() + "exec sleep 60\n")
+
+    def end() -> None:
+        while not (tmp_path / "pid").exists():
+            time.sleep(0.01)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    Thread(target=end).start()
+    with pytest.raises(SystemExit, match="143"):
+        sweep_one(tmp_path)
+    with pytest.raises(ProcessLookupError):
+        os.kill(int((tmp_path / "pid").read_text()), 0)
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+    assert [path.name for path in (tmp_path / "results" / "one").iterdir()] == ["sweep.json"], "no row has a result"
+
+
+def test_values_of_a_row_take_the_place_of_their_names(tmp_path):
+    arguments = {"model": "{runs}/a/{seed}", "text": ["{seed}"]}
+    sweep = {"title": "T", "command": "prune", "arguments": arguments, "rows": [{"seed": 7}], "keep": True}
+    (tmp_path / "a.yaml").write_text(yaml.safe_dump(sweep))
+    ((_, row, command),) = rows(read_sweep(tmp_path / "a.yaml"), tmp_path / "runs" / "a")
+    assert row == {"seed": 7}
+    assert command[command.index("--model") + 1] == f"{tmp_path}/runs/a/7"
+    assert command[command.index("--output") + 1] == f"{tmp_path}/runs/a/7"
+    sweep["arguments"]["model"] = "{sead}"
+    (tmp_path / "a.yaml").write_text(yaml.safe_dump(sweep))
+    with pytest.raises(InputError, match="no sead in a row that has runs, seed"):
+        list(rows(read_sweep(tmp_path / "a.yaml"), tmp_path))
+    (tmp_path / "a.yaml").write_text("{title: T, command: fit, rows: [{seed: 0}], keep: true}")
+    with pytest.raises(InputError, match="keep is for prune"):
+        read_sweep(tmp_path / "a.yaml")
 
 
 def test_what_rows_would_overrule_and_rows_of_one_name_are_refused(tmp_path, capsys):
