@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 from functools import partial
 
 import pytest
@@ -10,6 +11,7 @@ import torch
 from elsewhere import ELSEWHERE, elsewhere
 from tiny_models import exact, rotated_model, tiny
 
+from experiments.__main__ import main
 from rotpruner.api import learn
 from rotpruner.compensation import compensate
 from rotpruner.objectives import Objective
@@ -97,6 +99,45 @@ def test_a_model_that_is_there_as_a_whole_is_pruned_and_updated_there(placement)
             ppl = perplexity(model, ids.flatten(), seq_len=16, device=device)
             found.append([*(weight.cpu() for weight in weights(model)), torch.tensor([length, ppl])])
     assert_same(*found, tolerance=1e-2)
+
+
+WHOLE = {
+    "update": [
+        "--pruner",
+        "wanda",
+        "--pattern",
+        "2:4",
+        "--rotations",
+        "random",
+        "--statistics",
+        "dense",
+        "--compensate",
+        "4",
+    ],
+    "owl": ["--pruner", "magnitude", "--pattern", "0.5", "--layer_sparsity", "owl", "--update", "sparsegpt"],
+    "slice": ["--pattern", "slice:0.25"],
+    "slice per block": ["--pattern", "slice:0.25", "--placement", "per_block"],
+}
+
+
+@pytest.mark.parametrize("options", WHOLE.values(), ids=WHOLE)
+def test_the_command_prunes_a_model_that_waits_there(
+    options, tokenizer, text_file, test_text_file, tmp_path, monkeypatch, capsys
+):
+    exact(tiny("llama-3", vocab_size=len(tokenizer))).save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    found = []
+    given = ["--model", tmp_path / "model", "--calibration", text_file, "--text", test_text_file]
+    sizes = ["--num_sequences", "4", "--seq_len", "32", "--max_tokens", "256", "--json"]
+    for module in ("experiments.prune", "datamodules.evaluation"):
+        monkeypatch.setattr(f"{module}.home_of", lambda model, device, **_: device)
+    with elsewhere():
+        for device in DEVICES:
+            assert main(["prune", *map(str, given), *options, *sizes, "--device", str(device)]) == 0
+            found.append(json.loads(capsys.readouterr().out))
+    for one, other in zip(*(each["ppl"].values() for each in found), strict=True):
+        assert one == pytest.approx(other, rel=2e-2)  # stock norms are float32: the steps of a solver go elsewhere
+    assert found[1]["sparsity"] == found[0]["sparsity"]
 
 
 @torch.no_grad()
