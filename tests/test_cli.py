@@ -31,7 +31,7 @@ def test_prune_prints_json_and_writes_a_plain_checkpoint(prune, capsys, pattern,
     printed = capsys.readouterr().out
     assert status == 0
     result = json.loads(printed)
-    assert set(result) == {"output", "pattern", "sparsity", "seconds", "dtype", "parameters"}
+    assert set(result) == {"output", "pattern", "sparsity", "seconds", "dtype", "device", "parameters"}
     assert result["dtype"] == "float32"
     assert result["sparsity"] == pytest.approx(sparsity, abs=1e-6)
     model = AutoModelForCausalLM.from_pretrained(output)
@@ -112,7 +112,7 @@ def test_fit_writes_results_and_export_and_is_shown_again(fit, capsys, prune):
     status, run = fit()
     assert status == 0
     results = json.loads((run / "results.json").read_text())
-    assert set(results) == {"rows", "config", "commit"}
+    assert set(results) == {"rows", "config", "commit", "device"}
     assert [row["name"] for row in results["rows"]] == ["dense", "pruner", "random_rotation", "rotpruner"]
     for row in results["rows"]:
         assert set(row) == {"name", "pattern", "sparsity", "seconds", "ppl", "parameters", "online_flops"}

@@ -217,7 +217,10 @@ def test_the_command_says_how_far_it_went(model_directory, text_file, test_text_
     assert "--compensate 8" in card
 
 
-def test_a_fit_updates_all_its_rows_under_their_masks(model_directory, text_file, test_text_file, tmp_path, capsys):
+def test_a_fit_updates_all_its_rows_under_their_masks(
+    model_directory, text_file, test_text_file, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.setattr("callbacks.ending.Ending._elapsed", lambda self: 1000.0)
     run = tmp_path / "run"
     arguments = ["fit", "-c", "experiments/configs/quickstart.yaml"]
     arguments += fit_arguments(model_directory, text_file, test_text_file, run)
@@ -234,7 +237,8 @@ def test_a_fit_updates_all_its_rows_under_their_masks(model_directory, text_file
     assert all(row["sparsity"] == 0.5 for row in pruned.values())
     assert all(0 < pruned[name]["step_length"] <= 1 for name in ("pruner", "rotpruner"))
     assert "step_length" not in pruned["no_update"]
-    assert pruned["no_update"]["seconds"] > pruned["rotpruner"]["seconds"] / 2, "both have learned"
+    learned = [name for name, row in pruned.items() if row["seconds"] >= 1000]
+    assert learned == ["no_update", "rotpruner"]
     assert pruned["no_update"]["ppl"] != pruned["rotpruner"]["ppl"]
     assert "this model before the weight update" in (run / "export" / "README.md").read_text()
     assert "compensation" in (run / "export" / "README.md").read_text()
