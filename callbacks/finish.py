@@ -116,8 +116,8 @@ class Finish(Ending):
             )
             if updated:
                 fitted = batches[:updated]
-                dense: Any = load_model(name)
-                found["step_length"] = compensate(model, dense.to(home), fitted, rotations=rotations, **running)
+                dense = load_model(name, device=home)
+                found["step_length"] = compensate(model, dense, fitted, rotations=rotations, **running)
             save_model(model, tokenizer, directory, replace=True)
             return found
 

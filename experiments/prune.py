@@ -10,7 +10,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any, get_args
 
-import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -87,11 +86,6 @@ def main(arguments: list[str]) -> None:
     report(result, options.json)
 
 
-def _load_at(name: str, device: torch.device) -> PreTrainedModel:
-    model: Any = load_model(name)
-    return model.to(device)
-
-
 def _checked_pattern(options: argparse.Namespace) -> Pattern | Slice:
     """The pattern, if all options go together; raises InputError before anything is loaded."""
     if options.output is None and not options.text:
@@ -136,7 +130,7 @@ def _prune(
 ) -> dict[str, Any]:
     """Prune a model in place; what is to be reported of it."""
     started = time.perf_counter()
-    load_there = partial(_load_at, options.model, model.device)
+    load_there = partial(load_model, options.model, device=model.device)
     dtype = None
     if options.calibration_dtype is not None:
         dtype = resolve_dtype(options.calibration_dtype, options.device)

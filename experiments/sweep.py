@@ -129,8 +129,9 @@ class _Runner:
         _say(f"{name}: {shlex.join(command)}")
         begun_at = commit()  # the row may take hours, and the checkout move on
         try:
-            if command[0] == "prune" and (kept := self._runs / name).is_dir():
-                shutil.rmtree(kept)  # what an interrupted row has left; no finished one comes here
+            kept = self._runs / name
+            if command[0] == "prune" and str(kept) in command and kept.is_dir():
+                shutil.rmtree(kept)  # what an interrupted row of `keep` has left; no finished one comes here
             status, output = self._ended(name, command)
             if status == 0:
                 record = {"row": row, "command": _public(command), "commit": begun_at}

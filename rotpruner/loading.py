@@ -86,12 +86,15 @@ def _packed_weights(directory: str, config: Any) -> dict[str, Any]:
         return {"config": config, "state_dict": read_packed(directory)}
 
 
-def load_model(name: str | Path, dtype: torch.dtype | None = None) -> PreTrainedModel:
+def load_model(
+    name: str | Path, dtype: torch.dtype | None = None, device: torch.device | None = None
+) -> PreTrainedModel:
     """A causal language model in evaluation mode, its weights checked to be finite.
 
     Args:
         name: embedded name, local directory (packed ones too) or hub name.
         dtype: of the weights; None keeps the checkpoint's.
+        device: where it goes; None is the CPU.
 
     Raises:
         InputError: it cannot be loaded, its family is unknown, or a weight is missing, NaN or infinite.
@@ -100,7 +103,7 @@ def load_model(name: str | Path, dtype: torch.dtype | None = None) -> PreTrained
     config, source = load_config(name), _resolve(name)
     weights = _packed_weights(source, config) if is_packed(source) else {}
     # The automatic class insists on a directory, the model's own does not.
-    loader = type(meta_model(config)) if weights else AutoModelForCausalLM
+    loader: Any = type(meta_model(config)) if weights else AutoModelForCausalLM
     settings = {"dtype": "auto" if dtype is None else dtype, "output_loading_info": True, **_OWN_CODE}
     model, found = _pretrained(loader, name, **settings, **weights)
     _check_complete(name, model, found)
@@ -110,7 +113,7 @@ def load_model(name: str | Path, dtype: torch.dtype | None = None) -> PreTrained
     for parameter_name, parameter in model.named_parameters():
         if not torch.isfinite(parameter).all():
             raise InputError(f"weight {parameter_name} of '{name}' holds NaN or infinity; repair the checkpoint")
-    return model
+    return model if device is None else model.to(device)
 
 
 def _check_complete(name: str, model: PreTrainedModel, found: dict[str, Any]) -> None:

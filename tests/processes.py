@@ -87,7 +87,7 @@ def fit(arguments: list[str], callbacks=(), exact: bool = False, environment=Non
     torch.set_num_threads(1)
     if exact:
         load = module.load_model
-        module.load_model = lambda *given: in_float64(load(*given))
+        module.load_model = lambda *given, **more: in_float64(load(*given, **more))
     cli = FitCLI(arguments)
     cli.trainer.callbacks.extend([Record(), *callbacks])
     cli.trainer.fit(cli.model, cli.datamodule, ckpt_path=cli.resume_from, weights_only=True)
