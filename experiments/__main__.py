@@ -14,7 +14,10 @@ from rotpruner.errors import InputError
 #: Command → (module with a `main(arguments)`, what it does).
 COMMANDS = {
     "fit": ("experiments.fit", "learn rotations, prune, export and compare: fit -c CONFIG.yaml"),
-    "recover": ("experiments.recover", "train the weights that survived pruning: recover --model.model RUN/export"),
+    "recover": (
+        "experiments.recover",
+        "train the weights that survived pruning: recover -c CONFIG.yaml --model.model RUN/export",
+    ),
     "prune": ("experiments.prune", "prune a model once, in its own basis or a rotated one"),
     "sweep": ("experiments.sweep", "run every row of a table of experiments: sweep experiments/sweeps/pruners.yaml"),
     "results": ("experiments.results", "write experiments/RESULTS.md from what sweeps have kept"),

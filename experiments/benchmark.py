@@ -12,6 +12,9 @@ BENCHMARKS = {"step": "experiments.benchmark_step", "inference": "experiments.be
 
 def main(arguments: list[str]) -> None:
     """Run one benchmark."""
+    if arguments[:1] in (["-h"], ["--help"]):
+        print(f"usage: python -m experiments benchmark {{{','.join(BENCHMARKS)}}} [options]\n\n{__doc__}")
+        return
     if not arguments or arguments[0] not in BENCHMARKS:
         raise InputError(f"benchmark what? choose one of {', '.join(BENCHMARKS)}: benchmark step --json")
     import_module(BENCHMARKS[arguments[0]]).main(arguments[1:])

@@ -27,13 +27,13 @@ from rotpruner.errors import InputError
 from rotpruner.families import linear_modules
 from rotpruner.loading import load_config, load_model
 from rotpruner.oneshot import parameter_count
-from rotpruner.provenance import device_name
+from rotpruner.provenance import commit, device_name, public_command
 
 Row = dict[str, Any]
 
 
 def main(arguments: list[str]) -> None:
-    """Print `{"device", "threads", "dtype", "batch_size", "seq_len", "new_tokens", "repeats", "rows", "note"}`.
+    """Print `{"device", "threads", "dtype", "rows", "note"}`, what was timed, `"command"` and `"commit"`.
 
     A row is `{"model", "parameters", "bytes", "prefill", "decode"}`.
     `prefill` and `decode` are `{"tokens_per_second", "spread", "ratio", "ratio_spread"}`: medians over the turns and
@@ -92,6 +92,8 @@ def main(arguments: list[str]) -> None:
             for column, (number, name) in enumerate(models)
         ],
         "note": note,
+        "command": f"python -m experiments benchmark inference {public_command(arguments)}",
+        "commit": commit(),
     }
     if options.json:
         report(result, as_json=True)

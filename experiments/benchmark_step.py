@@ -7,7 +7,6 @@ with the same loss against the same cached teacher states. Both are timed in tur
 from __future__ import annotations
 
 import resource
-import shlex
 import sys
 import time
 from collections.abc import Callable
@@ -25,7 +24,7 @@ from rotpruner.objectives import Objective
 from rotpruner.oneshot import parameter_count
 from rotpruner.patterns import parse_pattern
 from rotpruner.precision import fast_dtype
-from rotpruner.provenance import commit, device_name
+from rotpruner.provenance import commit, device_name, public_command
 from rotpruner.pruners import resolve_pruner
 from rotpruner.rotated_model import RotatedModel
 from rotpruner.rotations import LearnedRotations
@@ -102,7 +101,7 @@ def main(arguments: list[str]) -> None:
     if not options.learning_only:
         result |= {"ratio": total / seconds["dense"], "dense_seconds": seconds["dense"]}
     result |= {"peak_bytes": _peak_bytes(options.device) - imported, "dense_fp32_bytes": dense_bytes}
-    result |= {"command": f"python -m experiments benchmark step {shlex.join(arguments)}", "commit": commit()}
+    result |= {"command": f"python -m experiments benchmark step {public_command(arguments)}", "commit": commit()}
     report(result, options.json)
 
 

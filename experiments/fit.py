@@ -113,6 +113,7 @@ class FitCLI(LightningCLI):
 
     def before_instantiate_classes(self) -> None:
         """Look at the run directory before anything is built."""
+        check_limited(self.config.trainer)
         self.run_directory = Path(self.config.trainer.default_root_dir)
         if self.config.trainer.accelerator == "auto" and torch.backends.mps.is_available():
             self.config.trainer.accelerator = "cpu"  # `check_trainer` would refuse what Lightning takes
@@ -188,6 +189,18 @@ class FitCLI(LightningCLI):
                 "under any number of processes"
             )
         return trainer
+
+
+def check_limited(trainer: Any) -> None:
+    """Raise `InputError` if nothing in a Trainer's settings says how long it trains.
+
+    Lightning would go on for 1000 epochs.
+    """
+    if trainer.max_steps < 0 and trainer.max_epochs is None and trainer.max_time is None and not trainer.fast_dev_run:
+        raise InputError(
+            "nothing says how long to learn: give a config with -c, as those in experiments/configs, or "
+            "--trainer.max_steps"
+        )
 
 
 def _wandb_settings(config: Any) -> list[Any]:

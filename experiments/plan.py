@@ -12,11 +12,12 @@ from inspect import signature
 from typing import Any
 
 import torch
+from jsonargparse import Namespace
 
 from datamodules.calibration import CalibrationBatches, CalibrationDataModule
 from experiments.arguments import Parser, at_least
 from experiments.arguments import report as print_json
-from experiments.fit import FitCLI
+from experiments.fit import FitCLI, check_limited
 from rotpruner.basis import check_offload
 from rotpruner.choices import check_choices
 from rotpruner.compensation import check_compensation
@@ -76,14 +77,14 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--gpu", choices=[*GPUS, "cpu"], default="h100-80gb", help="where; cpu is this machine")
     parser.add_argument("--count", type=at_least(1), default=1, help="GPUs; whether they shard, the config says")
     options, rest = parser.parse_known_args(arguments)
-    setup, name = read_setup(rest, options.gpu, options.count)
+    setup, model = read_setup(rest, options.gpu, options.count)
     memory = memory_plan(setup)
     capacity = _capacity(options.gpu)
     flops = step_flops(setup)
     seconds, rates = _seconds(flops, setup, options.gpu)
     fits = memory.peak <= capacity
     result = {
-        "model": name,
+        "model": model.model,
         "parameters": setup.parameters,
         "trainable_parameters": setup.trainable,
         "hardware": {"name": options.gpu, "count": options.count, "bytes": capacity, "sharded": setup.sharded},
@@ -100,7 +101,7 @@ def main(arguments: list[str]) -> None:
         "seconds_per_step": seconds,
         "disk": _terms(disk_space(setup)),
         "fits": fits,
-        "changes": [] if fits else _changes(setup, options.gpu, capacity),
+        "changes": [] if fits else _changes(setup, model.base_dtype, options.gpu, capacity),
     }
     if options.json:
         print_json(result, True)
@@ -115,8 +116,8 @@ def _dtype(name: DtypeName, gpu: str) -> torch.dtype:
     return torch.bfloat16 if GPUS[gpu].bfloat16 else torch.float32
 
 
-def read_setup(arguments: list[str], gpu: str, count: int) -> tuple[Setup, str]:
-    """The settings of a fit from its command line, and the model's name.
+def read_setup(arguments: list[str], gpu: str, count: int) -> tuple[Setup, Namespace]:
+    """The settings of a fit from its command line, and those of its `model` as they were given.
 
     Raises:
         InputError: as the fit would, before it loads weights.
@@ -164,7 +165,7 @@ def read_setup(arguments: list[str], gpu: str, count: int) -> tuple[Setup, str]:
         sharded=sharded,
         device="cpu" if gpu == "cpu" else "gpu",
     )
-    return setup, model.model
+    return setup, model
 
 
 def _test_tokens(trainer: Any) -> int:
@@ -174,22 +175,16 @@ def _test_tokens(trainer: Any) -> int:
 
 
 def _steps(trainer: Any, data: Any, ranks: int) -> int:
-    """Of the whole fit; Lightning goes on for 1000 epochs where neither steps nor epochs are limited.
+    """Of the whole fit.
 
     Raises:
-        InputError: the ranks' batches are more than the sequences.
+        InputError: neither steps nor epochs are limited, or the ranks' batches are more than the sequences.
     """
     batches = len(CalibrationBatches(torch.empty(data.num_sequences, 0), data.batch_size, world_size=ranks))
-    epochs = (
-        trainer.max_epochs
-        if trainer.max_epochs is not None
-        else -1
-        if trainer.max_steps > 0 or trainer.max_time
-        else 1000
-    )
+    check_limited(trainer)
     limits = [trainer.max_steps] if trainer.max_steps > 0 else []
-    if epochs >= 0:
-        limits.append(epochs * -(-batches // (trainer.accumulate_grad_batches or 1)))
+    if trainer.max_epochs is not None and trainer.max_epochs >= 0:
+        limits.append(trainer.max_epochs * -(-batches // (trainer.accumulate_grad_batches or 1)))
     if not limits:
         raise InputError("the fit has no last step: set trainer.max_steps or trainer.max_epochs")
     return min(limits)
@@ -256,8 +251,11 @@ def _terms(terms: list[Term]) -> list[dict[str, Any]]:
     return [asdict(term) for term in terms]
 
 
-def _changes(setup: Setup, gpu: str, capacity: int) -> list[dict[str, Any]]:
-    """What would lower the peak: each change alone, all together, then other hardware; and whether it is enough."""
+def _changes(setup: Setup, asked: DtypeName, gpu: str, capacity: int) -> list[dict[str, Any]]:
+    """What would lower the peak: each change alone, all together, then other hardware; and whether it is enough.
+
+    Another GPU may find another dtype where `auto` was `asked` for.
+    """
     found: list[dict[str, Any]] = []
 
     def weigh(change: str, changed: Setup, room: int) -> bool:
@@ -276,10 +274,10 @@ def _changes(setup: Setup, gpu: str, capacity: int) -> list[dict[str, Any]]:
         return found
     for name, hardware in GPUS.items():
         if hardware.memory >= capacity and name != gpu:
-            weigh(f"--gpu {name}", setup, int(hardware.memory))
+            weigh(f"--gpu {name}", replace(setup, dtype=_dtype(asked, name)), int(hardware.memory))
     for name in [gpu, *(other for other in GPUS if GPUS[other].memory > capacity)]:
         for ranks in (2, 4, 8, 16, 32):
-            shared = replace(setup, ranks=ranks, sharded=True, offload=False)
+            shared = replace(setup, dtype=_dtype(asked, name), ranks=ranks, sharded=True, offload=False)
             if memory_plan(shared).peak <= GPUS[name].memory or ranks == 32:
                 change = f"--gpu {name} --count {ranks}, and a ModelParallelStrategy"
                 weigh(change + " without offload" * setup.offload, shared, int(GPUS[name].memory))

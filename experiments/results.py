@@ -33,7 +33,9 @@ def main(arguments: list[str]) -> None:
     sweeps = sorted(options.results.glob("*/sweep.json"))
     if not sweeps:
         raise InputError(f"no results under '{options.results}'; make some with: python -m experiments sweep FILE")
-    text, count = [HEADER], 0
+    notes = options.results / "NOTES.md"
+    text, count = [HEADER, *([notes.read_text(encoding="utf-8")] if notes.is_file() else [])], 0
+    before = len(text)
     steps: Lines = {}
     sparsities: Lines = {}
     for path in sweeps:
@@ -45,7 +47,7 @@ def main(arguments: list[str]) -> None:
         count += len(records)
         _add_steps(steps, path.parent.name, records)
         _add_sparsities(sparsities, path.parent.name, sweep["columns"], records)
-    tables, plots = len(text) - 1, options.results / "plots"
+    tables, plots = len(text) - before, options.results / "plots"
     shown = [
         *_plot(plots, "steps", steps, "step", options.output),
         *_plot(plots, "sparsity", sparsities, "share of weights removed", options.output),
@@ -60,14 +62,12 @@ def main(arguments: list[str]) -> None:
 
 HEADER = """# Results
 
-Written by `python -m experiments results` from the files under `results/`. Those of sweeps hold their command, their
-commit and what the command printed. Commands are as they were at that commit: configs and options have changed since,
-so check it out before you repeat a row; `-dirty` says that it had changes of its own. Behind each title stands its
-directory, named after its file in `sweeps/` (`ablations-40` after an earlier one). Perplexity over non-overlapping
-windows of 1,024 tokens in float32; G = ln(ppl) − ln(ppl of the dense model) on the same tokens. Where the dense row has
-14.51 / 27.34, they are the first 16,384 tokens of each text, where it has 14.21 / 27.42 the first 65,536; rows compare
-only on the same tokens. Rows with several seeds show mean ± standard deviation. Logged steps of rows before commit
-`281574b` are those at which the logger wrote next.
+Written by `python -m experiments results` from the files of a directory of results. Those of sweeps hold their command,
+their commit and what the command printed. Commands are as they were at that commit: configs and options may have
+changed since, so check it out before you repeat a row; `-dirty` says that it had changes of its own. Behind each title
+stands its directory, named after its sweep file. Perplexity over windows that do not overlap, in float32;
+G = ln(ppl) − ln(ppl of the dense model) on the same tokens. Rows compare only on the same tokens. Rows with several
+seeds show mean ± standard deviation.
 """
 
 
@@ -118,7 +118,7 @@ def _pooled(
     """
     references: list[dict[str, str]] = []
     pooled: dict[tuple[str, ...], list[Row]] = {}
-    found = [{"dense": record["result"]} if name == "dense" else _rows(record) for name, record in records]
+    found = [_rows(record) for _, record in records]
     first: Row = next((kinds["dense"] for kinds in found if "dense" in kinds), {"ppl": {}})
     for (_, record), kinds in zip(records, found, strict=True):
         dense = kinds.pop("dense", first)["ppl"]
@@ -149,7 +149,8 @@ def _short(commit: str | None) -> str:
 def _rows(record: dict[str, Any]) -> dict[str, Row]:
     """The results of a record by their kind: a fit holds rows of its own, the dense model and the controls."""
     found = record["result"]
-    return {"": found} if "ppl" in found else dict(found)
+    kind = "dense" if record["command"].startswith("evaluate ") else ""
+    return {kind: found} if "ppl" in found else dict(found)
 
 
 def _add_steps(lines: Lines, sweep: str, records: list[tuple[str, dict[str, Any]]]) -> None:
@@ -218,6 +219,7 @@ def _inference(result: Row) -> str:
     lines = [
         f"## Inference on {result['device']}, {result['threads']} threads, {result['dtype']}\n",
         "Median and quartiles of the ratio to the first model, in turns. " + result["note"] + "\n",
+        f"`{result['command']}`, commit {_short(result['commit']) or 'not known'}\n",
         "| model | parameters | prefill tokens/s | ratio | decode tokens/s | ratio |",
         "|" + "---|" * 6,
     ]

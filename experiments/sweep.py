@@ -5,7 +5,8 @@ A sweep file is YAML: a `title`, the `command` (prune, fit or recover), its `arg
 with the arguments that it changes. `{seed}` in an argument is the row's own `seed`, and so with its other values;
 `{runs}` is the directory of run directories. With `keep: true` a table of prunes keeps its models there, as fits do.
 With `reference: true` the first row of a table of prunes is the dense model on the same texts, from which gaps are
-counted. `--config experiments/configs/opt-125m.yaml` runs a table of fits on another model, as a table of its own.
+counted. On another model, by `--config experiments/configs/opt-125m.yaml` for fits and `--set model=NAME` for prunes,
+it is a table of its own.
 
 ```yaml
 title: One-shot pruners
@@ -26,7 +27,7 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from itertools import product
@@ -40,13 +41,35 @@ from experiments.arguments import Parser, at_least
 from experiments.report_runs import read_curves
 from rotpruner.artifacts import write_json
 from rotpruner.errors import InputError
-from rotpruner.provenance import commit
+from rotpruner.provenance import commit, public_command
 
 #: Name, the arguments that a row changes, command line.
 _Planned = tuple[str, dict[str, Any], list[str]]
 
+
+def _each(kind: type, container: type = list) -> Callable[[Any], bool]:
+    """Whether a value is a list, or a mapping, of such values."""
+
+    def holds(value: Any) -> bool:
+        items = value.values() if isinstance(value, dict) else value
+        return isinstance(value, container) and all(isinstance(item, kind) for item in items)
+
+    return holds
+
+
+#: Part of a sweep file, whether a value has the form that it needs, and that form in words.
+_FORMS = (
+    ("arguments", _each(object, dict), "a mapping from arguments to values"),
+    ("config", _each(str), "a list of files"),
+    ("grid", _each(list, dict), "a mapping from arguments to lists of values"),
+    ("rows", _each(dict), "a list of mappings from arguments to values"),
+)
+
 #: What a sweep may run.
 _COMMANDS = ("prune", "fit", "recover")
+
+#: What the dense row of a table of prunes has in common with the others.
+_REFERENCE = ("model", "text", "seq_len", "max_tokens")
 
 
 def main(arguments: list[str]) -> None:
@@ -67,16 +90,15 @@ def main(arguments: list[str]) -> None:
     )
     options = parser.parse_args(arguments)
 
-    sweep, table = read_sweep(options.file), options.file.stem
+    sweep, settings = read_sweep(options.file), _settings(options.set)
     if options.config is not None:
         sweep["config"] = on_another(sweep, options.config)
-        sweep["title"], table = f"{sweep['title']}, on {options.config.stem}", f"{table}-{options.config.stem}"
-    settings = _settings(options.set)
     columns = list(dict.fromkeys(key for row in sweep["rows"] for key in row))
-    own = [] if sweep["command"] == "prune" else ["trainer.default_root_dir"]
-    if fixed := settings.keys() & {*columns, *own}:
+    if fixed := settings.keys() & {*columns, "output", "trainer.default_root_dir"}:
         raise InputError(f"--set {', '.join(sorted(fixed))} would be overruled by the rows of {options.file}")
     sweep["arguments"].update(settings)
+    another = options.config is not None or settings.keys() & {"model", "model.model"}
+    table = f"{options.file.stem}-{_model(sweep)}" if another else options.file.stem
     directory, planned = options.results / table, list(rows(sweep, options.runs / table))
     names = [name for name, _, _ in planned]
     if alike := {name for name in names if names.count(name) > 1}:
@@ -84,14 +106,53 @@ def main(arguments: list[str]) -> None:
             f"rows of {options.file} have the same name, {', '.join(sorted(alike))}, which is made of their values: "
             "give all rows the same keys"
         )
-    if not all((directory / f"{name}.json").is_file() for name in names):
-        write_json({"title": sweep["title"], "columns": columns}, directory / "sweep.json")
+    _describe(directory, f"{sweep['title']}, on {_model(sweep)}", columns, planned)
     runner = _Runner(directory, options.runs / table, options.jobs)
     if failed := [name for name, done in zip(names, runner.all(planned), strict=True) if not done]:
         where = "above" if options.jobs == 1 else f"in {options.runs / table}/ROW.log"
         raise InputError(
             f"rows that failed: {', '.join(failed)}; what they said stands {where}, run again to retry them"
         )
+
+
+def _describe(directory: Path, title: str, columns: list[str], planned: list[_Planned]) -> None:
+    """Write what a table is called and what its rows vary, unless all of them have results.
+
+    Rows that it has keep its title, which may say more about them than the sweep file does.
+
+    Raises:
+        InputError: rows would come to stand beside those of other commands, as if they were alike.
+    """
+    ran = {name: _command_of(directory / f"{name}.json") for name, _, _ in planned}
+    if all(ran.values()):
+        return
+    if others := [name for name, _, command in planned if ran[name] not in (None, public_command(command))]:
+        raise InputError(
+            f"'{directory}' has rows of other commands, {', '.join(others)}, beside which no others can stand: "
+            "choose another --results, or remove them"
+        )
+    path = directory / "sweep.json"
+    if any(ran.values()) and path.is_file():
+        known = json.loads(path.read_text(encoding="utf-8"))
+        title, columns = known["title"], list(dict.fromkeys([*known["columns"], *columns]))
+    write_json({"title": title, "columns": columns}, path)
+
+
+def _command_of(result: Path) -> str | None:
+    """Which command has made a row's result; None if there is no result."""
+    if not result.is_file():
+        return None
+    try:
+        return json.loads(result.read_text(encoding="utf-8"))["command"]
+    except (ValueError, KeyError, TypeError):
+        raise InputError(f"result '{result}' is damaged; remove it to run its row again") from None
+
+
+def _model(sweep: dict[str, Any]) -> str:
+    """The short name of the model that a sweep is about: that of its config, where it has one."""
+    arguments = sweep["arguments"]
+    named = arguments.get("model") or arguments.get("model.model")
+    return Path(str(named)).name if named else Path(sweep["config"][0]).stem if sweep["config"] else "several models"
 
 
 class _Runner:
@@ -123,8 +184,8 @@ class _Runner:
     def _one(self, planned: _Planned) -> bool:
         name, row, command = planned
         target = self._directory / f"{name}.json"
-        if target.is_file():
-            _say(f"{name}: {_done(target, command)}")
+        if (ran := _command_of(target)) is not None:
+            _say(f"{name}: {_done(ran, command, target)}")
             return True
         _say(f"{name}: {shlex.join(command)}")
         begun_at = commit()  # the row may take hours, and the checkout move on
@@ -134,7 +195,7 @@ class _Runner:
                 shutil.rmtree(kept)  # what an interrupted row of `keep` has left; no finished one comes here
             status, output = self._ended(name, command)
             if status == 0:
-                record = {"row": row, "command": _public(command), "commit": begun_at}
+                record = {"row": row, "command": public_command(command), "commit": begun_at}
                 write_json({**record, **_found(command, output)}, target)
                 return True
             _say(f"{name} failed with status {status}")
@@ -178,21 +239,30 @@ def read_sweep(path: Path) -> dict[str, Any]:
         raise InputError(f"sweep file '{path}' lacks {', '.join(sorted(missing))}; see experiments/sweeps")
     if ("grid" in sweep) == ("rows" in sweep):
         raise InputError(f"sweep file '{path}' must have either a grid or rows; see experiments/sweeps")
+    sweep = {"arguments": {}, "config": [], "reference": False, "keep": False, **sweep}
+    for key, form, words in _FORMS:
+        if key in sweep and not form(sweep[key]):
+            raise InputError(f"sweep file '{path}': {key} must be {words}; see experiments/sweeps")
     if "grid" in sweep:
         grid = sweep.pop("grid")
         sweep["rows"] = [dict(zip(grid, values, strict=True)) for values in product(*grid.values())]
     if sweep["command"] not in _COMMANDS:
         raise InputError(f"sweep file '{path}': command '{sweep['command']}' is not one of {', '.join(_COMMANDS)}")
-    if sweep.get("keep") and sweep["command"] != "prune":
-        raise InputError(f"sweep file '{path}': keep is for prune; {sweep['command']} always keeps its models")
-    return {"arguments": {}, "config": [], "reference": False, "keep": False, **sweep}
+    if sweep["command"] != "prune":
+        if sweep["keep"]:
+            raise InputError(f"sweep file '{path}': keep is for prune; {sweep['command']} always keeps its models")
+        if sweep["reference"]:
+            raise InputError(f"sweep file '{path}': reference is for prune; {sweep['command']} has a dense row itself")
+    return sweep
 
 
 def rows(sweep: dict[str, Any], runs: Path) -> Iterator[_Planned]:
     """Every row; `runs` is where those of this table have their run directories."""
     shared = sweep["arguments"]
     if sweep["reference"]:
-        texts = {key: shared[key] for key in ("model", "text", "seq_len", "max_tokens") if key in shared}
+        texts = {key: shared[key] for key in _REFERENCE if key in shared}
+        if varied := {key for row in sweep["rows"] for key in row if key in _REFERENCE}:
+            raise InputError(f"reference: there is no one dense model where rows vary {', '.join(sorted(varied))}")
         yield "dense", {}, ["evaluate", *_flags(texts), "--json"]
     for row in sweep["rows"]:
         name = "-".join(map(_name, row.values())) or "base"
@@ -203,6 +273,8 @@ def rows(sweep: dict[str, Any], runs: Path) -> Iterator[_Planned]:
             configs = [item for config in sweep["config"] for item in ("-c", str(config))]
             arguments["trainer.default_root_dir"] = str(runs / name)
             yield name, row, [sweep["command"], *configs, *_flags(arguments, repeat=False)]
+        elif "text" not in arguments:
+            raise InputError(f"row {name} has no text, on which a table compares its rows: --set 'text=[wikitext2]'")
         else:
             yield name, row, [sweep["command"], *_flags(arguments), "--json"]
 
@@ -237,7 +309,12 @@ def _settings(pairs: list[str]) -> dict[str, Any]:
         key, equals, value = pair.partition("=")
         if not equals:
             raise InputError(f"--set {pair} is not of the form KEY=VALUE")
-        settings[key] = yaml.safe_load(value)
+        try:
+            settings[key] = yaml.safe_load(value)
+        except yaml.YAMLError:
+            raise InputError(
+                f"--set {pair}: what stands behind the = is no YAML; quote it, as in 'text=[a, b]'"
+            ) from None
     return settings
 
 
@@ -253,15 +330,9 @@ def _flags(arguments: dict[str, Any], repeat: bool = True) -> list[str]:
     return flags
 
 
-def _public(command: list[str]) -> str:
-    """The command as another machine would give it: local files by their name alone, in lists too."""
-    return shlex.join(re.sub(r"(?<![\w.])\.{0,2}/[^\s,\]]*", lambda path: Path(path[0]).name, word) for word in command)
-
-
-def _done(target: Path, command: list[str]) -> str:
+def _done(ran: str, command: list[str], target: Path) -> str:
     """That a row has a result; and that of which command, if of another than it would be now."""
-    ran = json.loads(target.read_text(encoding="utf-8"))["command"]
-    if ran == _public(command):
+    if ran == public_command(command):
         return "done before"
     return f"done before by another command, and kept ({ran}); remove {target} to run it again"
 

@@ -157,6 +157,11 @@ class RotationModule(LightningModule):
             )
         if self.device_mesh is not None and self.surrogate.name == "gumbel":
             raise InputError("surrogate gumbel learns masks, which ModelParallelStrategy does not share out; use ddp")
+        if self.device_mesh is not None and self.orthogonal_map == "manifold":
+            raise InputError(
+                "CayleySGD moves whole matrices, which ModelParallelStrategy shards; use ddp, or Adam and "
+                "orthogonal_map cayley"
+            )
         check_offload(self.offload, self.gradient_checkpointing, self.device_mesh is not None)
         check_schedule(self._lr_scheduler, self)
         if self.surrogate.anneals and endless(self):
@@ -213,7 +218,7 @@ class RotationModule(LightningModule):
 
     def on_train_start(self) -> None:
         """Choose the first masks, or those of a checkpoint: some strategies read it only after `on_fit_start`."""
-        restored = self._restored_mask_rotations
+        restored, self._restored_mask_rotations = self._restored_mask_rotations, None
         if self.init_rotations is None and restored is None:
             self.rotated.start_from_statistics(self.start)
         self.rotated.refresh_masks(restored and {space: Q.to(self.device) for space, Q in restored.items()})

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import gc
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,6 +19,7 @@ from rotpruner.compensation import check_compensation
 from rotpruner.compensation import compensate as compensate_weights
 from rotpruner.embedded import embedded_name
 from rotpruner.errors import InputError
+from rotpruner.families import check_space
 from rotpruner.loading import check_pattern, check_seq_len
 from rotpruner.model_card import Origin, pruner_name, write_card
 from rotpruner.oneshot import prune_model
@@ -51,8 +53,11 @@ def learn(
         on_step: called with the step and its losses, in the units of `Objective`.
 
     Raises:
-        InputError: the rotations are parametrised by points of the manifold, which are for `CayleySGD`.
+        InputError: `refresh_every` is no number of steps, or the rotations are parametrised by points of the
+            manifold, which are for `CayleySGD`.
     """
+    if refresh_every < 1:
+        raise InputError(f"refresh_every {refresh_every} must be at least 1")
     if any(matrices.map_name == "manifold" for matrices in rotated.rotations.spaces.values()):
         raise InputError("orthogonal map manifold does not go with Adam, which leaves it; use cayley or exponential")
     optimizer = torch.optim.Adam(rotated.parameter_groups(), lr=lr)
@@ -125,15 +130,17 @@ def prune(
     check_pattern(model, parsed)
     check_seq_len(model.config, seq_len)
     check_compensation(compensate, num_sequences, parsed)
-    rotating = _rotating(rotate, model, spaces, parsed)
+    if num_sequences < 1 or steps < 0 or not 0 < lr < math.inf:
+        raise InputError(
+            f"num_sequences {num_sequences}, steps {steps} and lr {lr} must be at least 1, at least 0 and positive"
+        )
+    rotating = _rotating(rotate, model, spaces, parsed, steps)
     if dtype == torch.float16:
         raise InputError("dtype float16 loses the gradients of a mean over tokens; give bfloat16 or float32")
     if rotations_directory is not None:
         if rotating is None:
             raise InputError(f"nothing rotates that could be written to '{rotations_directory}'; leave it out")
         check_new_directory(rotations_directory)
-    if num_sequences < 1 or steps < 0:
-        raise InputError(f"num_sequences {num_sequences} and steps {steps} must be at least 1 and 0")
     generator = torch.Generator().manual_seed(seed)
     rows = _calibration_rows(tokenizer, texts, num_sequences, seq_len, generator).to(model.device)
     sliced = isinstance(parsed, Slice)
@@ -203,21 +210,28 @@ def _rotating(
     model: PreTrainedModel,
     spaces: Sequence[str],
     pattern: Pattern | Slice,
+    steps: int,
 ) -> _Rotating | None:
     """What `rotate` and `spaces` of `prune` ask for; None if nothing rotates."""
     if isinstance(rotate, Rotations):
         rotate.check_model(model)
         if isinstance(pattern, Slice) and set(rotate) != {"residual"}:
             raise InputError(f"pattern {pattern} removes residual directions only, but rotate has {sorted(rotate)}")
+        if steps:
+            check_start(None, list(rotate), pattern)
         return _Rotating(list(rotate), len(rotate["residual"]) if "residual" in rotate else "shared", given=rotate)
     if rotate == "none":
         return None
-    sliced = isinstance(pattern, Slice)  # which has no other space
+    if isinstance(spaces, str):
+        raise InputError(f"spaces is one string; give a list, as in ['{spaces}']")
+    sliced = isinstance(pattern, Slice)
+    if sliced and spaces:
+        spaces = ["residual"]  # a slice has no other
+    for space in spaces:
+        check_space(model.config, space)
     check_placement(model.config, rotate, ["residual"] if sliced else spaces)
     if not spaces:
         return None
-    if sliced:
-        spaces = ["residual"]
     start: Start = "pca" if sliced else "permutation" if "mlp" in spaces else "identity"
     check_start(start, spaces, pattern)
     return _Rotating(spaces, rotate, start)

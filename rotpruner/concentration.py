@@ -16,7 +16,7 @@ from torch import Tensor
 from rotpruner.basis import RotatedLinear
 from rotpruner.distributed import whole
 from rotpruner.objectives import Objective
-from rotpruner.orthogonal import rotate_weight
+from rotpruner.orthogonal import is_order, rotate_weight
 from rotpruner.patterns import Pattern
 from rotpruner.piecewise import Named, sum_of_pieces
 from rotpruner.pruners import Pruner
@@ -71,8 +71,8 @@ def concentration(
     """
     config = groups[0][0].basis.config
     linears = [linear for group in groups for linear in group]
-    turned = [side for linear in linears for side in sides(config, rotations, linear.place) if side is not None]
-    counts = {"entropy": len(turned), "lost_mass": len(linears)}
+    turned = [_turns(side) for linear in linears for side in sides(config, rotations, linear.place)]
+    counts = {"entropy": sum(turned), "lost_mass": len(linears)}
     counts = {name: count for name, count in counts.items() if getattr(objective, name)}
 
     def sums_of(group: Sequence[RotatedLinear], rotations: Named) -> Tensor:
@@ -83,10 +83,15 @@ def concentration(
             weight = rotate_weight(whole(linear.weight, device), reads, writes)
             importance = pruner.importance(weight, moment)
             if "entropy" in found:
-                found["entropy"].append(concentration_entropy(importance, reads is not None, writes is not None))
+                found["entropy"].append(concentration_entropy(importance, _turns(reads), _turns(writes)))
             if "lost_mass" in found:
                 found["lost_mass"].append(lost_mass(importance, patterns[linear.place.layer]))
         return torch.stack([torch.stack(values).sum() for values in found.values()])
 
     sums = sum_of_pieces([partial(sums_of, group) for group in groups], rotations)
     return {name: total / count for (name, count), total in zip(counts.items(), sums, strict=True)}
+
+
+def _turns(side: Tensor | None) -> bool:
+    """Whether a space rotates; an order lowers no entropy."""
+    return side is not None and not is_order(side)

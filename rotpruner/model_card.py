@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -22,7 +23,7 @@ _METHODS = {
     "pca": "One-shot, in the basis of the residual stream's principal directions.",
     "permutation": "One-shot, after reordering the features of each space; nothing is learned.",
     "random": "One-shot, in a random basis: a control, not a usable model.",
-    "learned": "In a basis learned by the loss of the pruned model; its rotations are merged into the weights.",
+    "learned": "In a basis learned by the loss of the pruned model; the rotations are merged into the weights.",
     "recovery": "The surviving weights were trained to match the dense model's predictions; zeros stayed zero.",
 }
 #: What a row of results is.
@@ -102,8 +103,14 @@ def write_card(directory: str | Path, origin: Origin, base_config: Any = None, m
     facts = Origin(**public(asdict(origin)))
     known = license_of(origin.base_model, base_config)
     name, at = Path(directory).resolve().name, made_at or commit()
-    text = model_card(facts, name=name, license=known, commit=at, versions=versions())
+    text = model_card(facts, name=name, license=known, online=_is_online(directory), commit=at, versions=versions())
     write_text(text, Path(directory) / CARD)
+
+
+def _is_online(directory: str | Path) -> bool:
+    """Whether products of rotations run with the model of a checkpoint, as its config says."""
+    config = Path(directory) / "config.json"
+    return config.is_file() and bool(json.loads(config.read_text(encoding="utf-8")).get("shortcuts"))
 
 
 def public(value: Any) -> Any:
@@ -160,6 +167,7 @@ def model_card(
     *,
     name: str,
     license: Mapping[str, str] = {},
+    online: bool = False,
     commit: str | None = None,
     versions: Mapping[str, str] = {},
 ) -> str:
@@ -169,14 +177,14 @@ def model_card(
         origin: what is known, free of private paths.
         name: of the directory that holds the model.
         license: front matter about the licence; none if none was found.
+        online: whether products of rotations run with the model.
         commit, versions: of the code.
     """
     hub_name = embedded.ORIGINS.get(origin.base_model, (origin.base_model,))[0]
-    online = any(row.get("online_flops") for row in origin.rows if _roles(origin).get(row["name"]) == "this model")
     kind = "sliced" if origin.pattern.startswith("slice") else "sparse"
     tags = ["rotpruner", "pruning", kind, origin.pattern, *([origin.pruner] if origin.pruner else [])]
     matter = ModelCardData(
-        base_model=hub_name,
+        base_model=hub_name if "/" in hub_name else None,  # the hub takes nothing else as a name
         library_name="transformers",
         pipeline_tag="text-generation",
         tags=tags,

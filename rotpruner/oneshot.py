@@ -121,15 +121,22 @@ def prune_model(
     check_layer_sparsity(pattern, layer_sparsity)
     check_update(update)
     rotations = rotations or {}
-    if isinstance(pattern, Slice):
-        _slice(model, pattern, batches, rotations, calibration_dtype, device, progress)
-        return
     # What each block's statistics are gathered for, if anything.
     needs = "nothing" if moments is not None else pruner.needs
     if update is not None:
         needs = max(needs, update.needs, key=get_args(Needs).index)
-    if pattern.sparsity and needs != "nothing" and not batches:
-        raise InputError(f"{type(update or pruner).__name__} needs statistics, and no calibration batches are given")
+    reader = None
+    if isinstance(pattern, Slice):
+        reader = None if "residual" in rotations else f"pattern {pattern}"
+    elif pattern.sparsity and needs != "nothing":
+        reader = type(update or pruner).__name__
+    elif layer_sparsity == "owl" and patterns is None:
+        reader = "layer_sparsity owl"
+    if reader and not batches:
+        raise InputError(f"{reader} needs statistics, and no calibration batches are given")
+    if isinstance(pattern, Slice):
+        _slice(model, pattern, batches, rotations, calibration_dtype, device, progress)
+        return
     if patterns is None:
         there = partial(moments_by_block, device=device, progress=progress)
         patterns = layer_patterns(model, pattern, layer_sparsity, batches, there)

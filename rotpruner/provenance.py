@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import re
+import shlex
 import subprocess
+from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 
@@ -27,6 +30,12 @@ def _git(*arguments: str, cwd: Path) -> str:
 def device_name(device: torch.device) -> str:
     """`cpu`, or the device and the name of its GPU."""
     return f"{device} ({torch.cuda.get_device_name(device)})" if device.type == "cuda" else str(device)
+
+
+def public_command(words: Sequence[str]) -> str:
+    """A command line as another machine would give it: paths out of this checkout by their last part, in lists too."""
+    local = re.compile(r"(?<![\w.])(?:\.{0,2}|~)/[^\s,\]]*")
+    return shlex.join(local.sub(lambda path: Path(path[0]).name, word) for word in words)
 
 
 def versions() -> dict[str, str]:

@@ -12,7 +12,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
-from itertools import groupby
 from typing import Any
 
 import torch
@@ -26,6 +25,7 @@ from rotpruner.distributed import Ranks
 from rotpruner.errors import InputError
 from rotpruner.families import (
     block_linears,
+    by_group,
     family_of,
     module_at,
     residual_sublayers,
@@ -231,7 +231,8 @@ class RotatedModel(nn.Module):
 
     def groups(self) -> list[list[RotatedLinear]]:
         """The linears, those that read one input together."""
-        return [list(members) for _, members in groupby(self.linears, key=lambda linear: linear.place.group)]
+        by_place = {linear.place: linear for linear in self.linears}
+        return [[by_place[place] for place in members] for members in by_group(by_place)]
 
     # -- learning --------------------------------------------------------------------------------
 

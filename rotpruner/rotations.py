@@ -89,7 +89,10 @@ def check_rotation(config: Any, space: str, Q: Tensor) -> None:
             f"{shape}; they were learned on another model"
         )
     if not torch.isfinite(Q).all() or orthogonality_error(Q) > _TOLERANCE:
-        raise InputError(f"the rotations of '{space}' are not orthogonal; learn or save them again")
+        raise InputError(
+            f"the rotations of '{space}' are not orthogonal: the largest entry of |QᵀQ − I| is "
+            f"{orthogonality_error(Q):.1g}, above {_TOLERANCE:.0g}; learn or save them again"
+        )
     constraint = space_constraint(config, space)
     if constraint_error(Q, constraint) > _TOLERANCE:
         raise InputError(
@@ -145,12 +148,15 @@ class LearnedRotations(nn.Module):
         start: `identity`, `random` with `seed`; `pca` and `permutation`: identity until
             `RotatedModel.start_from_statistics`.
         placement: of the residual stream's matrices.
+
+    Raises:
+        InputError: an unknown start, map or placement, or a space that the model does not have.
     """
 
     def __init__(
         self,
         config: Any,
-        spaces: Iterable[str] = ("residual", "value_heads"),
+        spaces: Collection[str] = ("residual", "value_heads"),
         map_name: MapName = "cayley",
         start: Start = "identity",
         seed: int = 0,
@@ -176,7 +182,7 @@ class LearnedRotations(nn.Module):
         self.order: Tensor | None
         self.register_buffer("order", order)
         if start == "random":
-            self.restart(random_rotations(config, self(), seed, placement=placement))
+            self.restart(random_rotations(config, spaces, seed, placement=placement))
 
     @property
     def sites(self) -> int:

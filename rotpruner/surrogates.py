@@ -190,9 +190,9 @@ class Surrogate:
 
 def check_surrogate(surrogate: Surrogate, pattern: Pattern | Slice, pruner: Pruner, objective: Objective) -> None:
     """Raise `InputError` if a surrogate does not go with the other settings of a fit."""
+    if isinstance(pattern, Slice) and surrogate.name != "constant":
+        raise InputError(f"surrogate {surrogate.name} is of masks, and pattern {pattern} has none; set it to constant")
     if surrogate.name == "sigmoid":
-        if isinstance(pattern, Slice):
-            raise InputError(f"surrogate sigmoid softens masks, and pattern {pattern} has none; set it to constant")
         if pruner.rebuilds:
             raise InputError(
                 f"surrogate sigmoid follows the saliency that chooses the masks, and {type(pruner).__name__} chooses "

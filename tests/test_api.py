@@ -7,7 +7,7 @@ from importlib import import_module
 import pytest
 import torch
 from conftest import sample_text, tiny_llama
-from tiny_models import rotated_model
+from tiny_models import rotated_model, tiny
 
 import rotpruner
 from rotpruner.families import linear_modules
@@ -179,6 +179,9 @@ def test_a_pruner_of_ones_own_is_named_by_its_import_path(tokenizer, texts):
         (dict(num_sequences=10_000), "10000"),
         (dict(seq_len=1), "seq_len 1"),
         (dict(spaces=("attic",)), "attic"),
+        (dict(spaces="residual"), r"\['residual'\]"),
+        (dict(steps=-1), "steps -1"),
+        (dict(lr=-1.0), "lr -1.0"),
         (dict(spaces=("residual", "mlp"), pattern=0.5), "leave mlp out"),
         (dict(pruner="banana"), "banana"),
         (dict(pruner=RelativeToColumn), "call the class"),
@@ -192,6 +195,16 @@ def test_a_pruner_of_ones_own_is_named_by_its_import_path(tokenizer, texts):
 def test_prune_refuses(changes, mention, tokenizer, texts):
     with pytest.raises(rotpruner.InputError, match=mention):
         rotpruner.prune(tiny_llama(), tokenizer, texts, **{"num_sequences": 2, "seq_len": 32, **changes})
+
+
+def test_spaces_that_a_model_does_not_have_are_refused_before_the_work(tokenizer, texts, monkeypatch):
+    monkeypatch.setattr(import_module("rotpruner.api"), "_calibration_rows", lambda *_: pytest.fail("read the texts"))
+    with pytest.raises(rotpruner.InputError, match="gemma2"):
+        rotpruner.prune(tiny("gemma-2"), tokenizer, texts, num_sequences=2, seq_len=16)
+    model = tiny_llama()
+    orders = rotpruner.Rotations.of(random_rotations(model.config, ["mlp"], 0), model)
+    with pytest.raises(rotpruner.InputError, match=r"none of the spaces .* to learn"):
+        rotpruner.prune(model, tokenizer, texts, rotate=orders, num_sequences=2, seq_len=16)
 
 
 def test_one_string_is_no_list_of_texts(tokenizer, texts):
@@ -235,3 +248,5 @@ def test_adam_does_not_learn_points_of_the_manifold():
     rotated = rotated_model(tiny_llama(), pruner="magnitude", orthogonal_map="manifold")
     with pytest.raises(rotpruner.InputError, match="manifold"):
         rotpruner.learn(rotated, [], steps=1)
+    with pytest.raises(rotpruner.InputError, match="refresh_every 0"):
+        rotpruner.learn(rotated_model(tiny_llama(), pruner="magnitude"), [], steps=1, refresh_every=0)

@@ -21,6 +21,7 @@ def test_a_directory_is_replaced_whole(tmp_path):
             (scratch / "file").write_text(content)
     assert (target / "file").read_text() == "new"
     assert list(tmp_path.iterdir()) == [target]
+    assert target.stat().st_mode & 0o777 == 0o755, "others may read it"
 
 
 def test_what_was_there_stays_if_its_successor_cannot_take_its_place(tmp_path, monkeypatch):

@@ -28,7 +28,10 @@ def test_step_benchmark_prints_its_parts(model_directory, text_file, capsys):
     assert found["ratio"] == found["seconds"] / found["dense_seconds"]
     assert main(["benchmark", "step", *arguments, "--learning_only", "--gradient_checkpointing"]) == 0
     assert "ratio" not in json.loads(capsys.readouterr().out)
+    assert str(model_directory) not in found["command"]
     assert main(["benchmark", "flight"]) == 2
+    assert main(["benchmark", "--help"]) == 0
+    assert "inference" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("name", ["smollm2", "opt", "gemma-3"])
@@ -74,7 +77,8 @@ def test_inference_benchmark_prints_rows(model_directory, pruned_directory, tmp_
     assert main(["benchmark", "inference", *models, *options, "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     sizes = {"batch_size": 2, "seq_len": 8, "new_tokens": 3, "repeats": 5}
-    assert set(found) == {"device", "threads", "dtype", "rows", "note"} | set(sizes)
+    assert set(found) == {"device", "threads", "dtype", "rows", "note", "command", "commit"} | set(sizes)
+    assert str(tmp_path) not in found["command"]
     assert {name: found[name] for name in sizes} == sizes
     assert (found["device"], found["threads"], found["dtype"]) == ("cpu", 1, "float32")
     assert "zeros buy no time" in found["note"].lower()
@@ -94,13 +98,19 @@ def test_inference_benchmark_prints_rows(model_directory, pruned_directory, tmp_
     assert all(word in table for word in ("one", "two", "prefill", "decode", "Zeros"))
 
 
-def test_a_larger_model_is_slower(tmp_path, capsys):
-    for name, width in (("large", 512), ("small", 64)):
-        tiny_llama(hidden_size=width, intermediate_size=2 * width).save_pretrained(tmp_path / name)
-    models = [str(tmp_path / "large"), str(tmp_path / "small")]
-    options = ["--seq_len", "96", "--new_tokens", "4", "--repeats", "5", "--device", "cpu", "--json"]
+def test_rates_and_ratios_are_those_of_the_seconds(model_directory, monkeypatch, capsys):
+    """Medians and quartiles over the turns; a ratio above 1 is faster than the first model, in the same turn."""
+    prefill = torch.tensor([[1.0, 0.5], [2.0, 0.5], [4.0, 2.0]], dtype=torch.float64)
+    monkeypatch.setattr("experiments.benchmark_inference.measure", lambda *_: (prefill, 2 * prefill))
+    models = [str(model_directory)] * 2
+    options = ["--name", "a", "--name", "b", "--batch_size", "3", "--seq_len", "8", "--new_tokens", "5", "--json"]
     assert main(["benchmark", "inference", *models, *options]) == 0
-    assert json.loads(capsys.readouterr().out)["rows"][1]["prefill"]["ratio"] > 1.5
+    first, second = json.loads(capsys.readouterr().out)["rows"]
+    assert (first["prefill"]["tokens_per_second"], first["prefill"]["spread"]) == (12, [9, 18])
+    assert (second["prefill"]["tokens_per_second"], second["prefill"]["spread"]) == (48, [30, 48])
+    assert (second["prefill"]["ratio"], second["prefill"]["ratio_spread"]) == (2, [2, 3])
+    assert second["decode"]["tokens_per_second"] == 3 * 5
+    assert second["decode"]["ratio"] == 2
 
 
 def test_two_four_is_recognised(model_directory, pruned_directory):

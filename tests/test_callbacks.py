@@ -38,7 +38,9 @@ from rotpruner.rotation_artifact import Rotations
 def fit(model_directory, text_file, tmp_path):
     """`fit(callbacks, logger)` → the trainer and module after six steps on a tiny model."""
 
-    def run(callbacks, logger=False, max_steps=6, log_every_n_steps=1, **settings) -> tuple[Trainer, RotationModule]:
+    def run(
+        callbacks, logger=False, max_steps=6, log_every_n_steps=1, accumulate=1, **settings
+    ) -> tuple[Trainer, RotationModule]:
         limits = {name: settings.pop(name) for name in ("max_epochs", "max_time") if name in settings}
         trainer = Trainer(
             default_root_dir=tmp_path / "run",
@@ -47,6 +49,7 @@ def fit(model_directory, text_file, tmp_path):
             accelerator="cpu",
             logger=logger,
             log_every_n_steps=log_every_n_steps,
+            accumulate_grad_batches=accumulate,
             callbacks=callbacks,
             enable_progress_bar=any(isinstance(callback, StepProgress) for callback in callbacks),
             enable_model_summary=False,
@@ -240,3 +243,10 @@ def test_a_run_without_a_last_step_needs_no_schedule_that_asks_for_it(settings, 
     else:
         with pytest.raises(InputError, match="this run has none: set trainer"):
             fit([], max_steps=-1, max_epochs=-1, max_time="00:00:00:01")
+
+
+def test_nothing_is_saved_between_batches_whose_gradients_accumulate(fit, monkeypatch):
+    saved = []
+    monkeypatch.setattr(RotationCheckpoint, "_save", lambda self, trainer, module: saved.append(trainer.global_step))
+    fit([RotationCheckpoint(2)], accumulate=3)
+    assert saved == [2, 4, 6]

@@ -193,14 +193,18 @@ def test_an_end_that_was_cut_short_goes_on_with_its_rows(fit, monkeypatch, tmp_p
 
     with monkeypatch.context() as here:
         here.setattr("callbacks.finish.write_card", cut)
+        here.setattr("callbacks.ending.commit", lambda: "where it began")
         with pytest.raises(KeyError, match="cut short"):
             fit("--trainer.callbacks+", "callbacks.rotation_checkpoint.RotationCheckpoint")
     kept = {path.stem: json.loads(path.read_text()) for path in (tmp_path / "run" / "rows").iterdir()}
     assert set(kept) == {"dense", "pruner", "random_rotation", "rotpruner"}
     monkeypatch.setattr("callbacks.finish.prune_model", lambda *_, **__: pytest.fail("built again"))
+    monkeypatch.setattr("callbacks.ending.commit", lambda: "where it goes on")
     status, run = fit("--trainer.callbacks+", "callbacks.rotation_checkpoint.RotationCheckpoint")
     assert status == 0
     assert {row["name"]: row for row in json.loads((run / "results.json").read_text())["rows"]} == kept
+    assert json.loads((run / "results.json").read_text())["commit"] == "where it began"
+    assert "commit where it began" in (run / "export" / "README.md").read_text()
 
 
 @pytest.mark.parametrize("late", [False, True])
@@ -233,12 +237,33 @@ def test_a_run_keeps_the_dtype_that_its_first_device_chose(fit, monkeypatch):
     assert fit(*chosen, "--model.base_dtype", "float32")[0] == 2
 
 
-def test_what_16_bit_models_are_calibrated_in_is_their_own_dtype(prune, model_directory, tokenizer, tmp_path, capsys):
+def test_16_bit_models_are_calibrated_in_their_own_dtype_and_measured_in_float32(
+    prune, model_directory, test_text_file, tokenizer, tmp_path, capsys
+):
     load_model(model_directory).bfloat16().save_pretrained(tmp_path / "narrow")
     tokenizer.save_pretrained(tmp_path / "narrow")
     for model, asked in ((tmp_path / "narrow", "float32"), (model_directory, "bfloat16")):
-        assert prune(model=model, calibration_dtype=asked, output=tmp_path / asked)[0] == 0
-        assert json.loads(capsys.readouterr().out)["dtype"] == "bfloat16"
+        output, measured = tmp_path / asked, dict(text=test_text_file, max_tokens=256)
+        assert prune(model=model, calibration_dtype=asked, output=output, **measured)[0] == 0
+        result = json.loads(capsys.readouterr().out)
+        assert result["dtype"] == "bfloat16"
+        expected = independent_perplexity(output, test_text_file.read_text(), 32, 256)
+        assert result["ppl"]["other_words"] == pytest.approx(expected, rel=1e-6)
+
+
+@pytest.mark.parametrize("surrogate", ["constant", "gumbel"])
+def test_controls_are_what_prune_makes_of_the_same_model(surrogate, fit, prune, test_text_file, capsys):
+    """Whatever has been learned: rotations, or masks too."""
+    controls = ["--trainer.callbacks.init_args.controls", "[pruner, start]"]
+    begun = ["--model.start", "permutation", "--model.spaces", "[residual, value_heads, mlp]"]
+    status, run = fit(*begun, *controls, "--model.surrogate.name", surrogate)
+    assert status == 0
+    found = {row["name"]: row["ppl"]["other_words"] for row in json.loads((run / "results.json").read_text())["rows"]}
+    measured = dict(text=test_text_file, max_tokens=256, output=run / "pruned")
+    capsys.readouterr()
+    assert prune(**measured)[0] == 0
+    assert json.loads(capsys.readouterr().out)["ppl"]["other_words"] == pytest.approx(found["pruner"], rel=1e-6)
+    assert len(set(found.values())) == 4
 
 
 def test_the_same_run_directory_may_be_spelled_otherwise(fit, tmp_path):
@@ -272,6 +297,7 @@ def test_what_is_seen_of_a_run_may_change_and_options_may_be_younger_than_it(fit
     with pytest.raises(SystemExit, match="0"):
         fit("--trainer.callbacks+", "callbacks.perplexity.Perplexity", "--trainer.callbacks.init_args.texts", "[more]")
     assert fit("--trainer.accumulate_grad_batches", "2")[0] == 2
+    assert fit("--data.batch_size", "2")[0] == 2
 
 
 def test_checkpoints_in_bfloat16_are_measured_in_float32(fit, tokenizer, test_text_file, tmp_path, capsys):

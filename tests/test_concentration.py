@@ -106,6 +106,18 @@ def test_terms_are_those_of_the_merged_model(pruner, placement, importance_of, i
     assert found["loss"].item() == pytest.approx(np.mean(entropies) + 0.5 * np.mean(masses), rel=1e-5)
 
 
+def test_an_order_is_no_rotation_that_could_lower_an_entropy(ids):
+    """The terms of features in another order are those of the same features."""
+    found = []
+    for spaces in (["residual", "value_heads"], ["residual", "value_heads", "mlp"]):
+        rotated = learner(Objective(kl=0, entropy=1.0), spaces=spaces)
+        rotated.calibrate(ids.split(1))
+        given = random_rotations(rotated.base.config, spaces, 3, torch.float64)
+        rotated.rotations.restart(given)
+        found.append(rotated.loss(ids)["entropy"].item())
+    assert found[0] == pytest.approx(found[1], rel=1e-9)
+
+
 @pytest.mark.parametrize("term", ["entropy", "lost_mass"])
 def test_learning_concentrates_importance_without_running_the_model(term, ids, monkeypatch):
     rotated = learner(Objective(**{"kl": 0, term: 1.0}), placement="per_layer")

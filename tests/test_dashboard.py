@@ -21,6 +21,7 @@ from wandb_file import OfflineRun
 
 from callbacks.dashboard import Dashboard, without_secrets
 from experiments.__main__ import main
+from experiments.fit import FitCLI
 from experiments.plan import SettingsCLI
 from rotpruner.errors import InputError
 
@@ -125,6 +126,13 @@ def test_a_resumed_run_goes_on_with_its_run_of_wandb(settings, monkeypatch):
     assert start(config) == 0
     (other,) = (again / "wandb").glob("offline-run-*")
     assert other.name.split("-")[-1] != recorded
+
+
+def test_a_run_that_an_agent_of_wandb_names_gets_no_other_name(settings, monkeypatch):
+    arguments, _ = settings
+    assert FitCLI(arguments).wandb_id
+    monkeypatch.setenv("WANDB_RUN_ID", "a1b2")
+    assert FitCLI(arguments).wandb_id is None
 
 
 def test_secrets_are_left_out_of_the_settings():

@@ -41,6 +41,13 @@ def test_no_special_token_is_added(adding, text_file, test_text_file):
     assert not any((ids == adding.bos_token_id).any() for ids in seen)
 
 
+def test_two_texts_of_one_name_are_refused(tokenizer, text_file, tmp_path):
+    other = tmp_path / text_file.name
+    other.write_text(text_file.read_text())
+    with pytest.raises(rotpruner.InputError, match="two texts are called 'words'"):
+        text_windows([str(text_file), str(other)], tokenizer, 32, None)
+
+
 def test_values_are_those_of_the_definition(tokenizer, test_text_file, tmp_path):
     model = tiny_llama()
     model.save_pretrained(tmp_path / "model")

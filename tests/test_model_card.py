@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 
 import pytest
@@ -134,7 +135,8 @@ def test_prune_writes_a_card(rotations, model_directory, text_file, test_text_fi
     result = json.loads(capsys.readouterr().out)
     text = (output / "README.md").read_text()
     card = ModelCard.load(output / "README.md")
-    assert card.data.base_model == "tiny"
+    assert card.data.base_model is None, "no name of the hub"
+    assert "| base model | `tiny` |" in text
     assert f"{result['ppl']['other_words']:,.2f}" in text
     assert "4 × 32 = 128 tokens" in text
     assert f"--calibration {text_file.name} " in text
@@ -159,14 +161,21 @@ def test_fit_writes_a_card_with_its_controls(model_directory, text_file, test_te
     assert "Not measured" not in text
     steps = results["config"]["trainer"]["max_steps"]
     assert f"{steps} steps, {steps * 32 * results['config']['data']['batch_size']} tokens" in text
-    assert metadata_load(run / "export" / "README.md")["base_model"] == "tiny"
+    assert "base_model" not in metadata_load(run / "export" / "README.md")
     recorded = yaml.safe_load(text.split("```yaml\n")[1].split("```")[0])
     assert recorded["model"]["pattern"] == "2:4"
     assert recorded["data"]["calibration"] == text_file.name
     assert_nothing_private(text, tmp_path)
 
 
-@pytest.mark.parametrize(("changes", "title"), [(dict(), "2:4 by wanda"), (dict(pattern="slice:0.5"), "slice:0.5")])
+@pytest.mark.parametrize(
+    ("changes", "title"),
+    [
+        (dict(), "2:4 by wanda"),
+        (dict(pattern="slice:0.5"), "slice:0.5"),
+        (dict(rotate="per_layer"), "2:4 by wanda"),
+    ],
+)
 def test_python_interface_writes_a_card(changes, title, tokenizer, tmp_path):
     settings = dict(steps=2, num_sequences=2, seq_len=32, **changes)
     tiny_llama().save_pretrained(tmp_path / "dense")
@@ -175,6 +184,7 @@ def test_python_interface_writes_a_card(changes, title, tokenizer, tmp_path):
     rotpruner.save(pruned, tokenizer, tmp_path / "saved")
     text = (tmp_path / "saved" / "README.md").read_text()
     assert f"# dense, {title}\n" in text
+    assert ("trust_remote_code=True" in text) is ("rotate" in changes)
     assert "2 steps, 64 tokens" in text
     assert "Not measured." in text
     assert_nothing_private(text, tmp_path)
@@ -191,8 +201,29 @@ def assert_nothing_private(text, tmp_path):
 
 
 def test_commit_of_somebody_elses_checkout_is_none(tmp_path, monkeypatch):
+    def git(*arguments):
+        names = ["-c", "user.name=a", "-c", "user.email=a@b.c"]
+        subprocess.run(["git", "-C", tmp_path, *names, *arguments], check=True, capture_output=True)
+
     assert provenance.commit()
-    subprocess.run(["git", "init", "-q", tmp_path], check=True)
-    (tmp_path / "provenance.py").touch()
-    monkeypatch.setattr(provenance, "__file__", str(tmp_path / "provenance.py"))
+    git("init", "-q")
+    file = tmp_path / "provenance.py"
+    file.touch()
+    monkeypatch.setattr(provenance, "__file__", str(file))
     assert provenance.commit() is None
+    git("add", ".")
+    git("commit", "-qm", "one")
+    git("tag", "-am", "named", "v1")
+    assert re.fullmatch("[0-9a-f]{40}", provenance.commit())
+    file.write_text("changed")
+    assert re.fullmatch("[0-9a-f]{40}-dirty", provenance.commit())
+
+
+def test_commands_are_published_without_the_places_of_this_machine():
+    words = ["prune", "--model", "~/models/tiny", "--text", "[wikipedia_test, /data/wiki.txt]", "--rotations", "../r"]
+    words += ["-c", "experiments/configs/a.yaml", "--from", "runs/a/0"]
+    shown = provenance.public_command(words)
+    assert shown == (
+        "prune --model tiny --text '[wikipedia_test, wiki.txt]' --rotations r"
+        " -c experiments/configs/a.yaml --from runs/a/0"
+    )

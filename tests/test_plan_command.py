@@ -151,6 +151,13 @@ def test_what_does_not_fit_is_told_what_to_change(plan):
     assert sharded["fits"]
 
 
+def test_other_gpus_are_weighed_in_the_dtype_that_auto_is_there(plan):
+    given = ["--model.base_dtype", "auto", "--model.gradient_checkpointing", "false"]
+    changes = {change["change"]: change for change in plan("llama3-8b", "--gpu", "rtx4090-24gb", *given)["changes"]}
+    there = plan("llama3-8b", "--gpu", "v100-32gb", *given)
+    assert changes["--gpu v100-32gb"]["peak"] == there["memory"]["peak"]
+
+
 def test_offload_by_hand(plan):
     d, f, L, s = 4096, 14336, 32, 2
     block = 2 * d * (d + 1024) + 3 * d * f
@@ -279,7 +286,6 @@ def test_plan_refuses(options, mentions, tmp_path, capsys):
         (["--trainer.max_epochs", "2", "--trainer.max_steps", "4"], 1, 4),
         (["--trainer.max_epochs", "2", "--trainer.accumulate_grad_batches", "2"], 1, 4),
         (["--trainer.max_epochs", "2"], 3, 2),
-        ([], 1, 3000),
     ],
 )
 def test_steps_are_those_of_whichever_limit_comes_first(options, count, steps, model_directory, text_file):
@@ -296,6 +302,7 @@ def test_steps_are_those_of_whichever_limit_comes_first(options, count, steps, m
         (["--data.statistics_sequences", "11"], "statistics_sequences 11 is not between 1 and num_sequences 10"),
         (["--data.calibration", "nowhere.txt"], "nowhere.txt"),
         (["--trainer.max_steps", "-1", "--trainer.max_epochs", "-1"], "no last step"),
+        ([], "nothing says how long to learn"),
     ],
 )
 def test_plan_refuses_the_data_that_a_fit_refuses(options, mention, model_directory, text_file, capsys):

@@ -6,6 +6,8 @@ import copy
 import json
 import math
 import re
+import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -152,7 +154,7 @@ def recover(model_directory, text_file, test_text_file, tmp_path):
     config["trainer"]["callbacks"][2]["init_args"] = {"texts": [str(test_text_file)], "seq_len": 32, "max_tokens": 256}
     (tmp_path / "recovery.yaml").write_text(yaml.safe_dump(config))
 
-    def run(name: str, *overlays: Path):
+    def run(name: str, *overlays: Path, more: Sequence[str] = ()):
         settings = {
             "--model.model": pruned,
             "--model.teacher": model_directory,
@@ -166,9 +168,32 @@ def recover(model_directory, text_file, test_text_file, tmp_path):
         }
         given = [str(item) for pair in settings.items() for item in pair]
         files = [item for file in (tmp_path / "recovery.yaml", *overlays) for item in ("-c", str(file))]
-        return main(["recover", *files, *given]), tmp_path / name
+        return main(["recover", *files, *given, *more]), tmp_path / name
 
     return run
+
+
+def test_recovery_replaces_neither_of_its_models(recover, model_directory, tmp_path, capsys):
+    shutil.copytree(model_directory, tmp_path / "run" / "export")
+    arguments = ["--model.teacher", str(tmp_path / "run" / "export")]
+    assert recover("run", more=arguments)[0] == 2
+    assert "would be replaced" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("more", "mention"),
+    [
+        (["--data.seq_len", "4096"], "4096"),
+        (["--data.statistics_sequences", "2"], "statistics_sequences 2"),
+        (["--trainer.precision", "bf16-mixed"], "bf16-mixed"),
+        (["--trainer.max_steps", "-1", "--trainer.max_epochs", "-1"], "last step"),
+    ],
+)
+def test_recovery_refuses_what_does_not_go_with_it(more, mention, recover, capsys):
+    status, run = recover("run", more=more)
+    assert status == 2
+    assert mention in capsys.readouterr().err
+    assert not (run / "config.yaml").exists()
 
 
 def test_recover_exports_what_it_learned_and_shows_it_again(recover, capsys):
@@ -180,7 +205,7 @@ def test_recover_exports_what_it_learned_and_shows_it_again(recover, capsys):
     assert recovered["ppl"] != pruned["ppl"]
     assert sparsity_of(load_model(run / "export")) == 0.5
     card = (run / "export" / "README.md").read_text()
-    assert metadata_load(run / "export" / "README.md")["base_model"] == "tiny"
+    assert "base_model" not in metadata_load(run / "export" / "README.md")
     assert metadata_load(run / "export" / "README.md")["tags"] == ["rotpruner", "pruning", "sparse", "2:4"]
     for fact in (
         "# tiny, 2:4, recovered",

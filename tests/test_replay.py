@@ -59,6 +59,10 @@ def test_statistics_need_batches():
     rotations = random_rotations(model.config, ["residual"], 0)
     with pytest.raises(InputError, match="Wanda needs statistics, and no calibration batches are given"):
         prune_model(model, resolve_pruner("wanda"), parse_pattern("2:4"), rotations=rotations)
+    with pytest.raises(InputError, match=r"pattern slice:0\.3 needs statistics"):
+        prune_model(model, resolve_pruner("magnitude"), parse_pattern("slice:0.3"))
+    with pytest.raises(InputError, match="layer_sparsity owl needs statistics"):
+        prune_model(model, resolve_pruner("magnitude"), parse_pattern("0.5"), layer_sparsity="owl")
     assert all(torch.equal(one, other) for one, other in zip(model.parameters(), untouched.parameters(), strict=True))
 
 

@@ -79,8 +79,12 @@ def test_sigmoid_learns_on_shards_what_it_learns_on_one_process(parallel_config,
 
 @pytest.mark.parametrize(
     "choice",
-    [["--model.surrogate.name", "gumbel"], ["--model.offload", "true", "--model.gradient_checkpointing", "true"]],
-    ids=["masks that learn", "offload"],
+    [
+        ["--model.surrogate.name", "gumbel"],
+        ["--model.offload", "true", "--model.gradient_checkpointing", "true"],
+        ["--model.orthogonal_map", "manifold", "--model.optimizer", "{class_path: rotpruner.optimizers.CayleySGD}"],
+    ],
+    ids=["masks that learn", "offload", "points of the manifold"],
 )
 def test_what_cannot_be_sharded_is_refused(choice, parallel_config, tmp_path):
     arguments = together(sharded(parallel_config, False), tmp_path / "run")

@@ -331,6 +331,7 @@ class WholeMoment(Wanda):
         ("sigmoid", "slice:0.25", "wanda", {}, "slice:0.25"),
         ("sigmoid", "2:4", "sparsegpt", {}, "SparseGPT.* while it updates the weights"),
         ("sigmoid", "2:4", "test_surrogates.WholeMoment", {}, "only the diagonal .* WholeMoment reads all"),
+        ("straight_through", "slice:0.25", "wanda", {}, "slice:0.25"),
         ("gumbel", "0.5", "wanda", {}, "0.5"),
         ("gumbel", "slice:0.25", "wanda", {}, "slice:0.25"),
         ("gumbel", "8:16", "wanda", {}, "12,870"),

@@ -26,7 +26,9 @@ from rotpruner.errors import InputError
 SWEEPS = sorted(Path("experiments/sweeps").glob("*.yaml"))
 
 
-def test_a_sweep_runs_its_rows_once_and_results_become_a_table(model_directory, text_file, test_text_file, tmp_path):
+def test_a_sweep_runs_its_rows_once_and_results_become_a_table(
+    model_directory, text_file, test_text_file, tmp_path, monkeypatch
+):
     file = tmp_path / "tiny.yaml"
     settings = {"model": str(model_directory), "num_sequences": 4, "seq_len": 32, "max_tokens": 256}
     sweep = {
@@ -43,20 +45,24 @@ def test_a_sweep_runs_its_rows_once_and_results_become_a_table(model_directory, 
     left = tmp_path / "runs" / "tiny" / "magnitude-2of4-0"
     left.mkdir(parents=True)
     (left / "half").write_text("of an interrupted row")
+    monkeypatch.setattr("experiments.sweep.commit", lambda: "of the checkout")
     assert main(arguments) == 0
     kept = {path.name for path in (tmp_path / "runs" / "tiny").iterdir() if path.is_dir()}
     assert kept == {"magnitude-2of4-0", "magnitude-2of4-1"}
     assert not (left / "half").exists()
     assert "saved" in (tmp_path / "runs" / "tiny" / "magnitude-2of4-1.log").read_text()
-    kept = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "results" / "tiny").iterdir()}
+    stored = tmp_path / "results" / "tiny"
+    kept = {path.name: path.stat().st_mtime_ns for path in stored.iterdir()}
     assert set(kept) == {"sweep.json", "dense.json", "magnitude-2of4-0.json", "magnitude-2of4-1.json"}
-    record = json.loads((tmp_path / "results" / "tiny" / "magnitude-2of4-0.json").read_text())
+    title = json.loads((stored / "sweep.json").read_text())["title"]
+    assert title == f"Tiny, on {model_directory.name}"
+    record = json.loads((stored / "magnitude-2of4-0.json").read_text())
     assert record["row"] == {"pruner": "magnitude", "pattern": "2:4", "seed": 0}
-    assert str(tmp_path) not in record["command"]
+    assert record["commit"] == "of the checkout"
+    assert json.loads((stored / "dense.json").read_text())["result"]["tokens"] == {test_text_file.stem: 256}
+    assert not [path for path in stored.iterdir() if str(tmp_path) in path.read_text()], "paths of this machine"
     assert main(arguments) == 0
-    assert {name: (tmp_path / "results" / "tiny" / name).stat().st_mtime_ns for name in kept if "-" in name} == {
-        name: time for name, time in kept.items() if "-" in name
-    }
+    assert {path.name: path.stat().st_mtime_ns for path in stored.iterdir()} == kept
     (tmp_path / "results" / "begun").mkdir()
     shutil.copy(tmp_path / "results" / "tiny" / "sweep.json", tmp_path / "results" / "begun")
     output = tmp_path / "RESULTS.md"
@@ -69,16 +75,46 @@ def test_a_sweep_runs_its_rows_once_and_results_become_a_table(model_directory, 
 
 def test_a_row_that_another_command_has_made_is_kept_and_named(tmp_path, capsys):
     file = tmp_path / "one.yaml"
-    file.write_text("{title: One, command: prune, arguments: {model: of nobody}, rows: [{seed: 0}]}")
+    file.write_text("{title: One, command: prune, arguments: {model: of nobody, text: [a]}, rows: [{seed: 0}]}")
     target = tmp_path / "results" / "one" / "0.json"
     target.parent.mkdir(parents=True)
     arguments = ["sweep", str(file), "--results", str(tmp_path / "results")]
-    for ran, other in (("prune --model 'of nobody' --seed 0 --json", False), ("prune --seed 0 --json", True)):
+    alike = "prune --model 'of nobody' --text a --seed 0 --json"
+    for ran, other in ((alike, False), ("prune --seed 0 --json", True)):
         target.write_text(json.dumps({"command": ran}))
         assert main(arguments) == 0
         shown = " ".join(capsys.readouterr().err.split())
         assert ("by another command" in shown) is other
         assert (f"({ran})" in shown) is other
+
+
+def test_rows_of_other_commands_get_no_others_beside_them(program, tmp_path, capsys):
+    """They would be pooled as seeds of one experiment."""
+    stored = tmp_path / "results" / "one"
+    stored.mkdir(parents=True)
+    (stored / "sweep.json").write_text('{"title": "One (and a note)", "columns": ["steps"]}')
+    (stored / "0.json").write_text('{"command": "prune --text b --seed 0 --json"}')
+    assert sweep_one(tmp_path) == 2
+    assert "has rows of other commands, 0," in " ".join(capsys.readouterr().err.split())
+    assert not (tmp_path / "pid").exists(), "no row has run"
+    (stored / "0.json").write_text('{"command": "prune --text a --seed 0 --json"}')
+    program.write_text(program.read_text() + "echo '{}'\n")
+    assert sweep_one(tmp_path) == 0
+    assert json.loads((stored / "sweep.json").read_text()) == {
+        "title": "One (and a note)",
+        "columns": ["steps", "seed"],
+    }
+    (stored / "1.json").write_text('{"command": ')
+    assert sweep_one(tmp_path) == 2
+    assert "1.json' is damaged; remove it" in " ".join(capsys.readouterr().err.split())
+
+
+def test_a_table_that_keeps_no_models_removes_no_directory(program, tmp_path):
+    program.write_text(program.read_text() + "echo '{}'\n")
+    thesis = tmp_path / "runs" / "one" / "0" / "thesis"
+    thesis.mkdir(parents=True)
+    assert sweep_one(tmp_path) == 0
+    assert thesis.is_dir()
 
 
 @pytest.fixture
@@ -88,7 +124,9 @@ def program(tmp_path, monkeypatch):
     script.write_text(f"#!/bin/sh\necho $$ > {tmp_path}/pid.part\nmv {tmp_path}/pid.part {tmp_path}/pid\n")
     script.chmod(0o755)
     monkeypatch.setattr("experiments.sweep.sys.executable", str(script))
-    (tmp_path / "one.yaml").write_text("{title: One, command: prune, rows: [{seed: 0}, {seed: 1}]}")
+    (tmp_path / "one.yaml").write_text(
+        "{title: One, command: prune, arguments: {text: [a]}, rows: [{seed: 0}, {seed: 1}]}"
+    )
     return script
 
 
@@ -147,6 +185,23 @@ def test_values_of_a_row_take_the_place_of_their_names(tmp_path):
         read_sweep(tmp_path / "a.yaml")
 
 
+def test_a_reference_is_one_model_on_the_texts_of_all_rows(tmp_path):
+    arguments = {"model": "a", "text": ["b"], "max_tokens": 5, "seed": 0}
+    sweep = {"title": "T", "command": "prune", "arguments": arguments, "grid": {"pruner": ["c"]}, "reference": True}
+    (tmp_path / "a.yaml").write_text(yaml.safe_dump(sweep))
+    (name, _, command), _ = rows(read_sweep(tmp_path / "a.yaml"), tmp_path)
+    assert (name, command) == ("dense", ["evaluate", "--model", "a", "--text", "b", "--max_tokens", "5", "--json"])
+    (tmp_path / "a.yaml").write_text(yaml.safe_dump(sweep | {"grid": {"seq_len": [1, 2]}}))
+    with pytest.raises(InputError, match="vary seq_len"):
+        list(rows(read_sweep(tmp_path / "a.yaml"), tmp_path))
+    (tmp_path / "a.yaml").write_text(yaml.safe_dump(sweep | {"command": "fit"}))
+    with pytest.raises(InputError, match="reference is for prune"):
+        read_sweep(tmp_path / "a.yaml")
+    (tmp_path / "a.yaml").write_text(yaml.safe_dump(sweep | {"arguments": {}, "reference": False}))
+    with pytest.raises(InputError, match="row c has no text"):
+        list(rows(read_sweep(tmp_path / "a.yaml"), tmp_path))
+
+
 def test_what_rows_would_overrule_and_rows_of_one_name_are_refused(tmp_path, capsys):
     file = tmp_path / "one.yaml"
     file.write_text("{title: One, command: fit, rows: [{data.num_sequences: 32}, {trainer.max_steps: 32}]}")
@@ -154,6 +209,8 @@ def test_what_rows_would_overrule_and_rows_of_one_name_are_refused(tmp_path, cap
     assert "--set trainer.max_steps would be overruled" in capsys.readouterr().err
     assert main(["sweep", str(file), "--set", "trainer.default_root_dir=here"]) == 2
     assert "--set trainer.default_root_dir would be overruled" in capsys.readouterr().err
+    assert main(["sweep", str(file), "--set", "data.calibration=[a"]) == 2
+    assert "--set data.calibration=[a" in capsys.readouterr().err
     assert main(["sweep", str(file)]) == 2
     assert "have the same name, 32" in capsys.readouterr().err
 
@@ -163,8 +220,12 @@ def test_commit_and_dtype_of_a_training_are_those_of_its_run(command, setting, t
     results = {"rows": [_row(1.0) | {"name": "dense"}], "config": {"model": {setting: "bfloat16"}}}
     results |= {"commit": "of the run", "device": "cuda:0 (A GPU)"}
     (tmp_path / "results.json").write_text(json.dumps(results))
+    logged = tmp_path / "logs" / "version_0" / "metrics.csv"
+    logged.parent.mkdir(parents=True)
+    logged.write_text("step,train/loss,ppl/text,masks/flipped\n0,3.0,40.0,0.1\n")
     found = _found([command, "--trainer.default_root_dir", str(tmp_path)], "")
     assert (found["commit"], found["dtype"]) == ("of the run", "bfloat16")
+    assert set(found["curves"]) == {"train/loss", "ppl/text"}
     found["result"]["recovered"] = _row(2.0)
     text = table({"title": "T", "columns": []}, [("a", {"row": {}, "command": command, **found})])
     assert "| bfloat16 (A GPU) | 1 | of the  |" in text
@@ -172,7 +233,7 @@ def test_commit_and_dtype_of_a_training_are_those_of_its_run(command, setting, t
 
 def test_gaps_are_counted_from_the_dense_row():
     records = [
-        ("dense", {"command": "evaluate", "result": {"ppl": {"text": 10.0}}}),
+        ("dense", {"command": "evaluate --model m", "result": {"ppl": {"text": 10.0}}}),
         ("a", {"row": {"pruner": "a"}, "command": "prune", "commit": "abcdef012", "result": _row(20.0)}),
     ]
     text = table({"title": "T", "columns": ["pruner"]}, records)
@@ -181,6 +242,22 @@ def test_gaps_are_counted_from_the_dense_row():
     text = table({"title": "T", "columns": ["pruner"]}, records)
     assert "| seconds | computed in | seeds | commit |" in text
     assert "| 3 | bfloat16 | 1 | abcdef0 |" in text
+
+
+def test_seeds_are_pooled_to_their_mean_and_sample_deviation():
+    dense = ("dense", {"command": "evaluate --model m", "result": {"ppl": {"text": 10.0}}})
+    seeds = [
+        (str(seed), {"row": {"seed": seed}, "command": "prune", "commit": "abcdef012", "result": _row(ppl)})
+        for seed, ppl in enumerate((10.0, 14.0))
+    ]
+    text = table({"title": "T", "columns": ["seed"]}, [dense, *seeds])
+    assert "| 12.00 ± 2.83 | 0.168 ± 0.238 | 1.0 M | 0 M | 3 ± 0 | 2 | abcdef0 |" in text
+
+
+def test_a_row_that_is_called_dense_is_a_row():
+    record = {"row": {"statistics": "dense"}, "command": "prune", "commit": "abcdef012", "result": _row(20.0)}
+    text = table({"title": "T", "columns": ["statistics"]}, [("dense", record)])
+    assert "| dense | 20.00 | 1.0 M |" in text
 
 
 def test_gaps_are_counted_from_each_rows_own_dense_model_on_the_texts_of_both():
@@ -216,7 +293,9 @@ def test_plots_show_steps_and_sparsities(tmp_path):
     for name in ("step.json", "inference.json"):
         shutil.copy(stored / name, tmp_path / "results")
     output = tmp_path / "RESULTS.md"
+    (tmp_path / "results" / "NOTES.md").write_text("On such tokens.\n")
     assert main(["results", "--results", str(tmp_path / "results"), "--output", str(output)]) == 0
+    assert "\nOn such tokens.\n" in output.read_text()
     step, inference = (json.loads((stored / name).read_text()) for name in ("step.json", "inference.json"))
     memory = step["peak_bytes"] / step["dense_fp32_bytes"]
     for shown in (f"{step['ratio']:.3f} × forward and backward", f"{memory:.2f} × the dense model", "2 × 1,024 tokens"):
@@ -321,7 +400,17 @@ def test_another_config_takes_the_place_of_the_first(capsys, tmp_path):
     assert "--set model" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("text", ["[", "title: x", "title: x\ncommand: dance\ngrid: {}", "title: x\ncommand: fit"])
+FIT = "{title: x, command: fit, "
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        *("[", "title: x", "title: x\ncommand: dance\ngrid: {}", "title: x\ncommand: fit"),
+        *(FIT + "grid: {seed: 0}}", FIT + "grid: [seed]}", FIT + "rows: [3]}", FIT + "rows: [], arguments: [3]}"),
+        FIT + "rows: [], config: file}",
+    ],
+)
 def test_bad_sweep_files_are_refused(text, tmp_path, capsys):
     (tmp_path / "bad.yaml").write_text(text)
     assert main(["sweep", str(tmp_path / "bad.yaml")]) == 2

@@ -117,7 +117,7 @@ def resolve_pruner(name: str | Pruner) -> Pruner:
         raise InputError(f"unknown pruner '{name}'; {known}")
     try:
         pruner_class = getattr(importlib.import_module(module_name), class_name)
-    except (ImportError, AttributeError) as error:
+    except (ImportError, AttributeError, TypeError, ValueError) as error:  # the last two: of a leading dot
         raise InputError(f"unknown pruner '{name}' ({error}); {known}") from None
     if not (isinstance(pruner_class, type) and issubclass(pruner_class, Pruner)):
         raise InputError(f"'{name}' is not a subclass of rotpruner.pruners.Pruner; {known}")

@@ -76,7 +76,10 @@ def _factor(moment: Moment, damping: float, dtype: torch.dtype) -> Tensor:
         L, failure = torch.linalg.cholesky_ex(H.flip(0, 1))
         if not failure:
             return L.flip(0, 1)
-    raise InputError("the second moment of a linear's input is not positive semidefinite")
+    raise InputError(
+        f"the second moment of a linear's {len(H)} inputs is not positive semidefinite, even with "
+        f"{damping * 10 ** (_ATTEMPTS - 1):g} of its mean diagonal added; gather it in float32 or float64"
+    )
 
 
 def obs_saliency(weight: Tensor, moment: Moment | None, damping: float) -> Tensor:
