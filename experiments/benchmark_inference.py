@@ -24,10 +24,10 @@ from torch import Tensor, nn
 from callbacks.terminal import track
 from experiments.arguments import Parser, add_device, at_least, report
 from rotpruner.errors import InputError
-from rotpruner.families import linear_modules
 from rotpruner.loading import load_config, load_model
 from rotpruner.oneshot import parameter_count
 from rotpruner.provenance import commit, device_name, public_command
+from rotpruner.semi_structured import is_two_four, semi_structured
 
 Row = dict[str, Any]
 
@@ -63,9 +63,9 @@ def main(arguments: list[str]) -> None:
             if not is_two_four(model):
                 continue
             try:
-                variant = semi_structured(model)
-            except (RuntimeError, NotImplementedError) as error:
-                note += f" '{name}' has no semi-structured form here: {str(error).splitlines()[0]}."
+                variant = semi_structured(copy.deepcopy(model))
+            except InputError as error:
+                note += f" '{name}' has no semi-structured form here: {error}."
                 continue
             models[key := (number, f"{name}, semi-structured")] = variant
             sizes[key] = sizes[number, name][0], _bytes(variant)
@@ -158,27 +158,6 @@ def _now(device: torch.device) -> float:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.perf_counter()
-
-
-def is_two_four(model: nn.Module) -> bool:
-    """Whether of every four neighbouring input weights of every decoder linear at least two are zero."""
-    weights = [linear.weight for linear in linear_modules(model).values()]
-    return all(
-        weight.shape[1] % 4 == 0 and bool(((weight != 0).view(-1, 4).sum(1) <= 2).all().item()) for weight in weights
-    )
-
-
-def semi_structured(model: nn.Module) -> nn.Module:
-    """A copy whose decoder linears are in torch's semi-structured form (CUDA only; the rest is copied too).
-
-    Raises:
-        RuntimeError: the device, the dtype or a shape does not allow it.
-    """
-    variant = copy.deepcopy(model)
-    for linear in linear_modules(variant).values():
-        sparse = torch.sparse.to_sparse_semi_structured(linear.weight.detach())
-        linear.weight = nn.Parameter(sparse, requires_grad=False)
-    return variant
 
 
 def _bytes(model: nn.Module) -> int:

@@ -19,12 +19,12 @@ from experiments.arguments import Parser, at_least
 from experiments.arguments import report as print_json
 from experiments.fit import FitCLI, check_limited
 from rotpruner.basis import check_offload
-from rotpruner.choices import check_choices
+from rotpruner.choices import Choices
 from rotpruner.compensation import check_compensation
 from rotpruner.errors import InputError
 from rotpruner.loading import check_seq_len, load_config
 from rotpruner.objectives import Objective
-from rotpruner.patterns import Slice, parse_pattern
+from rotpruner.patterns import parse_pattern
 from rotpruner.placements import turns
 from rotpruner.planning.costs import disk_space, step_flops
 from rotpruner.planning.memory import MemoryPlan, largest, memory_plan
@@ -124,32 +124,40 @@ def read_setup(arguments: list[str], gpu: str, count: int) -> tuple[Setup, Names
     """
     settings = SettingsCLI(arguments).config
     model, data, trainer = settings.model, settings.data, settings.trainer
-    config, pattern, optimizer = load_config(model.model), parse_pattern(model.pattern, model.scope), _trial(model)
-    objective = Objective(**_plain(model.objective))
-    start = model.start if model.init_rotations is None else None
-    choices = model.layer_sparsity, model.spaces, model.placement, start, model.orthogonal_map
-    pruner = resolve_pruner(model.pruner)
-    check_choices(config, pattern, pruner, objective, *choices, optimizer)
+    config, optimizer = load_config(model.model), _trial(model)
+    choices = Choices(
+        pattern=parse_pattern(model.pattern, model.scope),
+        pruner=resolve_pruner(model.pruner),
+        layer_sparsity=model.layer_sparsity,
+        objective=Objective(**_plain(model.objective)),
+        surrogate=Surrogate(**_plain(model.surrogate)),
+        spaces=model.spaces,
+        placement=model.placement,
+        orthogonal_map=model.orthogonal_map,
+        start=model.start if model.init_rotations is None else None,
+    )
+    choices.check(config, optimizer)
     check_seq_len(config, data.seq_len)
     CalibrationDataModule(**{name: data[name] for name in signature(CalibrationDataModule).parameters})
     statistics_sequences = data.statistics_sequences or data.num_sequences
-    check_compensation(model.compensate, statistics_sequences, pattern)
-    surrogate = Surrogate(**_plain(model.surrogate))
-    if surrogate.anneals:
-        raise InputError(f"plan knows no formulas of surrogate {surrogate.name}; ask for sr_ste, which takes less")
+    check_compensation(model.compensate, statistics_sequences, choices.pattern)
+    if choices.surrogate.anneals:
+        raise InputError(
+            f"plan knows no formulas of surrogate {choices.surrogate.name}; ask for sr_ste, which takes less"
+        )
     sharded = count > 1 and _shards(trainer.strategy)
     check_offload(model.offload, model.gradient_checkpointing, sharded)
     setup = Setup(
         config=config,
-        pruner=pruner,
-        pattern=pattern,
+        pruner=choices.pruner,
+        pattern=choices.pattern,
         spaces=tuple(space for space in model.spaces if turns(space)),  # orders take bytes, and no time to speak of
         placement=model.placement,
         orthogonal_map=model.orthogonal_map,
-        start=start or "identity",
+        start=choices.start or "identity",
         layer_sparsity=model.layer_sparsity,
         compensate=model.compensate,
-        objective=objective,
+        objective=choices.objective,
         dtype=_dtype(model.base_dtype, gpu),
         seq_len=data.seq_len,
         batch_size=data.batch_size,
@@ -160,7 +168,7 @@ def read_setup(arguments: list[str], gpu: str, count: int) -> tuple[Setup, Names
         gradient_checkpointing=model.gradient_checkpointing,
         offload=model.offload,
         optimizer_states=_states(optimizer),
-        keeps_unmasked=surrogate.name == "sr_ste" and not isinstance(pattern, Slice),
+        keeps_unmasked=choices.surrogate.name == "sr_ste",
         ranks=count,
         sharded=sharded,
         device="cpu" if gpu == "cpu" else "gpu",

@@ -16,14 +16,13 @@ from lightning_modules.devices import root_device
 from lightning_modules.schedules import check_schedule, with_schedule
 from lightning_modules.trainers import check_trainer, endless
 from rotpruner.basis import check_offload
-from rotpruner.choices import check_choices
+from rotpruner.choices import Choices
 from rotpruner.compensation import check_compensation
 from rotpruner.distributed import Ranks
 from rotpruner.errors import InputError
 from rotpruner.loading import check_seq_len, load_config, load_model
 from rotpruner.objectives import Objective
 from rotpruner.oneshot import LayerSparsity
-from rotpruner.optimizers import CayleySGD
 from rotpruner.orthogonal import MapName, orthogonality_error
 from rotpruner.patterns import Scope, parse_pattern
 from rotpruner.placements import Placement, residual_sites
@@ -34,7 +33,7 @@ from rotpruner.rotated_model import RotatedModel
 from rotpruner.rotation_artifact import Rotations
 from rotpruner.rotations import LearnedRotations, Start, check_going_on
 from rotpruner.sharding import shard
-from rotpruner.surrogates import Surrogate, check_surrogate
+from rotpruner.surrogates import Surrogate
 
 
 class RotationModule(LightningModule):
@@ -121,18 +120,23 @@ class RotationModule(LightningModule):
         self.layer_sparsity, self.cache_dense = layer_sparsity, cache_dense
         self.model_name, self.spaces = model, spaces
         config = load_config(model)
-        trial = optimizer([torch.nn.Parameter(torch.eye(2))])
-        first = start if init_rotations is None else None
-        choices = layer_sparsity, spaces, placement, first, orthogonal_map
-        check_choices(config, self.pattern, self.pruner, objective, *choices, trial)
+        choices = Choices(
+            pattern=self.pattern,
+            pruner=self.pruner,
+            layer_sparsity=layer_sparsity,
+            objective=objective,
+            surrogate=surrogate,
+            spaces=spaces,
+            placement=placement,
+            orthogonal_map=orthogonal_map,
+            start=start if init_rotations is None else None,
+        )
+        choices.check(config, optimizer([torch.nn.Parameter(torch.eye(2))]))
         self.placement: Placement = placement
         if init_rotations is not None:
             given = Rotations.from_pretrained(init_rotations)
             given.check_config(config)
             check_going_on(given, spaces, residual_sites(config, placement) if "residual" in spaces else 0)
-        check_surrogate(surrogate, self.pattern, self.pruner, objective)
-        if surrogate.name == "gumbel" and isinstance(trial, CayleySGD):
-            raise InputError("CayleySGD moves orthogonal matrices, not the logits of surrogate gumbel; use Adam")
         self._config = config
         self.orthogonal_map, self.start, self.seed = orthogonal_map, start, seed
         self.init_rotations = init_rotations

@@ -4,6 +4,7 @@ from rotpruner.api import learn, prune, save
 from rotpruner.errors import InputError
 from rotpruner.loading import load_model, load_tokenizer
 from rotpruner.loading import load_model as load
+from rotpruner.objectives import Objective
 from rotpruner.oneshot import prune_model
 from rotpruner.packed import pack, unpack
 from rotpruner.perplexity import perplexity
@@ -11,15 +12,19 @@ from rotpruner.recovery import SparseRecovery
 from rotpruner.rotated_model import RotatedModel
 from rotpruner.rotation_artifact import Rotations
 from rotpruner.rotations import LearnedRotations, merge_rotations, random_rotations
+from rotpruner.semi_structured import semi_structured
+from rotpruner.surrogates import Surrogate
 
 __version__ = "0.1.0"
 
 __all__ = [
     "InputError",
     "LearnedRotations",
+    "Objective",
     "RotatedModel",
     "Rotations",
     "SparseRecovery",
+    "Surrogate",
     "learn",
     "load",
     "load_model",
@@ -31,5 +36,6 @@ __all__ = [
     "prune_model",
     "random_rotations",
     "save",
+    "semi_structured",
     "unpack",
 ]

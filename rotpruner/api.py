@@ -8,21 +8,22 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rotpruner.artifacts import check_new_directory, save_model
+from rotpruner.choices import Choices
 from rotpruner.compensation import check_compensation
 from rotpruner.compensation import compensate as compensate_weights
 from rotpruner.embedded import embedded_name
 from rotpruner.errors import InputError
-from rotpruner.families import check_space
 from rotpruner.loading import check_pattern, check_seq_len
 from rotpruner.model_card import Origin, pruner_name, write_card
-from rotpruner.oneshot import prune_model
+from rotpruner.objectives import Objective
+from rotpruner.oneshot import LayerSparsity, check_layer_sparsity, prune_model
 from rotpruner.patterns import Pattern, Scope, Slice, parse_pattern
 from rotpruner.perplexity import windows
 from rotpruner.placements import Placement, check_placement
@@ -30,7 +31,9 @@ from rotpruner.precision import cast_parameters, fast_dtype
 from rotpruner.pruners import Pruner, resolve_pruner
 from rotpruner.rotated_model import RotatedModel
 from rotpruner.rotation_artifact import Rotations
-from rotpruner.rotations import LearnedRotations, RotationSet, Start, check_start
+from rotpruner.rotations import LearnedRotations, RotationSet, Start
+from rotpruner.statistics import Moment
+from rotpruner.surrogates import Surrogate
 
 
 def learn(
@@ -86,6 +89,9 @@ def prune(
     spaces: Sequence[str] = ("residual", "value_heads"),
     steps: int = 100,
     lr: float = 2e-3,
+    objective: Objective = Objective(),  # noqa: B008 - frozen
+    surrogate: Surrogate = Surrogate(),  # noqa: B008 - frozen
+    layer_sparsity: LayerSparsity = "uniform",
     compensate: int = 0,
     num_sequences: int = 64,
     seq_len: int = 1024,
@@ -108,6 +114,8 @@ def prune(
         spaces: which spaces rotate (of a slice, the residual stream alone), unless `rotate` says so; empty is `none`.
             With `mlp`, whose features N:M patterns can order, the others start from permutations too.
         steps, lr: of learning, one sequence a step.
+        objective, surrogate: what is minimised, and how its gradient passes the masks.
+        layer_sparsity: `uniform`, or `owl` to let blocks with many outliers keep more of an unstructured pattern.
         compensate: on how many of the sequences the kept weights are fitted, in closed form, see
             `rotpruner.compensation`; 0 leaves them as they are.
         num_sequences, seq_len: size of the calibration set, taken from the texts by `seed`.
@@ -134,7 +142,20 @@ def prune(
         raise InputError(
             f"num_sequences {num_sequences}, steps {steps} and lr {lr} must be at least 1, at least 0 and positive"
         )
-    rotating = _rotating(rotate, model, spaces, parsed, steps)
+    check_layer_sparsity(parsed, layer_sparsity)
+    rotating = _rotating(rotate, model, spaces, parsed)
+    if rotating is not None and (steps or rotating.given is None):
+        Choices(
+            pattern=parsed,
+            pruner=resolved,
+            layer_sparsity=layer_sparsity,
+            objective=objective,
+            surrogate=surrogate,
+            spaces=rotating.spaces,
+            placement=rotating.placement,
+            orthogonal_map="cayley",
+            start=rotating.start if rotating.given is None else None,
+        ).check(model.config)
     if dtype == torch.float16:
         raise InputError("dtype float16 loses the gradients of a mean over tokens; give bfloat16 or float32")
     if rotations_directory is not None:
@@ -154,33 +175,58 @@ def prune(
         seed=seed,
         basis="pca" if sliced else "none",
         update="compensation" if compensate else None,
+        layer_sparsity=layer_sparsity,
     )
-    rotations: RotationSet | None = None
-    moments = None
+    found = _Found()
     if rotating is not None:
         base: Any = copy.deepcopy(model)
         cast_parameters(base, dtype or fast_dtype(model.device))
-        learned = rotating.module(model)
-        rotated = RotatedModel(base, learned, resolved, parsed, gradient_checkpointing=gradient_checkpointing)
+        rotated = RotatedModel(
+            base,
+            rotating.module(model),
+            resolved,
+            parsed,
+            surrogate,
+            objective,
+            gradient_checkpointing=gradient_checkpointing,
+            layer_sparsity=layer_sparsity,
+            seed=seed,
+        )
         rotated.calibrate(rows.split(1))
         rotated.start_from_statistics(rotating.start)
         with torch.enable_grad():
             learn(rotated, _passes(rows, generator), steps=steps, lr=lr, on_step=on_step)
-        rotations = {space: Q.detach() for space, Q in rotated.rotations().items()}
+        found = _Found.by(rotated)
         if rotations_directory is not None:
-            Rotations.of(rotations, model).save_pretrained(rotations_directory)
-        # Pruners that rebuild the outputs of what they have pruned get the statistics of pruned predecessors.
-        moments = None if resolved.rebuilds else rotated.moments
-        origin = replace(origin, steps=steps, training_tokens=steps * seq_len, **rotating.described(steps))
+            Rotations.of(found.rotations or {}, model).save_pretrained(rotations_directory)
+        learned = rotating.described(steps) | {"learned_masks": found.masks is not None}
+        read = steps * seq_len if objective.runs_model else 0
+        origin = replace(origin, steps=steps, training_tokens=read, **learned)
         del base, rotated
         gc.collect()  # now, before the model is copied again: the hooks of a rotated model refer to it
     pruned: Any = copy.deepcopy(model).eval()
-    prune_model(pruned, resolved, parsed, rows.split(1), rotations, moments)
+    prune_model(pruned, resolved, parsed, rows.split(1), layer_sparsity=layer_sparsity, **found._asdict())
     if compensate:
         fitted = rows[:compensate].split(1)
-        compensate_weights(pruned, copy.deepcopy(model).eval(), fitted, rotations=rotations)
+        compensate_weights(pruned, copy.deepcopy(model).eval(), fitted, rotations=found.rotations)
     pruned.origin = origin
     return pruned
+
+
+class _Found(NamedTuple):
+    """What a model has learned, by the names that `prune_model` has for it."""
+
+    rotations: RotationSet | None = None
+    moments: dict[str, Moment] | None = None
+    masks: dict[str, Tensor] | None = None
+    patterns: list[Pattern] | None = None
+
+    @classmethod
+    def by(cls, rotated: RotatedModel) -> _Found:
+        rotations = {space: Q.detach() for space, Q in rotated.rotations().items()}
+        # Pruners that rebuild the outputs of what they have pruned get the statistics of pruned predecessors.
+        moments = None if rotated.pruner.rebuilds else rotated.moments
+        return cls(rotations, moments, rotated.learned_masks(), rotated.patterns)
 
 
 @dataclass(frozen=True)
@@ -210,30 +256,24 @@ def _rotating(
     model: PreTrainedModel,
     spaces: Sequence[str],
     pattern: Pattern | Slice,
-    steps: int,
 ) -> _Rotating | None:
     """What `rotate` and `spaces` of `prune` ask for; None if nothing rotates."""
     if isinstance(rotate, Rotations):
         rotate.check_model(model)
         if isinstance(pattern, Slice) and set(rotate) != {"residual"}:
             raise InputError(f"pattern {pattern} removes residual directions only, but rotate has {sorted(rotate)}")
-        if steps:
-            check_start(None, list(rotate), pattern)
         return _Rotating(list(rotate), len(rotate["residual"]) if "residual" in rotate else "shared", given=rotate)
     if rotate == "none":
         return None
     if isinstance(spaces, str):
         raise InputError(f"spaces is one string; give a list, as in ['{spaces}']")
-    sliced = isinstance(pattern, Slice)
-    if sliced and spaces:
-        spaces = ["residual"]  # a slice has no other
-    for space in spaces:
-        check_space(model.config, space)
+    sliced = isinstance(pattern, Slice)  # which has no other space
     check_placement(model.config, rotate, ["residual"] if sliced else spaces)
     if not spaces:
         return None
+    if sliced:
+        spaces = ["residual"]
     start: Start = "pca" if sliced else "permutation" if "mlp" in spaces else "identity"
-    check_start(start, spaces, pattern)
     return _Rotating(spaces, rotate, start)
 
 

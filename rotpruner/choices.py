@@ -1,8 +1,9 @@
-"""Which settings of a fit go with each other and with a model, by its config alone."""
+"""What a fit chooses, and which choices go with each other and with a model, by its config alone."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -11,51 +12,80 @@ from rotpruner.errors import InputError
 from rotpruner.families import SPACES, check_space
 from rotpruner.loading import check_pattern, meta_model
 from rotpruner.objectives import Objective
-from rotpruner.oneshot import check_layer_sparsity
+from rotpruner.oneshot import LayerSparsity, check_layer_sparsity
 from rotpruner.optimizers import CayleySGD
+from rotpruner.orthogonal import MapName
 from rotpruner.patterns import Pattern, Slice
 from rotpruner.placements import Placement, check_placement
 from rotpruner.pruners import Pruner
-from rotpruner.rotations import check_start, space_constraint
+from rotpruner.rotations import Start, check_start, space_constraint
+from rotpruner.surrogates import Surrogate, check_surrogate
 
 
-def check_choices(
-    config: Any,
-    pattern: Pattern | Slice,
-    pruner: Pruner,
-    objective: Objective,
-    layer_sparsity: str,
-    spaces: Sequence[str],
-    placement: Placement,
-    start: str | None,
-    orthogonal_map: str,
-    optimizer: torch.optim.Optimizer,
-) -> None:
-    """Raise `InputError` if settings of a fit do not go with each other or with the model of a config."""
-    check_layer_sparsity(pattern, layer_sparsity)
-    if not spaces:
-        raise InputError(f"spaces is empty; name at least one of {', '.join(SPACES)}")
-    for space in spaces:
-        check_space(config, space)
-    check_placement(config, placement, spaces)
-    check_pattern(meta_model(config), pattern)
-    if isinstance(pattern, Slice) and list(spaces) != ["residual"]:
-        raise InputError(
-            f"pattern {pattern} removes residual directions only, but spaces is {list(spaces)}: set [residual]"
-        )
-    if isinstance(pattern, Slice) and objective.needs_importance:
-        raise InputError(
-            f"pattern {pattern} removes directions, and entropy and lost_mass judge weights: set them to 0"
-        )
-    check_start(start, spaces, pattern)
-    if start == "pca" and space_constraint(config, "residual") != "none":
-        raise InputError(f"start pca would change what this {config.model_type} model computes; use identity")
-    if start == "pca" and pruner.needs == "nothing" and not isinstance(pattern, Slice):
-        raise InputError(
-            f"start pca needs statistics, and {type(pruner).__name__} has none gathered; take wanda, or start identity"
-        )
-    if (orthogonal_map == "manifold") != isinstance(optimizer, CayleySGD):
-        raise InputError(
-            f"orthogonal_map {orthogonal_map} does not go with {type(optimizer).__name__}: "
-            "manifold and rotpruner.optimizers.CayleySGD need each other"
-        )
+@dataclass(frozen=True)
+class Choices:
+    """Settings of a fit that depend on each other.
+
+    Attributes:
+        pattern, pruner, layer_sparsity: what is pruned, and how.
+        objective, surrogate: what is minimised, and how its gradient passes the masks.
+        spaces, placement, orthogonal_map: what rotates, and by which matrices.
+        start: of the rotations; None stands for rotations that are given.
+    """
+
+    pattern: Pattern | Slice
+    pruner: Pruner
+    layer_sparsity: LayerSparsity
+    objective: Objective
+    surrogate: Surrogate
+    spaces: Sequence[str]
+    placement: Placement
+    orthogonal_map: MapName
+    start: Start | None
+
+    def check(self, config: Any, optimizer: torch.optim.Optimizer | None = None) -> None:
+        """Raise `InputError` if these do not go with each other, with the model of a config, or with an optimiser."""
+        check_layer_sparsity(self.pattern, self.layer_sparsity)
+        if not self.spaces:
+            raise InputError(f"spaces is empty; name at least one of {', '.join(SPACES)}")
+        for space in self.spaces:
+            check_space(config, space)
+        check_placement(config, self.placement, self.spaces)
+        check_pattern(meta_model(config), self.pattern)
+        if isinstance(self.pattern, Slice):
+            self._check_slice(self.pattern)
+        check_start(self.start, self.spaces, self.pattern)
+        if self.start == "pca":
+            self._check_principal_start(config)
+        check_surrogate(self.surrogate, self.pattern, self.pruner, self.objective)
+        if optimizer is not None:
+            self._check_optimizer(optimizer)
+
+    def _check_slice(self, pattern: Slice) -> None:
+        if list(self.spaces) != ["residual"]:
+            raise InputError(
+                f"pattern {pattern} removes residual directions only, but spaces is {list(self.spaces)}: set [residual]"
+            )
+        if self.objective.needs_importance:
+            raise InputError(
+                f"pattern {pattern} removes directions, and entropy and lost_mass judge weights: set them to 0"
+            )
+
+    def _check_principal_start(self, config: Any) -> None:
+        if space_constraint(config, "residual") != "none":
+            raise InputError(f"start pca would change what this {config.model_type} model computes; use identity")
+        if self.pruner.needs == "nothing" and not isinstance(self.pattern, Slice):
+            raise InputError(
+                f"start pca needs statistics, and {type(self.pruner).__name__} has none gathered; take wanda, or start "
+                "identity"
+            )
+
+    def _check_optimizer(self, optimizer: torch.optim.Optimizer) -> None:
+        on_the_manifold = isinstance(optimizer, CayleySGD)
+        if (self.orthogonal_map == "manifold") != on_the_manifold:
+            raise InputError(
+                f"orthogonal_map {self.orthogonal_map} does not go with {type(optimizer).__name__}: "
+                "manifold and rotpruner.optimizers.CayleySGD need each other"
+            )
+        if on_the_manifold and self.surrogate.name == "gumbel":
+            raise InputError("CayleySGD moves orthogonal matrices, not the logits of surrogate gumbel; use Adam")

@@ -113,6 +113,35 @@ def test_prune_learns_and_prunes_in_what_it_has_learned(tokenizer, texts, tmp_pa
     assert moved[0] > 10 * moved[1] > 0
 
 
+def test_objectives_surrogates_and_layer_sparsity_reach_what_learns(tokenizer, texts):
+    settings = dict(num_sequences=4, seq_len=32, dtype=torch.float32, steps=3, lr=1e-2)
+    losses = {}
+    objective = rotpruner.Objective(kl=1, cosine=1)
+    rotpruner.prune(
+        tiny_llama(),
+        tokenizer,
+        texts,
+        **settings,
+        objective=objective,
+        on_step=lambda step, found: losses.update(found),
+    )
+    assert losses["loss"] == pytest.approx(losses["kl"] + losses["cosine"])
+    gumbel = rotpruner.Surrogate("gumbel", lr=1.0)
+    learned = rotpruner.prune(tiny_llama(), tokenizer, texts, **settings, surrogate=gumbel)
+    chosen = rotpruner.prune(tiny_llama(), tokenizer, texts, **settings)
+    assert learned.origin.learned_masks
+    assert not chosen.origin.learned_masks
+    one, other = (linear_modules(model)["model.layers.0.mlp.up_proj"].weight != 0 for model in (learned, chosen))
+    assert (one != other).float().mean() > 0.02
+    for rotate in ("shared", "none"):
+        shared_out = rotpruner.prune(
+            tiny_llama(), tokenizer, texts, **settings, rotate=rotate, pattern=0.5, layer_sparsity="owl"
+        )
+        kept = [sum(int((w != 0).sum()) for w in block.parameters()) for block in shared_out.model.layers]
+        assert kept[0] != kept[1]
+        assert sparsity_of(shared_out) == pytest.approx(0.5, abs=0.01)
+
+
 def test_batches_are_rows_by_their_numbers():
     """By which the teacher's states are found again."""
     rows = torch.arange(5)[:, None] + 100 * torch.arange(3)
@@ -190,6 +219,9 @@ def test_a_pruner_of_ones_own_is_named_by_its_import_path(tokenizer, texts):
         (dict(rotate="none", rotations_directory="kept"), "kept"),
         (dict(rotate="per_layer", spaces=("value_heads",)), "add residual"),
         (dict(dtype=torch.float16), "float16"),
+        (dict(layer_sparsity="owl"), "owl"),
+        (dict(surrogate=rotpruner.Surrogate("gumbel"), pattern=0.5), "gumbel"),
+        (dict(objective=rotpruner.Objective(entropy=1), pattern="slice:0.25"), "entropy"),
     ],
 )
 def test_prune_refuses(changes, mention, tokenizer, texts):

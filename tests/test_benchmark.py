@@ -10,12 +10,14 @@ from conftest import tiny_llama
 from tiny_models import tiny
 
 from experiments.__main__ import main
-from experiments.benchmark_inference import is_two_four, measure, semi_structured, timed_generation
+from experiments.benchmark_inference import measure, timed_generation
+from rotpruner.errors import InputError
 from rotpruner.loading import load_model
 from rotpruner.oneshot import parameter_count, prune_model
 from rotpruner.packed import pack
 from rotpruner.patterns import parse_pattern
 from rotpruner.pruners import resolve_pruner
+from rotpruner.semi_structured import is_two_four, semi_structured
 
 
 def test_step_benchmark_prints_its_parts(model_directory, text_file, capsys):
@@ -121,9 +123,13 @@ def test_two_four_is_recognised(model_directory, pruned_directory):
     assert not is_two_four(pruned)
 
 
-def test_semi_structured_form_needs_cuda(pruned_directory):
-    with pytest.raises((RuntimeError, NotImplementedError)):
-        semi_structured(load_model(pruned_directory))
+def test_semi_structured_form_needs_2_of_4_on_cuda(model_directory, pruned_directory):
+    with pytest.raises(InputError, match="not all 2:4"):
+        semi_structured(load_model(model_directory))
+    pruned, same = load_model(pruned_directory), load_model(pruned_directory)
+    with pytest.raises(InputError, match="needs a GPU"):
+        semi_structured(pruned)
+    assert all(torch.equal(one, other) for one, other in zip(pruned.parameters(), same.parameters(), strict=True))
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
@@ -132,7 +138,8 @@ def test_semi_structured_form_computes_the_same():
     model = tiny_llama(hidden_size=128, intermediate_size=256).half().cuda()
     prune_model(model, resolve_pruner("magnitude"), parse_pattern("2:4"))
     ids = torch.arange(64, device="cuda").view(1, 64)
-    torch.testing.assert_close(semi_structured(model)(ids).logits, model(ids).logits, atol=1e-2, rtol=1e-2)
+    expected = model(ids).logits
+    torch.testing.assert_close(semi_structured(model)(ids).logits, expected, atol=1e-2, rtol=1e-2)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,53 @@
+"""The form in which GPUs multiply by 2:4 weights faster than by dense ones."""
+
+from __future__ import annotations
+
+from typing import TypeVar
+
+import torch
+from torch import nn
+
+from rotpruner.errors import InputError
+from rotpruner.families import linear_modules
+
+Model = TypeVar("Model", bound=nn.Module)
+
+
+def is_two_four(model: nn.Module) -> bool:
+    """Whether of every four neighbouring input weights of every decoder linear at least two are zero."""
+    weights = [linear.weight for linear in linear_modules(model).values()]
+    return all(
+        weight.shape[1] % 4 == 0 and bool(((weight != 0).view(-1, 4).sum(1) <= 2).all().item()) for weight in weights
+    )
+
+
+@torch.no_grad()
+def semi_structured(model: Model) -> Model:
+    """Put the decoder linears of a 2:4 model into torch's semi-structured form, in place; it computes the same.
+
+    It is for inference, on NVIDIA GPUs with sparse tensor cores, in 16 bits; what it gains depends on the shapes. The
+    model cannot be saved any more.
+
+    Args:
+        model: plain causal language model in float16 or bfloat16, on a GPU.
+
+    Returns:
+        The same model.
+
+    Raises:
+        InputError: its weights are not 2:4, or the device, the dtype or a shape does not allow the form; the model is
+            as it was then.
+    """
+    if not is_two_four(model):
+        raise InputError("the decoder linears are not all 2:4, which the semi-structured form needs: prune to 2:4")
+    linears = linear_modules(model).values()
+    try:
+        forms = [torch.sparse.to_sparse_semi_structured(linear.weight.detach()) for linear in linears]
+    except (RuntimeError, NotImplementedError) as error:
+        raise InputError(
+            f"torch has no semi-structured form of these weights: {str(error).splitlines()[0]}; it needs a GPU with "
+            "sparse tensor cores and float16 or bfloat16"
+        ) from None
+    for linear, form in zip(linears, forms, strict=True):
+        linear.weight = nn.Parameter(form, requires_grad=False)
+    return model
