@@ -87,7 +87,7 @@ def _packed_weights(directory: str, config: Any) -> dict[str, Any]:
 
 
 def load_model(
-    name: str | Path, dtype: torch.dtype | None = None, device: torch.device | None = None
+    name: str | Path, dtype: torch.dtype | None = None, device: torch.device | str | None = None
 ) -> PreTrainedModel:
     """A causal language model in evaluation mode, its weights checked to be finite.
 
