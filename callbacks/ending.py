@@ -20,7 +20,7 @@ from rotpruner.artifacts import write_json
 from rotpruner.errors import InputError
 from rotpruner.loading import check_seq_len, load_config, load_tokenizer
 from rotpruner.model_card import evaluation_of
-from rotpruner.oneshot import parameter_count, sparsity_of
+from rotpruner.oneshot import parameter_count, sparsity_of, trainable_count
 from rotpruner.provenance import commit, device_name
 from rotpruner.shortcuts import online_cost
 
@@ -137,9 +137,20 @@ class Ending(Callback, ABC):
             "config": self.config,
         }
 
-    def record(self, run: Path, rows: list[Row]) -> None:
+    def record(self, run: Path, rows: list[Row], trainer: Trainer) -> None:
         """Write `results.json`, which makes the run a finished one, and show it."""
-        results = {"rows": rows, "config": self.config, "commit": self._commit, "device": device_name(self._device)}
+        described = self.described(trainer)
+        results = {
+            "rows": rows,
+            "budget": {
+                "steps": described["steps"],
+                "training_tokens": described["training_tokens"],
+                "trainable_parameters": trainable_count(trainer.lightning_module),
+            },
+            "config": self.config,
+            "commit": self._commit,
+            "device": device_name(self._device),
+        }
         write_json(results, run / "results.json")
         console.print(results_table(results))
         console.print(f"export: {run / 'export'}")

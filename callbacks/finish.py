@@ -137,7 +137,7 @@ class Finish(Ending):
         patterns = module.rotated.patterns
         write_diagnostics(run, load_model(name), exported, learned, moments, pruner, patterns, track)
         write_card(run / "export", self._origin(trainer, module, rows), module.rotated.base.config, self._commit)
-        self.record(run, rows)
+        self.record(run, rows, trainer)
         shutil.rmtree(run / "rows")
 
     def _origin(self, trainer: Trainer, module: Any, rows: list[Row]) -> Origin:

@@ -18,6 +18,7 @@ from rich.progress import (
 
 from callbacks.steps import EverySteps
 from callbacks.terminal import console
+from rotpruner.oneshot import trainable_count
 
 _LINES = 20  # that a run leaves in a log file, where a bar cannot be redrawn
 _ENDLESS = 50  # steps between lines of a run that only time ends
@@ -46,8 +47,8 @@ class StepProgress(ProgressBar):
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Say what is about to be learned."""
         if self._enabled:
-            learned = sum(p.numel() for p in pl_module.parameters() if p.requires_grad)
-            frozen = sum(p.numel() for p in pl_module.parameters() if not p.requires_grad)
+            learned = trainable_count(pl_module)
+            frozen = sum(parameter.numel() for parameter in pl_module.parameters()) - learned
             console.print(f"{learned:,} parameters learn, {frozen:,} stay frozen")
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

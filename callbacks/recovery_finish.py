@@ -64,4 +64,4 @@ class RecoveryFinish(Ending):
             **self.described(trainer),
         )
         write_card(run / "export", origin, load_config(module.teacher), self._commit)
-        self.record(run, rows)
+        self.record(run, rows, trainer)

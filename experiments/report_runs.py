@@ -28,7 +28,7 @@ class Run:
     Attributes:
         label: what tells it from the other runs of the report.
         directory: where it lives.
-        results: `results.json`: rows, config, commit and device.
+        results: `results.json`: rows, budget, config, commit and device.
         curves: metric → [(step, value), …] from the CSV logs, those of resumed runs joined.
         linears: the rows of `layers.json`; empty for runs that have none.
         heat_map: (name of a linear, {"own", "learned": (rows, columns)}), if there is one.

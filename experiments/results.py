@@ -19,6 +19,9 @@ from rotpruner.patterns import Unstructured, parse_pattern
 
 Row = dict[str, Any]
 
+#: Rows of a training that the training's budget was spent on.
+_LEARNED = ("rotpruner", "no_update", "recovered")
+
 #: Text → label of a line → its points.
 Lines = dict[str, dict[str, Curve]]
 
@@ -86,6 +89,8 @@ def table(sweep: dict[str, Any], records: list[tuple[str, dict[str, Any]]]) -> s
     head = [*(column.rpartition(".")[2] for column in columns), *(["row"] if kinds_shown else [])]
     head += [*(f"{text} ppl" for text in texts), *(f"G {text}" for text in texts if references)]
     computed_shown = any(row["computed"] for results in pooled.values() for row in results)
+    budget_shown = any(row["budget"] for results in pooled.values() for row in results)
+    head += ["trained tokens", "trainable"] if budget_shown else []
     head += ["parameters", "online FLOPs", "seconds", *(["computed in"] if computed_shown else []), "seeds", "commit"]
     lines = [f"## {sweep['title']}\n", "| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
     for reference in references:
@@ -98,6 +103,9 @@ def table(sweep: dict[str, Any], records: list[tuple[str, dict[str, Any]]]) -> s
         cells += [_pool([row["ppl"][text] for row in results if text in row["ppl"]], "{:.2f}") for text in texts]
         if references:
             cells += [_pool([row["gaps"][text] for row in results if text in row["gaps"]], "{:.3f}") for text in texts]
+        if budget_shown:
+            budget = results[0]["budget"]
+            cells += [f"{budget[part]:,}" if budget else "" for part in ("training_tokens", "trainable_parameters")]
         cells += [f"{results[0]['parameters'] / 1e6:.1f} M" if "parameters" in results[0] else ""]
         cells += [f"{results[0].get('online_flops', 0) / 1e6:.0f} M"]
         cells += [_pool([result["seconds"] for result in results], "{:.0f}")]
@@ -128,10 +136,13 @@ def _pooled(
         for kind, result in kinds.items():
             key = (*(_shown(record["row"].get(column, "")) for column in columns), kind)
             gaps = {text: math.log(ppl / dense[text]) for text, ppl in result["ppl"].items() if text in dense}
-            computed = _computed({**record, **result})
-            pooled.setdefault(key, []).append(
-                {**result, "gaps": gaps, "computed": computed, "commit": record["commit"]}
-            )
+            found_there = {
+                "gaps": gaps,
+                "computed": _computed({**record, **result}),
+                "budget": record.get("budget") if kind in _LEARNED else None,
+                "commit": record["commit"],
+            }
+            pooled.setdefault(key, []).append({**result, **found_there})
     return references, pooled
 
 

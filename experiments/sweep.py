@@ -80,6 +80,13 @@ def main(arguments: list[str]) -> None:
         "--set", action="append", default=[], metavar="KEY=VALUE", help="argument of every row, as YAML"
     )
     parser.add_argument("--config", type=Path, help="instead of a fit's first file: the same table on another model")
+    parser.add_argument(
+        "--overlay",
+        action="append",
+        default=[],
+        metavar="FILE",
+        help="config of every fit or recovery behind its arguments, such as experiments/configs/logging/wandb.yaml",
+    )
     parser.add_argument("--results", type=Path, default=Path("experiments/results"), help="where results are kept")
     parser.add_argument("--runs", type=Path, default=Path("runs"), help="where fits have their run directories")
     parser.add_argument(
@@ -93,6 +100,9 @@ def main(arguments: list[str]) -> None:
     sweep, settings = read_sweep(options.file), _settings(options.set)
     if options.config is not None:
         sweep["config"] = on_another(sweep, options.config)
+    if options.overlay and sweep["command"] == "prune":
+        raise InputError(f"--overlay {options.overlay[0]} is a config, and a prune reads none: leave it out")
+    sweep["overlay"] = options.overlay
     columns = list(dict.fromkeys(key for row in sweep["rows"] for key in row))
     if fixed := settings.keys() & {*columns, "output", "trainer.default_root_dir"}:
         raise InputError(f"--set {', '.join(sorted(fixed))} would be overruled by the rows of {options.file}")
@@ -239,7 +249,7 @@ def read_sweep(path: Path) -> dict[str, Any]:
         raise InputError(f"sweep file '{path}' lacks {', '.join(sorted(missing))}; see experiments/sweeps")
     if ("grid" in sweep) == ("rows" in sweep):
         raise InputError(f"sweep file '{path}' must have either a grid or rows; see experiments/sweeps")
-    sweep = {"arguments": {}, "config": [], "reference": False, "keep": False, **sweep}
+    sweep = {"arguments": {}, "config": [], "overlay": [], "reference": False, "keep": False, **sweep}
     for key, form, words in _FORMS:
         if key in sweep and not form(sweep[key]):
             raise InputError(f"sweep file '{path}': {key} must be {words}; see experiments/sweeps")
@@ -272,7 +282,8 @@ def rows(sweep: dict[str, Any], runs: Path) -> Iterator[_Planned]:
         if sweep["command"] in ("fit", "recover"):
             configs = [item for config in sweep["config"] for item in ("-c", str(config))]
             arguments["trainer.default_root_dir"] = str(runs / name)
-            yield name, row, [sweep["command"], *configs, *_flags(arguments, repeat=False)]
+            overlays = [item for config in sweep["overlay"] for item in ("-c", str(config))]
+            yield name, row, [sweep["command"], *configs, *_flags(arguments, repeat=False), *overlays]
         elif "text" not in arguments:
             raise InputError(f"row {name} has no text, on which a table compares its rows: --set 'text=[wikitext2]'")
         else:
@@ -339,7 +350,7 @@ def _done(ran: str, command: list[str], target: Path) -> str:
 
 def _found(command: list[str], output: str) -> dict[str, Any]:
     """`result`, without a local path; of a training also the `curves` of losses and perplexity that it has logged, its
-    `dtype` and `device`, and its own `commit`, since it may have been finished before."""
+    `budget`, `dtype` and `device`, and its own `commit`, since it may have been finished before."""
     if command[0] not in ("fit", "recover"):
         return {"result": {name: value for name, value in json.loads(output).items() if name != "output"}}
     run = Path(command[command.index("--trainer.default_root_dir") + 1])
@@ -349,6 +360,7 @@ def _found(command: list[str], output: str) -> dict[str, Any]:
     return {
         "result": {row["name"]: row for row in found["rows"]},
         "curves": curves,
+        "budget": found.get("budget"),
         "dtype": chosen.get("base_dtype", chosen.get("compute_dtype")),
         "device": found.get("device"),
         "commit": found["commit"],

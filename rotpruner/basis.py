@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from rotpruner.errors import InputError
 from rotpruner.families import BlockLinear
-from rotpruner.modeling_rotated import Shortcut
+from rotpruner.modeling_rotated import Passage, in_another_basis
 from rotpruner.orthogonal import rotate_bias, rotate_weight
 from rotpruner.rotations import basis_change, sides
 
@@ -78,12 +78,13 @@ def check_offload(offload: bool, gradient_checkpointing: bool, sharded: bool = F
         )
 
 
-class BasisChange(Shortcut):
+class BasisChange(Passage):
     """The shortcut of one sublayer, of the current rotations."""
 
     def __init__(self, basis: Basis, number: int) -> None:
-        nn.Module.__init__(self)
-        self.basis, self.number, self._stream = basis, number, None
+        super().__init__()
+        self.basis, self.number = basis, number
 
-    def basis_change(self) -> Tensor | None:
-        return basis_change(self.basis.config, self.basis.rotations, self.number)
+    def behind(self, stream: Tensor, output: Tensor) -> Tensor:
+        T = basis_change(self.basis.config, self.basis.rotations, self.number)
+        return output if T is None else in_another_basis(stream, output, T)

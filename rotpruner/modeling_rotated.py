@@ -35,20 +35,17 @@ from transformers import (
 )
 
 
-class Shortcut(nn.Module):
-    """x + f(x) becomes x T + f(x) around a sublayer f, whose last linear adds x T − x to what it writes.
+class Passage(nn.Module):
+    """x + f(x) becomes something else behind a sublayer f: its last linear writes that, less the x that is added to it.
 
-    Hooks do it, so that any model can have shortcuts whose class knows nothing of them.
+    Hooks do it, so that any model can have it whose class knows nothing of it.
     """
 
-    def __init__(self, width: int, dtype: torch.dtype | None = None) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.empty(width, width, dtype=dtype))
-        self._stream: Tensor | None = None
+    _stream: Tensor | None = None
 
-    def basis_change(self) -> Tensor | None:
-        """T (d, d); None is the identity."""
-        return self.weight
+    def behind(self, stream: Tensor, output: Tensor) -> Tensor:
+        """What is to be added to the stream x (…, d) instead of the output f(x) (…, d)."""
+        raise NotImplementedError
 
     def attach(self, norm: nn.Module, writer: nn.Module) -> None:
         """Hook into a sublayer: its norm, which reads the stream, and the last of its linears, which writes it."""
@@ -60,8 +57,24 @@ class Shortcut(nn.Module):
 
     def _write(self, writer: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
         stream, self._stream = self._stream, None
-        T = self.basis_change()
-        return output if T is None or stream is None else output + (stream @ T.to(stream.dtype) - stream)
+        return output if stream is None else self.behind(stream, output)
+
+
+class Shortcut(Passage):
+    """x T + f(x), with T (d, d) stored in the model."""
+
+    def __init__(self, width: int, dtype: torch.dtype | None = None) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(width, width, dtype=dtype))
+
+    def behind(self, stream: Tensor, output: Tensor) -> Tensor:
+        """f(x) + x T − x."""
+        return in_another_basis(stream, output, self.weight)
+
+
+def in_another_basis(stream: Tensor, output: Tensor, T: Tensor) -> Tensor:
+    """f(x) + x T − x, for the stream x and the output f(x) (…, d)."""
+    return output + (stream @ T.to(stream.dtype) - stream)
 
 
 def add_shortcuts(model: Any) -> None:

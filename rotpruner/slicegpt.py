@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from rotpruner.families import block_linears, family_of, module_at, residual_sublayers
 from rotpruner.fusion import fuse_norms
+from rotpruner.modeling_rotated import Passage
 from rotpruner.progress import Progress, unseen
 from rotpruner.replay import BlockReplay, visiting
 from rotpruner.slicing import principal_directions
@@ -60,7 +61,7 @@ def slice_per_block(
                 if previous is None:
                     _project_input(block, P)
                 else:
-                    _project_stream(block, previous.norm, previous.writer, P)
+                    _Projection(P).attach(*(block.get_submodule(path) for path in previous))
             replay.advance(layer)
     sums = MomentSums()
     for states in replay.states:
@@ -78,19 +79,15 @@ def _project_input(module: nn.Module, P: Tensor) -> None:
     module.register_forward_pre_hook(lambda module, args: (args[0] @ P.to(args[0]), *args[1:]))
 
 
-def _project_stream(block: nn.Module, norm: str, writer: str, P: Tensor) -> None:
-    """Project the sum of a residual connection by way of its writer, which adds (x + y) P − x instead of y."""
-    streams: list[Tensor] = []
+class _Projection(Passage):
+    """(x + f(x)) P."""
 
-    def keep(module: nn.Module, args: tuple[Tensor, ...]) -> None:
-        streams.append(args[0])
+    def __init__(self, P: Tensor) -> None:
+        super().__init__()
+        self._P = P
 
-    def write(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
-        stream = streams.pop()
-        return ((stream + output).to(P.dtype) @ P.to(stream.device) - stream).to(output.dtype)
-
-    block.get_submodule(norm).register_forward_pre_hook(keep)
-    block.get_submodule(writer).register_forward_hook(write)
+    def behind(self, stream: Tensor, output: Tensor) -> Tensor:
+        return ((stream + output).to(self._P.dtype) @ self._P.to(stream.device) - stream).to(output.dtype)
 
 
 def _sliced_parameters(model: nn.Module, width: int) -> int:

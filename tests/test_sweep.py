@@ -219,6 +219,7 @@ def test_what_rows_would_overrule_and_rows_of_one_name_are_refused(tmp_path, cap
 def test_commit_and_dtype_of_a_training_are_those_of_its_run(command, setting, tmp_path):
     results = {"rows": [_row(1.0) | {"name": "dense"}], "config": {"model": {setting: "bfloat16"}}}
     results |= {"commit": "of the run", "device": "cuda:0 (A GPU)"}
+    results["budget"] = {"steps": 2, "training_tokens": 2048, "trainable_parameters": 12345}
     (tmp_path / "results.json").write_text(json.dumps(results))
     logged = tmp_path / "logs" / "version_0" / "metrics.csv"
     logged.parent.mkdir(parents=True)
@@ -229,6 +230,8 @@ def test_commit_and_dtype_of_a_training_are_those_of_its_run(command, setting, t
     found["result"]["recovered"] = _row(2.0)
     text = table({"title": "T", "columns": []}, [("a", {"row": {}, "command": command, **found})])
     assert "| bfloat16 (A GPU) | 1 | of the  |" in text
+    assert "| trained tokens | trainable |" in text
+    assert "| 2,048 | 12,345 | 1.0 M |" in text
 
 
 def test_gaps_are_counted_from_the_dense_row():
@@ -381,6 +384,21 @@ def test_settings_of_every_shipped_fit_go_together(file, config, kind, tokenizer
         cli = FitCLI([*command[1:], *given])
         check_compensation(cli.model.compensate, cli.datamodule.statistics_sequences, cli.model.pattern)
         assert cli.model.compensate == (48 if file.stem in WITH_UPDATE else 0), name
+
+
+def test_an_overlay_stands_behind_the_arguments_of_a_row(model_directory, text_file, tmp_path, capsys):
+    """Its callback is not the one that they mean, which is the last of the files before them."""
+    sweep = read_sweep(Path("experiments/sweeps/shipped.yaml")) | {
+        "overlay": ["experiments/configs/logging/wandb.yaml"]
+    }
+    sweep["arguments"] |= {"model.model": str(model_directory), "data.calibration": str(text_file), "data.seq_len": 32}
+    _, _, command = next(rows(sweep, tmp_path))
+    callbacks = FitCLI(command[1:]).config.trainer.callbacks
+    *_, finish, dashboard = ((callback.class_path, callback.get("init_args")) for callback in callbacks)
+    assert (finish[0], finish[1].max_tokens) == ("callbacks.finish.Finish", 65536)
+    assert dashboard[0] == "callbacks.dashboard.Dashboard"
+    assert main(["sweep", "experiments/sweeps/pruners.yaml", "--overlay", "a.yaml"]) == 2
+    assert "--overlay a.yaml" in capsys.readouterr().err
 
 
 def test_another_config_takes_the_place_of_the_first(capsys, tmp_path):
