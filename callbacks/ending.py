@@ -20,7 +20,7 @@ from rotpruner.artifacts import write_json
 from rotpruner.errors import InputError
 from rotpruner.loading import check_seq_len, load_config, load_tokenizer
 from rotpruner.model_card import evaluation_of
-from rotpruner.oneshot import parameter_count, sparsity_of, trainable_count
+from rotpruner.oneshot import parameter_count, sparsity_of
 from rotpruner.provenance import commit, device_name
 from rotpruner.shortcuts import online_cost
 
@@ -145,7 +145,7 @@ class Ending(Callback, ABC):
             "budget": {
                 "steps": described["steps"],
                 "training_tokens": described["training_tokens"],
-                "trainable_parameters": trainable_count(trainer.lightning_module),
+                "trainable_parameters": trainer.lightning_module.trainable_parameters,
             },
             "config": self.config,
             "commit": self._commit,

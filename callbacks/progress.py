@@ -18,7 +18,6 @@ from rich.progress import (
 
 from callbacks.steps import EverySteps
 from callbacks.terminal import console
-from rotpruner.oneshot import trainable_count
 
 _LINES = 20  # that a run leaves in a log file, where a bar cannot be redrawn
 _ENDLESS = 50  # steps between lines of a run that only time ends
@@ -47,8 +46,9 @@ class StepProgress(ProgressBar):
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Say what is about to be learned."""
         if self._enabled:
-            learned = trainable_count(pl_module)
-            frozen = sum(parameter.numel() for parameter in pl_module.parameters()) - learned
+            module: Any = pl_module
+            learned = module.trainable_parameters
+            frozen = sum(parameter.numel() for parameter in module.parameters()) - learned
             console.print(f"{learned:,} parameters learn, {frozen:,} stay frozen")
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -22,7 +22,7 @@ from rotpruner.basis import check_offload
 from rotpruner.choices import Choices
 from rotpruner.compensation import check_compensation
 from rotpruner.errors import InputError
-from rotpruner.loading import check_seq_len, load_config
+from rotpruner.loading import check_pattern, check_seq_len, load_config, meta_model
 from rotpruner.objectives import Objective
 from rotpruner.patterns import parse_pattern
 from rotpruner.placements import turns
@@ -125,6 +125,7 @@ def read_setup(arguments: list[str], gpu: str, count: int) -> tuple[Setup, Names
     settings = SettingsCLI(arguments).config
     model, data, trainer = settings.model, settings.data, settings.trainer
     config, optimizer = load_config(model.model), _trial(model)
+    check_pattern(meta_model(config), parse_pattern(model.pattern, model.scope))
     choices = Choices(
         pattern=parse_pattern(model.pattern, model.scope),
         pruner=resolve_pruner(model.pruner),

@@ -111,6 +111,12 @@ class RecoveryModule(LightningModule):
             )
 
     @property
+    def trainable_parameters(self) -> int:
+        """How many numbers learn: the zeros between them do not."""
+        weights = (parameter for parameter in self.parameters() if parameter.requires_grad)
+        return sum(int((weight != 0).sum()) for weight in weights)
+
+    @property
     def ranks(self) -> Ranks:
         """Of the processes that learn together."""
         return self.recovery.ranks

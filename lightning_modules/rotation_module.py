@@ -20,7 +20,7 @@ from rotpruner.choices import Choices
 from rotpruner.compensation import check_compensation
 from rotpruner.distributed import Ranks
 from rotpruner.errors import InputError
-from rotpruner.loading import check_seq_len, load_config, load_model
+from rotpruner.loading import check_pattern, check_seq_len, load_config, load_model, meta_model
 from rotpruner.objectives import Objective
 from rotpruner.oneshot import LayerSparsity
 from rotpruner.orthogonal import MapName, orthogonality_error
@@ -120,6 +120,7 @@ class RotationModule(LightningModule):
         self.layer_sparsity, self.cache_dense = layer_sparsity, cache_dense
         self.model_name, self.spaces = model, spaces
         config = load_config(model)
+        check_pattern(meta_model(config), self.pattern)
         choices = Choices(
             pattern=self.pattern,
             pruner=self.pruner,
@@ -246,6 +247,11 @@ class RotationModule(LightningModule):
     def on_train_end(self) -> None:
         """Nothing of the last step's graph is needed any more."""
         self.rotated.leave()
+
+    @property
+    def trainable_parameters(self) -> int:
+        """How many numbers learn."""
+        return sum(parameter.numel() for parameter in self.parameters() if parameter.requires_grad)
 
     @property
     def ranks(self) -> Ranks:

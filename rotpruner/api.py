@@ -140,7 +140,7 @@ def prune(
     check_compensation(compensate, num_sequences, parsed)
     if num_sequences < 1 or steps < 0 or not 0 < lr < math.inf:
         raise InputError(
-            f"num_sequences {num_sequences}, steps {steps} and lr {lr} must be at least 1, at least 0 and positive"
+            f"num_sequences {num_sequences}, steps {steps} and lr {lr} must be at least 1, at least 0 and above 0"
         )
     check_layer_sparsity(parsed, layer_sparsity)
     rotating = _rotating(rotate, model, spaces, parsed)

@@ -10,7 +10,6 @@ import torch
 
 from rotpruner.errors import InputError
 from rotpruner.families import SPACES, check_space
-from rotpruner.loading import check_pattern, meta_model
 from rotpruner.objectives import Objective
 from rotpruner.oneshot import LayerSparsity, check_layer_sparsity
 from rotpruner.optimizers import CayleySGD
@@ -51,7 +50,6 @@ class Choices:
         for space in self.spaces:
             check_space(config, space)
         check_placement(config, self.placement, self.spaces)
-        check_pattern(meta_model(config), self.pattern)
         if isinstance(self.pattern, Slice):
             self._check_slice(self.pattern)
         check_start(self.start, self.spaces, self.pattern)

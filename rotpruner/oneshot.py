@@ -275,8 +275,3 @@ def pattern_of(model: nn.Module) -> str:
 def parameter_count(model: Any) -> int:
     """Parameters of a model, shared ones counted once."""
     return sum(parameter.numel() for parameter in model.parameters())
-
-
-def trainable_count(module: nn.Module) -> int:
-    """How many numbers of a module learn."""
-    return sum(parameter.numel() for parameter in module.parameters() if parameter.requires_grad)

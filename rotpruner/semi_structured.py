@@ -25,8 +25,8 @@ def is_two_four(model: nn.Module) -> bool:
 def semi_structured(model: Model) -> Model:
     """Put the decoder linears of a 2:4 model into torch's semi-structured form, in place; it computes the same.
 
-    It is for inference, on NVIDIA GPUs with sparse tensor cores, in 16 bits; what it gains depends on the shapes. The
-    model cannot be saved any more.
+    It is for inference, on NVIDIA GPUs with sparse tensor cores, in 16 bits; what it gains depends on the shapes. Both
+    forms are there for a moment, 25 bits for every 16 of the decoder linears. The model cannot be saved any more.
 
     Args:
         model: plain causal language model in float16 or bfloat16, on a GPU.
@@ -38,12 +38,14 @@ def semi_structured(model: Model) -> Model:
         InputError: its weights are not 2:4, or the device, the dtype or a shape does not allow the form; the model is
             as it was then.
     """
+    linears = linear_modules(model).values()
     if not is_two_four(model):
         raise InputError("the decoder linears are not all 2:4, which the semi-structured form needs: prune to 2:4")
-    linears = linear_modules(model).values()
     try:
         forms = [torch.sparse.to_sparse_semi_structured(linear.weight.detach()) for linear in linears]
-    except (RuntimeError, NotImplementedError) as error:
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError as error:
         raise InputError(
             f"torch has no semi-structured form of these weights: {str(error).splitlines()[0]}; it needs a GPU with "
             "sparse tensor cores and float16 or bfloat16"

@@ -8,9 +8,10 @@ import pytest
 import torch
 from conftest import sample_text, tiny_llama
 from tiny_models import rotated_model, tiny
+from transformers import LlamaConfig, LlamaForCausalLM
 
 import rotpruner
-from rotpruner.families import linear_modules
+from rotpruner.families import _FAMILIES, LLAMA, linear_modules
 from rotpruner.oneshot import prune_model, sparsity_of
 from rotpruner.patterns import parse_pattern
 from rotpruner.pruners import Pruner, resolve_pruner
@@ -237,6 +238,23 @@ def test_spaces_that_a_model_does_not_have_are_refused_before_the_work(tokenizer
     orders = rotpruner.Rotations.of(random_rotations(model.config, ["mlp"], 0), model)
     with pytest.raises(rotpruner.InputError, match=r"none of the spaces .* to learn"):
         rotpruner.prune(model, tokenizer, texts, rotate=orders, num_sequences=2, seq_len=16)
+
+
+class OwnConfig(LlamaConfig):
+    model_type = "own_llama"
+
+
+class Own(LlamaForCausalLM):
+    config_class = OwnConfig
+
+
+def test_a_model_class_that_transformers_does_not_know_is_pruned(tokenizer, texts, monkeypatch):
+    monkeypatch.setitem(_FAMILIES, "own_llama", LLAMA)
+    settings = tiny_llama().config.to_dict()
+    settings.pop("model_type")
+    model = Own(OwnConfig(**settings))
+    pruned = rotpruner.prune(model, tokenizer, texts, steps=1, num_sequences=2, seq_len=16, dtype=torch.float32)
+    assert sparsity_of(pruned) == 0.5
 
 
 def test_one_string_is_no_list_of_texts(tokenizer, texts):

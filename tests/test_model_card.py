@@ -202,7 +202,7 @@ def assert_nothing_private(text, tmp_path):
 
 def test_commit_of_somebody_elses_checkout_is_none(tmp_path, monkeypatch):
     def git(*arguments):
-        names = ["-c", "user.name=a", "-c", "user.email=a@b.c"]
+        names = ["-c", "user.name=a", "-c", "user.email=a@b.c", "-c", "commit.gpgsign=false"]
         subprocess.run(["git", "-C", tmp_path, *names, *arguments], check=True, capture_output=True)
 
     assert provenance.commit()

@@ -203,6 +203,9 @@ def test_recover_exports_what_it_learned_and_shows_it_again(recover, capsys):
     assert [row["name"] for row in (dense, pruned, recovered)] == ["dense", "pruned", "recovered"]
     assert (dense["sparsity"], pruned["sparsity"], recovered["sparsity"]) == (0, 0.5, 0.5)
     assert recovered["ppl"] != pruned["ppl"]
+    budget = json.loads((run / "results.json").read_text())["budget"]
+    kept = sum(int((linear.weight != 0).sum()) for linear in linear_modules(load_model(run / "export")).values())
+    assert budget == {"steps": 6, "training_tokens": 192, "trainable_parameters": kept}
     assert sparsity_of(load_model(run / "export")) == 0.5
     card = (run / "export" / "README.md").read_text()
     assert "base_model" not in metadata_load(run / "export" / "README.md")

@@ -19,7 +19,8 @@ from tiny_models import tiny
 from experiments.__main__ import main
 from experiments.fit import FitCLI
 from experiments.results import table
-from experiments.sweep import _found, on_another, read_sweep, rows
+from experiments.sweep import _found
+from experiments.sweep_file import model_of, on_another, read_sweep, rows
 from rotpruner.compensation import check_compensation
 from rotpruner.errors import InputError
 
@@ -95,7 +96,7 @@ def test_rows_of_other_commands_get_no_others_beside_them(program, tmp_path, cap
     (stored / "sweep.json").write_text('{"title": "One (and a note)", "columns": ["steps"]}')
     (stored / "0.json").write_text('{"command": "prune --text b --seed 0 --json"}')
     assert sweep_one(tmp_path) == 2
-    assert "has rows of other commands, 0," in " ".join(capsys.readouterr().err.split())
+    assert "such as 0 (prune --text b --seed 0 --json)" in " ".join(capsys.readouterr().err.split())
     assert not (tmp_path / "pid").exists(), "no row has run"
     (stored / "0.json").write_text('{"command": "prune --text a --seed 0 --json"}')
     program.write_text(program.read_text() + "echo '{}'\n")
@@ -107,6 +108,30 @@ def test_rows_of_other_commands_get_no_others_beside_them(program, tmp_path, cap
     (stored / "1.json").write_text('{"command": ')
     assert sweep_one(tmp_path) == 2
     assert "1.json' is damaged; remove it" in " ".join(capsys.readouterr().err.split())
+    (stored / "1.json").unlink()
+    (stored / "other.json").write_text('{"command": "prune of an older table"}')
+    assert sweep_one(tmp_path) == 2
+    assert "such as other (prune of an older table)" in " ".join(capsys.readouterr().err.split())
+
+
+def test_where_a_row_leaves_its_model_makes_it_no_other(program, tmp_path):
+    (tmp_path / "one.yaml").write_text("{title: One, command: fit, rows: [{seed: 0}, {seed: 1}]}")
+    stored = tmp_path / "results" / "one"
+    stored.mkdir(parents=True)
+    (stored / "0.json").write_text('{"command": "fit --seed 0 --trainer.default_root_dir elsewhere/0"}')
+    assert sweep_one(tmp_path) == 2, "the program makes no results"
+    assert (tmp_path / "pid").exists(), "but the missing row has run"
+
+
+def test_tables_of_other_models_are_tables_of_their_own(program, tmp_path):
+    program.write_text(program.read_text() + "echo '{}'\n")
+    for run in ("a", "b"):
+        (tmp_path / run / "export").mkdir(parents=True)
+        assert sweep_one(tmp_path, "--set", f"model={tmp_path / run / 'export'}") == 0
+    assert sweep_one(tmp_path, "--set", "model=owner/name") == 0
+    assert {path.name for path in (tmp_path / "results").iterdir()} == {"one-a-export", "one-b-export", "one-name"}
+    described = json.loads((tmp_path / "results" / "one-name" / "sweep.json").read_text())
+    assert described["title"] == "One, on name"
 
 
 def test_a_table_that_keeps_no_models_removes_no_directory(program, tmp_path):
@@ -399,6 +424,26 @@ def test_an_overlay_stands_behind_the_arguments_of_a_row(model_directory, text_f
     assert dashboard[0] == "callbacks.dashboard.Dashboard"
     assert main(["sweep", "experiments/sweeps/pruners.yaml", "--overlay", "a.yaml"]) == 2
     assert "--overlay a.yaml" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("table", "overlay", "mention"),
+    [
+        ("per-layer", "experiments/configs/hardware/1x80gb.yaml", "data.batch_size would overrule data.batch_size"),
+        ("sparsity", "experiments/configs/variants/unstructured.yaml", "model.pattern would overrule model.pattern"),
+        ("shipped", "nowhere.yaml", "nowhere.yaml"),
+    ],
+)
+def test_overlays_that_would_overrule_a_table_are_refused(table, overlay, mention, tmp_path, capsys):
+    given = ["--overlay", overlay, "--results", str(tmp_path)]
+    assert main(["sweep", f"experiments/sweeps/{table}.yaml", *given]) == 2
+    assert mention in " ".join(capsys.readouterr().err.split())
+    assert not list(tmp_path.iterdir())
+
+
+def test_titles_name_the_dense_model(tmp_path):
+    named = {path.stem: model_of(read_sweep(path)) for path in SWEEPS}
+    assert set(named.values()) == {"smollm2-135m"}, named
 
 
 def test_another_config_takes_the_place_of_the_first(capsys, tmp_path):
