@@ -28,6 +28,7 @@ from rotpruner.patterns import Pattern, Scope, Slice, parse_pattern
 from rotpruner.perplexity import windows
 from rotpruner.placements import Placement, check_placement
 from rotpruner.precision import cast_parameters, fast_dtype
+from rotpruner.progress import Progress, unseen
 from rotpruner.pruners import Pruner, resolve_pruner
 from rotpruner.rotated_model import RotatedModel
 from rotpruner.rotation_artifact import Rotations
@@ -44,6 +45,7 @@ def learn(
     lr: float = 2e-3,
     refresh_every: int = 5,
     on_step: Callable[[int, dict[str, float]], None] = lambda step, losses: None,
+    progress: Progress = unseen,
 ) -> None:
     """Learn the rotations, and a surrogate's logits, with Adam under a cosine schedule, re-pruning every few steps.
 
@@ -54,6 +56,7 @@ def learn(
         lr: of the rotations at the first step; it falls to zero at the last.
         refresh_every: steps between re-applications of the pruner.
         on_step: called with the step and its losses, in the units of `Objective`.
+        progress: wraps the iteration over steps.
 
     Raises:
         InputError: `refresh_every` is no number of steps, or the rotations are parametrised by points of the
@@ -65,7 +68,7 @@ def learn(
         raise InputError("orthogonal map manifold does not go with Adam, which leaves it; use cayley or exponential")
     optimizer = torch.optim.Adam(rotated.parameter_groups(), lr=lr)
     scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
-    for step, (input_ids, index) in zip(range(steps), batches, strict=False):
+    for step, (input_ids, index) in zip(progress(range(steps), "learning"), batches, strict=False):
         if step % refresh_every == 0:
             rotated.refresh_masks()
         rotated.relaxation.advance(step, steps)
@@ -100,6 +103,7 @@ def prune(
     gradient_checkpointing: bool = False,
     rotations_directory: str | Path | None = None,
     on_step: Callable[[int, dict[str, float]], None] = lambda step, losses: None,
+    progress: Progress = unseen,
 ) -> PreTrainedModel:
     """A pruned copy of a model, in a basis learned for it; `rotpruner.save` makes it an ordinary checkpoint.
 
@@ -124,6 +128,7 @@ def prune(
         gradient_checkpointing: recompute each block in the backward pass; slower, much smaller.
         rotations_directory: where the learned rotations are written as well; must not exist yet.
         on_step: called with each step and its losses.
+        progress: wraps what is iterated over, steps and blocks, and is told their name: for progress bars.
 
     Returns:
         A model of the same class, its head untied if the residual stream was rotated. Only `rotpruner.save` writes
@@ -192,10 +197,10 @@ def prune(
             layer_sparsity=layer_sparsity,
             seed=seed,
         )
-        rotated.calibrate(rows.split(1))
+        rotated.calibrate(rows.split(1), progress)
         rotated.start_from_statistics(rotating.start)
         with torch.enable_grad():
-            learn(rotated, _passes(rows, generator), steps=steps, lr=lr, on_step=on_step)
+            learn(rotated, _passes(rows, generator), steps=steps, lr=lr, on_step=on_step, progress=progress)
         found = _Found.by(rotated)
         if rotations_directory is not None:
             Rotations.of(found.rotations or {}, model).save_pretrained(rotations_directory)
@@ -205,10 +210,11 @@ def prune(
         del base, rotated
         gc.collect()  # now, before the model is copied again: the hooks of a rotated model refer to it
     pruned: Any = copy.deepcopy(model).eval()
-    prune_model(pruned, resolved, parsed, rows.split(1), layer_sparsity=layer_sparsity, **found._asdict())
+    running: dict[str, Any] = {"layer_sparsity": layer_sparsity, "progress": progress}
+    prune_model(pruned, resolved, parsed, rows.split(1), **running, **found._asdict())
     if compensate:
         fitted = rows[:compensate].split(1)
-        compensate_weights(pruned, copy.deepcopy(model).eval(), fitted, rotations=found.rotations)
+        compensate_weights(pruned, copy.deepcopy(model).eval(), fitted, rotations=found.rotations, progress=progress)
     pruned.origin = origin
     return pruned
 

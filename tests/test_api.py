@@ -143,6 +143,21 @@ def test_objectives_surrogates_and_layer_sparsity_reach_what_learns(tokenizer, t
         assert sparsity_of(shared_out) == pytest.approx(0.5, abs=0.01)
 
 
+def test_all_that_takes_long_shows_its_progress(tokenizer, texts):
+    seen = {}
+
+    def progress(items, name):
+        items = list(items)
+        seen[name] = len(items)
+        return items
+
+    settings = dict(num_sequences=4, seq_len=32, dtype=torch.float32, steps=3, compensate=2)
+    rotpruner.prune(tiny_llama(), tokenizer, texts, **settings, progress=progress)
+    assert seen.pop("learning") == 3
+    assert seen.pop("pruning block by block") == seen.pop("updating block by block") == 2
+    assert len(seen) == 1, "calibration"
+
+
 def test_batches_are_rows_by_their_numbers():
     """By which the teacher's states are found again."""
     rows = torch.arange(5)[:, None] + 100 * torch.arange(3)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import shutil
 import time
 from importlib import import_module
@@ -250,3 +251,17 @@ def test_nothing_is_saved_between_batches_whose_gradients_accumulate(fit, monkey
     monkeypatch.setattr(RotationCheckpoint, "_save", lambda self, trainer, module: saved.append(trainer.global_step))
     fit([RotationCheckpoint(2)], accumulate=3)
     assert saved == [2, 4, 6]
+
+
+def test_any_scheduler_steps_once_an_optimiser_step(fit):
+    trainer, _ = fit([], lr_scheduler=lambda optimizer: torch.optim.lr_scheduler.StepLR(optimizer, 1, 0.5))
+    assert trainer.optimizers[0].param_groups[0]["lr"] == pytest.approx(2e-3 * 0.5**6)
+
+
+def test_a_log_file_is_told_what_learns_and_how_far_it_has_come(fit, capsys):
+    fit([StepProgress()])
+    said = capsys.readouterr().err
+    assert f"{32 * 31 // 2 + 2 * 2 * 8 * 7 // 2:,} parameters learn" in said
+    lines = [line for line in said.splitlines() if line.startswith("step ")]
+    assert [line.split("  ")[0] for line in lines] == [f"step {step} of 6" for step in range(1, 7)]
+    assert all(re.search(r"loss \d+\.\d+", line) for line in lines)

@@ -319,8 +319,8 @@ def test_checkpoints_in_bfloat16_are_measured_in_float32(fit, tokenizer, test_te
         assert json.loads(capsys.readouterr().out)["ppl"]["other_words"] == pytest.approx(expected, rel=1e-6)
 
 
-@pytest.mark.parametrize("name", MODELS)
-def test_every_family_is_rotated_from_the_command_line(name, prune, tokenizer, tmp_path):
+@pytest.mark.parametrize("name", ["opt", "gemma-2"])
+def test_other_families_are_rotated_from_the_command_line(name, prune, tokenizer, tmp_path):
     model = tiny(name, vocab_size=320, max_position_embeddings=128)
     model.save_pretrained(tmp_path / "dense")
     tokenizer.save_pretrained(tmp_path / "dense")

@@ -8,6 +8,8 @@ import os
 import re
 import shutil
 import sys
+from contextlib import redirect_stdout
+from io import StringIO
 from pathlib import Path
 
 import pytest
@@ -31,12 +33,13 @@ def runs(tmp_path_factory, model_directory, text_file, test_text_file):
     return sorted(root.iterdir())
 
 
-@pytest.fixture
-def report(runs, tmp_path, capsys):
+@pytest.fixture(scope="module")
+def report(runs, tmp_path_factory):
     """(page, what `--json` printed)."""
-    output = tmp_path / "out" / "report.html"
-    assert main(["report", *map(str, runs), "--output", str(output), "--json"]) == 0
-    return output, json.loads(capsys.readouterr().out)
+    output = tmp_path_factory.mktemp("out") / "report.html"
+    with redirect_stdout(StringIO()) as printed:
+        assert main(["report", *map(str, runs), "--output", str(output), "--json"]) == 0
+    return output, json.loads(printed.getvalue())
 
 
 def test_a_run_leaves_what_the_report_needs(runs):
