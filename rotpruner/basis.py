@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rotpruner.errors import InputError
-from rotpruner.families import BlockLinear
+from rotpruner.layout import BlockLinear
 from rotpruner.modeling_rotated import Passage, in_another_basis
 from rotpruner.orthogonal import rotate_bias, rotate_weight
 from rotpruner.rotations import basis_change, sides

@@ -21,16 +21,8 @@ import torch
 from torch import Tensor, nn
 
 from rotpruner.errors import InputError
-from rotpruner.families import (
-    BlockLinear,
-    Sublayer,
-    available_spaces,
-    block_linears,
-    by_block,
-    by_group,
-    module_at,
-    residual_sublayers,
-)
+from rotpruner.families import available_spaces
+from rotpruner.layout import BlockLinear, Sublayer, block_linears, by_block, by_group, module_at, residual_sublayers
 from rotpruner.objectives import Objective
 from rotpruner.patterns import Pattern, Slice
 from rotpruner.precision import at_least_float32

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 
 from rotpruner.artifacts import write_bytes, write_json
 from rotpruner.distributed import whole
-from rotpruner.families import BlockLinear, block_linears, by_group, module_at
 from rotpruner.fusion import fuse_block_norms
+from rotpruner.layout import BlockLinear, block_linears, by_group, module_at
 from rotpruner.orthogonal import rotate_weight
 from rotpruner.patterns import Pattern
 from rotpruner.progress import Progress, unseen

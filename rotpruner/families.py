@@ -6,13 +6,12 @@ the package is one `Family` and one call of `register_family`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from itertools import groupby
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from rotpruner.errors import InputError
 from rotpruner.orthogonal import Constraint
@@ -219,91 +218,3 @@ def check_space(config: Any, space: str) -> None:
             f"space '{space}' does not exist in this {config.model_type} model: {reason}; "
             f"it has {', '.join(available_spaces(config))}"
         )
-
-
-@dataclass(frozen=True)
-class BlockLinear:
-    """One linear of one decoder block, by its place in the model.
-
-    Attributes:
-        name: module path in the model.
-        layer: index of the block.
-        spec: its row in the family's table.
-        group: name of the first linear that reads the same tensor.
-        boundary: how many linears before it write the residual stream: where on its way it reads the stream, if it
-            does; it writes at the next one.
-    """
-
-    name: str
-    layer: int
-    spec: LinearSpec
-    group: str
-    boundary: int
-
-    @property
-    def leads_group(self) -> bool:
-        """Whether it is the one that statistics of its group are named after."""
-        return self.name == self.group
-
-
-def block_linears(config: Any) -> list[BlockLinear]:
-    """Every decoder linear of a model, in data-flow order."""
-    family = family_of(config)
-    found: list[BlockLinear] = []
-    boundary = 0
-    for layer in range(config.num_hidden_layers):
-        prefix = f"{family.blocks}.{layer}."
-        first: dict[tuple[str, str | None], str] = {}
-        for spec in family.linears:
-            name = prefix + spec.path
-            group = first.setdefault((spec.reads, spec.norm), name)
-            found.append(BlockLinear(name, layer, spec, group, boundary))
-            boundary += spec.writes == "residual"
-    return found
-
-
-def by_block(linears: Iterable[BlockLinear]) -> list[tuple[int, list[BlockLinear]]]:
-    """(index of the block, its linears) of every block, in data-flow order."""
-    return [(layer, list(members)) for layer, members in groupby(linears, key=lambda linear: linear.layer)]
-
-
-def by_group(linears: Iterable[BlockLinear]) -> list[list[BlockLinear]]:
-    """The linears, those that read the same tensor together, in data-flow order."""
-    return [list(members) for _, members in groupby(linears, key=lambda linear: linear.group)]
-
-
-class Sublayer(NamedTuple):
-    """What lies between two boundaries of the residual stream: module paths inside the block.
-
-    Attributes:
-        norm: that reads the stream.
-        writer: the linear that writes it.
-    """
-
-    norm: str
-    writer: str
-
-
-def residual_sublayers(config: Any) -> list[Sublayer]:
-    """The sublayers of each block, in data-flow order."""
-    found, norm = [], ""
-    for spec in family_of(config).linears:
-        norm = spec.norm or norm
-        if spec.writes == "residual":
-            found.append(Sublayer(norm, spec.path))
-    return found
-
-
-def residual_boundaries(config: Any) -> int:
-    """Places where the residual stream may be in a basis of its own: before, between and behind all sublayers."""
-    return 1 + config.num_hidden_layers * len(residual_sublayers(config))
-
-
-def module_at(model: nn.Module, path: str) -> Any:
-    """`get_submodule`, typed as `Any`: the table, not the type checker, knows what the module has."""
-    return model.get_submodule(path)
-
-
-def linear_modules(model: nn.Module) -> dict[str, nn.Linear]:
-    """The decoder linears of a model, by name, in data-flow order."""
-    return {linear.name: module_at(model, linear.name) for linear in block_linears(model.config)}

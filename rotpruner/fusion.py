@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from rotpruner.errors import InputError
-from rotpruner.families import BlockLinear, block_linears, family_of, module_at
+from rotpruner.families import family_of
+from rotpruner.layout import BlockLinear, block_linears, module_at
 
 
 def untie(model: nn.Module) -> bool:

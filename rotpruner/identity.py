@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from rotpruner.distributed import whole
-from rotpruner.families import family_of, module_at
+from rotpruner.families import family_of
+from rotpruner.layout import module_at
 
 
 def fingerprint(model: nn.Module) -> str:

@@ -19,7 +19,8 @@ from transformers import (
 
 from rotpruner import embedded
 from rotpruner.errors import InputError
-from rotpruner.families import family_of, linear_modules
+from rotpruner.families import family_of
+from rotpruner.layout import linear_modules
 from rotpruner.packed import is_packed, read_packed
 from rotpruner.patterns import Pattern, Slice
 from rotpruner.slicing import sliced_width

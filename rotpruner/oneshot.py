@@ -12,8 +12,9 @@ from torch import Tensor, nn
 
 from rotpruner.distributed import whole
 from rotpruner.errors import InputError
-from rotpruner.families import BlockLinear, block_linears, by_block, by_group, family_of, linear_modules, module_at
+from rotpruner.families import family_of
 from rotpruner.fusion import fuse_block_norms
+from rotpruner.layout import BlockLinear, block_linears, by_block, by_group, linear_modules, module_at
 from rotpruner.loading import check_pattern
 from rotpruner.owl import outlier_sparsities
 from rotpruner.patterns import NM, Pattern, Slice, Unstructured

@@ -10,7 +10,8 @@ from collections.abc import Sequence
 from typing import Any, Literal
 
 from rotpruner.errors import InputError
-from rotpruner.families import check_space, residual_boundaries
+from rotpruner.families import check_space
+from rotpruner.layout import residual_boundaries
 from rotpruner.shortcuts import check_exportable
 
 #: How many matrices the residual stream has: one; one a decoder block and one for the end; one a boundary (2L + 1, the

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from rotpruner.dense_cache import DenseCache
 from rotpruner.distributed import Ranks
 from rotpruner.errors import InputError
-from rotpruner.families import linear_modules
+from rotpruner.layout import linear_modules
 from rotpruner.objectives import Objective
 from rotpruner.precision import autocast, fast_dtype
 from rotpruner.teacher import DenseStates, head_of, ready_to_learn

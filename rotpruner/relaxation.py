@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from rotpruner.families import BlockLinear
+from rotpruner.layout import BlockLinear
 from rotpruner.patterns import NM, Pattern, Slice
 from rotpruner.precision import at_least_float32
 from rotpruner.pruners import Pruner

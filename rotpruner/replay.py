@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rotpruner.families import family_of, module_at
+from rotpruner.families import family_of
+from rotpruner.layout import module_at
 from rotpruner.precision import autocast
 from rotpruner.progress import Progress, unseen
 from rotpruner.statistics import Moment, watch_inputs

@@ -23,14 +23,9 @@ from rotpruner.concentration import concentration
 from rotpruner.dense_cache import DenseCache
 from rotpruner.distributed import Ranks
 from rotpruner.errors import InputError
-from rotpruner.families import (
-    block_linears,
-    by_group,
-    family_of,
-    module_at,
-    residual_sublayers,
-)
+from rotpruner.families import family_of
 from rotpruner.fusion import fuse_block_norms
+from rotpruner.layout import block_linears, by_group, module_at, residual_sublayers
 from rotpruner.mask_choice import choose_masks
 from rotpruner.objectives import Objective
 from rotpruner.oneshot import LayerSparsity, check_layer_sparsity, layer_patterns, linears_to_watch

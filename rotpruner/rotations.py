@@ -17,14 +17,9 @@ import torch
 from torch import Tensor, nn
 
 from rotpruner.errors import InputError
-from rotpruner.families import (
-    BlockLinear,
-    block_linears,
-    family_of,
-    module_at,
-    residual_boundaries,
-)
+from rotpruner.families import family_of
 from rotpruner.fusion import final_bias, folded, folded_head, reset_block_norms, reset_final_norm, untie
+from rotpruner.layout import BlockLinear, block_linears, module_at, residual_boundaries
 from rotpruner.orthogonal import (
     Constraint,
     MapName,

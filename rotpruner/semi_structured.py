@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from rotpruner.errors import InputError
-from rotpruner.families import linear_modules
+from rotpruner.layout import linear_modules
 
 Model = TypeVar("Model", bound=nn.Module)
 

@@ -10,7 +10,8 @@ from __future__ import annotations
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard
 
-from rotpruner.families import family_of, module_at
+from rotpruner.families import family_of
+from rotpruner.layout import module_at
 from rotpruner.rotated_model import RotatedModel
 
 

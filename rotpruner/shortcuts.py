@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from rotpruner.errors import InputError
-from rotpruner.families import family_of, residual_sublayers
+from rotpruner.families import family_of
+from rotpruner.layout import residual_sublayers
 from rotpruner.modeling_rotated import Rotated, Shortcut, add_shortcuts
 
 _PREFIX = "rotated_"

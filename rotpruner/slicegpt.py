@@ -12,8 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from rotpruner.families import block_linears, family_of, module_at, residual_sublayers
+from rotpruner.families import family_of
 from rotpruner.fusion import fuse_norms
+from rotpruner.layout import block_linears, module_at, residual_sublayers
 from rotpruner.modeling_rotated import Passage
 from rotpruner.progress import Progress, unseen
 from rotpruner.replay import BlockReplay, visiting

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from rotpruner.errors import InputError
-from rotpruner.families import block_linears, check_space, family_of, module_at, residual_boundaries
+from rotpruner.families import check_space, family_of
+from rotpruner.layout import block_linears, module_at, residual_boundaries
 from rotpruner.patterns import Slice
 from rotpruner.placements import head_dim, site_at
 from rotpruner.rotations import RotationSet

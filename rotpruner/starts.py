@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from rotpruner.distributed import Ranks, whole
-from rotpruner.families import BlockLinear, residual_boundaries
+from rotpruner.layout import BlockLinear, residual_boundaries
 from rotpruner.orthogonal import is_order, permutation_matrix
 from rotpruner.patterns import NM
 from rotpruner.permutations import block_orders

@@ -11,7 +11,8 @@ from tiny_models import rotated_model, tiny
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import rotpruner
-from rotpruner.families import _FAMILIES, LLAMA, linear_modules
+from rotpruner.families import _FAMILIES, LLAMA
+from rotpruner.layout import linear_modules
 from rotpruner.oneshot import prune_model, sparsity_of
 from rotpruner.patterns import parse_pattern
 from rotpruner.pruners import Pruner, resolve_pruner

@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM
 
 from experiments.__main__ import main
 from rotpruner.errors import InputError
-from rotpruner.families import linear_modules
+from rotpruner.layout import linear_modules
 from rotpruner.loading import load_model
 from rotpruner.oneshot import sparsity_of
 from rotpruner.patterns import parse_pattern

@@ -15,7 +15,8 @@ from experiments.__main__ import main
 from rotpruner import compensation
 from rotpruner.compensation import _distance_to, _fit, check_compensation, compensate, line_search
 from rotpruner.errors import InputError
-from rotpruner.families import block_linears, family_of, linear_modules, module_at, residual_sublayers
+from rotpruner.families import family_of
+from rotpruner.layout import block_linears, linear_modules, module_at, residual_sublayers
 from rotpruner.oneshot import prune_model
 from rotpruner.patterns import parse_pattern
 from rotpruner.pruners import resolve_pruner

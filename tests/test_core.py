@@ -11,8 +11,8 @@ import torch
 from conftest import tiny_llama
 from tiny_models import exact, rotated_model
 
-from rotpruner.families import block_linears
 from rotpruner.fusion import fuse_norms
+from rotpruner.layout import block_linears
 from rotpruner.objectives import Objective
 from rotpruner.oneshot import gather_model_moments, prune_model, sparsity_of
 from rotpruner.orthogonal import (

@@ -23,7 +23,7 @@ from rotpruner.diagnostics import (
     relative_error,
     write_diagnostics,
 )
-from rotpruner.families import linear_modules
+from rotpruner.layout import linear_modules
 from rotpruner.oneshot import gather_model_moments, prune_model
 from rotpruner.patterns import parse_pattern
 from rotpruner.pruners import resolve_pruner

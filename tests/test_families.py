@@ -13,8 +13,9 @@ from tiny_models import GATED, MODELS, config_of, exact, rotated_model, tiny, ti
 from transformers import AutoModelForCausalLM
 
 from rotpruner.errors import InputError
-from rotpruner.families import SPACES, available_spaces, family_of, module_at
+from rotpruner.families import SPACES, available_spaces, family_of
 from rotpruner.fusion import fuse_norms
+from rotpruner.layout import module_at
 from rotpruner.loading import check_pattern, meta_model
 from rotpruner.objectives import Objective
 from rotpruner.oneshot import prune_model, sparsity_of

@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM
 
 import rotpruner
 from experiments.__main__ import main
-from rotpruner.families import linear_modules
+from rotpruner.layout import linear_modules
 from rotpruner.packed import pack_mask, read_packed, unpack_mask
 from rotpruner.patterns import parse_pattern
 

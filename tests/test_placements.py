@@ -18,7 +18,8 @@ from transformers import AutoTokenizer
 import rotpruner
 from rotpruner.artifacts import save_model
 from rotpruner.errors import InputError
-from rotpruner.families import available_spaces, residual_boundaries
+from rotpruner.families import available_spaces
+from rotpruner.layout import residual_boundaries
 from rotpruner.objectives import Objective
 from rotpruner.oneshot import prune_model, sparsity_of
 from rotpruner.patterns import parse_pattern

@@ -28,7 +28,7 @@ from experiments.report_runs import read_curves
 from lightning_modules.recovery_module import RecoveryModule
 from lightning_modules.schedules import with_schedule
 from rotpruner.errors import InputError
-from rotpruner.families import linear_modules
+from rotpruner.layout import linear_modules
 from rotpruner.loading import load_model, load_tokenizer
 from rotpruner.objectives import Objective
 from rotpruner.oneshot import pattern_of, prune_model, sparsity_of

@@ -7,7 +7,8 @@ import torch
 from tiny_models import MODELS, tiny
 
 from rotpruner.errors import InputError
-from rotpruner.families import block_linears, family_of, linear_modules, module_at
+from rotpruner.families import family_of
+from rotpruner.layout import block_linears, linear_modules, module_at
 from rotpruner.oneshot import gather_model_moments, linears_to_watch, prune_model, sparsity_of
 from rotpruner.patterns import parse_pattern
 from rotpruner.pruners import resolve_pruner

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from rotpruner.families import family_of, module_at
+from rotpruner.families import family_of
+from rotpruner.layout import module_at
 from rotpruner.placements import head_dim, key_value_heads, mlp_width
 from rotpruner.planning.sizes import Setup, Term, summed
 

@@ -10,7 +10,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from math import prod
 
-from rotpruner.families import family_of, module_at, residual_sublayers
+from rotpruner.families import family_of
+from rotpruner.layout import module_at, residual_sublayers
 from rotpruner.objectives import CHUNK
 from rotpruner.oneshot import parameter_count
 from rotpruner.permutations import MOST_ROWS

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from rotpruner.families import BlockLinear, block_linears, module_at
+from rotpruner.layout import BlockLinear, block_linears, module_at
 from rotpruner.loading import meta_model
 from rotpruner.objectives import Objective
 from rotpruner.oneshot import LayerSparsity, parameter_count
