@@ -64,12 +64,8 @@ def read_sweep(path: Path) -> dict[str, Any]:
     Raises:
         InputError: it is missing, is not YAML, or lacks what a sweep needs.
     """
-    try:
-        sweep = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, yaml.YAMLError) as error:
-        raise InputError(f"sweep file '{path}' cannot be read: {error}") from None
-    missing = {"title", "command"} - set(sweep if isinstance(sweep, dict) else ())
-    if missing:
+    sweep = _yaml(path, "sweep file")
+    if missing := {"title", "command"} - set(sweep):
         raise InputError(f"sweep file '{path}' lacks {', '.join(sorted(missing))}; see experiments/sweeps")
     if ("grid" in sweep) == ("rows" in sweep):
         raise InputError(f"sweep file '{path}' must have either a grid or rows; see experiments/sweeps")
@@ -162,19 +158,19 @@ def check_overlays(sweep: dict[str, Any], columns: list[str]) -> None:
                 raise InputError(f"--overlay {overlay}: its {key} would overrule {', '.join(over)} of the rows")
 
 
-def _yaml(path: Path) -> dict[str, Any]:
-    """A config file.
+def _yaml(path: Path, what: str = "config") -> dict[str, Any]:
+    """What stands in a file.
 
     Raises:
-        InputError: it is missing, or is none.
+        InputError: it is missing, or no mapping.
     """
     try:
-        config = yaml.safe_load(path.read_text(encoding="utf-8"))
+        found = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, yaml.YAMLError) as error:
-        raise InputError(f"config '{path}' cannot be read: {error}") from None
-    if not isinstance(config, dict):
-        raise InputError(f"config '{path}' is no mapping; see experiments/configs")
-    return config
+        raise InputError(f"{what} '{path}' cannot be read: {error}") from None
+    if not isinstance(found, dict):
+        raise InputError(f"{what} '{path}' is no mapping; see experiments")
+    return found
 
 
 def _keys(config: dict[str, Any], before: str = "") -> Iterator[str]:
