@@ -47,14 +47,16 @@ class RecoveryFinish(Ending):
         # It has learned in float32, and goes back to the bits that it came in; zeros stay zero.
         recovered = module.recovery.pruned.to(load_config(module.model_name).dtype or torch.float32)
         save_model(recovered, load_tokenizer(module.model_name), run / "export", replace=True)
+        pattern = pattern_of(module.recovery.pruned)
         sources = {"dense": module.teacher, "pruned": module.model_name, "recovered": str(run / "export")}
         rows = []
         for name, source in sources.items():
             model, given = load_model(source, torch.float32), name != "recovered"
-            rows.append(self.evaluated(name, None, model, 0.0 if given else seconds, reference=given))
+            kept = None if name == "dense" else pattern
+            rows.append(self.evaluated(name, kept, model, 0.0 if given else seconds, reference=given))
         origin = Origin(
             base_model=module.teacher,
-            pattern=pattern_of(module.recovery.pruned),
+            pattern=pattern,
             basis="recovery",
             pruned=module.model_name,
             num_sequences=trainer.datamodule.num_sequences,  # type: ignore[attr-defined]

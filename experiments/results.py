@@ -22,6 +22,9 @@ Row = dict[str, Any]
 #: Rows of a training that the training's budget was spent on.
 _LEARNED = ("rotpruner", "no_update", "recovered")
 
+#: (pattern, dense model) → text → the mean gap that others are divided by.
+Divisors = dict[tuple[str, str], dict[str, float]]
+
 #: Text → label of a line → its points.
 Lines = dict[str, dict[str, Curve]]
 
@@ -31,6 +34,11 @@ def main(arguments: list[str]) -> None:
     parser = Parser("results", "Write the tables and plots of stored results.")
     parser.add_argument("--results", type=Path, default=Path("experiments/results"), help="directory of results")
     parser.add_argument("--output", type=Path, default=Path("experiments/RESULTS.md"))
+    parser.add_argument(
+        "--against",
+        metavar="GLOB",
+        help="rows, such as 'baselines/sparsegpt-*.json', by whose mean G that of rows of their pattern is divided",
+    )
     options = parser.parse_args(arguments)
 
     sweeps = sorted(options.results.glob("*/sweep.json"))
@@ -39,6 +47,7 @@ def main(arguments: list[str]) -> None:
     notes = options.results / "NOTES.md"
     text, count = [HEADER, *([notes.read_text(encoding="utf-8")] if notes.is_file() else [])], 0
     before = len(text)
+    against = {} if options.against is None else _divisors(options.results, options.against)
     steps: Lines = {}
     sparsities: Lines = {}
     for path in sweeps:
@@ -46,7 +55,7 @@ def main(arguments: list[str]) -> None:
         records = [(other.stem, _read(other)) for other in sorted(path.parent.glob("*.json")) if other != path]
         if not records:  # it has only begun
             continue
-        text.append(table({**sweep, "title": f"{sweep['title']} · `{path.parent.name}`"}, records))
+        text.append(table({**sweep, "title": f"{sweep['title']} · `{path.parent.name}`"}, records, against))
         count += len(records)
         _add_steps(steps, path.parent.name, records)
         _add_sparsities(sparsities, path.parent.name, sweep["columns"], records)
@@ -69,8 +78,9 @@ Written by `python -m experiments results` from the files of a directory of resu
 their commit and what the command printed. Commands are as they were at that commit: configs and options may have
 changed since, so check it out before you repeat a row; `-dirty` says that it had changes of its own. Behind each title
 stands its directory, named after its sweep file. Perplexity over windows that do not overlap, in float32;
-G = ln(ppl) − ln(ppl of the dense model) on the same tokens. Rows compare only on the same tokens. Rows with several
-seeds show mean ± standard deviation.
+G = ln(ppl) − ln(ppl of the dense model) on the same tokens; a share is G divided by the mean G of the rows that the
+command compares with (`--against`), of the same pattern on the same tokens. Rows compare only on the same tokens. Rows
+with several seeds show mean ± standard deviation.
 """
 
 
@@ -78,16 +88,42 @@ def _read(path: Path) -> dict[str, Any]:
     return json.loads(path.read_text(encoding="utf-8"))
 
 
-def table(sweep: dict[str, Any], records: list[tuple[str, dict[str, Any]]]) -> str:
+def _divisors(results: Path, pattern: str) -> Divisors:
+    """The mean gaps of the rows of a glob, by their pattern and their dense model.
+
+    Raises:
+        InputError: no row is there, or one has no dense model beside it.
+    """
+    gaps: dict[tuple[str, str], dict[str, list[float]]] = {}
+    for path in sorted(results.glob(pattern)):
+        if not (path.parent / "dense.json").is_file():
+            raise InputError(f"--against {pattern}: '{path.parent}' has no dense.json, from which gaps are counted")
+        result, dense = _read(path)["result"], _read(path.parent / "dense.json")["result"]["ppl"]
+        found = gaps.setdefault((result["pattern"], _dense_of(dense)), {})
+        for text, ppl in result["ppl"].items():
+            found.setdefault(text, []).append(math.log(ppl / dense[text]))
+    if not gaps:
+        raise InputError(f"--against {pattern}: no such rows under '{results}'")
+    return {key: {text: mean(values) for text, values in texts.items()} for key, texts in gaps.items()}
+
+
+def _dense_of(ppl: dict[str, float]) -> str:
+    """What tells dense models and their test tokens apart: perplexities to two places."""
+    return ", ".join(f"{text} {value:.2f}" for text, value in sorted(ppl.items()))
+
+
+def table(sweep: dict[str, Any], records: list[tuple[str, dict[str, Any]]], against: Divisors | None = None) -> str:
     """One sweep as a Markdown table, its rows by their grid values, seeds pooled."""
     varied = [column for column in sweep["columns"] if "seed" not in column]
     columns = [column for column in varied if any(column in record.get("row", {}) for _, record in records)]
-    references, pooled = _pooled(columns, records)
+    references, pooled = _pooled(columns, records, against or {})
     measured = [*references, *(result["ppl"] for results in pooled.values() for result in results)]
     texts = list(dict.fromkeys(text for values in measured for text in values))
     kinds_shown = any(key[-1] for key in pooled)
     head = [*(column.rpartition(".")[2] for column in columns), *(["row"] if kinds_shown else [])]
     head += [*(f"{text} ppl" for text in texts), *(f"G {text}" for text in texts if references)]
+    shares_shown = any(row["shares"] for results in pooled.values() for row in results)
+    head += [f"share {text}" for text in texts if shares_shown]
     computed_shown = any(row["computed"] for results in pooled.values() for row in results)
     budget_shown = any(row["budget"] for results in pooled.values() for row in results)
     head += ["trained tokens", "trainable"] if budget_shown else []
@@ -103,6 +139,10 @@ def table(sweep: dict[str, Any], records: list[tuple[str, dict[str, Any]]]) -> s
         cells += [_pool([row["ppl"][text] for row in results if text in row["ppl"]], "{:.2f}") for text in texts]
         if references:
             cells += [_pool([row["gaps"][text] for row in results if text in row["gaps"]], "{:.3f}") for text in texts]
+        if shares_shown:
+            cells += [
+                _pool([row["shares"][text] for row in results if text in row["shares"]], "{:.3f}") for text in texts
+            ]
         if budget_shown:
             budget = results[0]["budget"]
             cells += [f"{budget[part]:,}" if budget else "" for part in ("training_tokens", "trainable_parameters")]
@@ -118,9 +158,10 @@ def table(sweep: dict[str, Any], records: list[tuple[str, dict[str, Any]]]) -> s
 
 
 def _pooled(
-    columns: list[str], records: list[tuple[str, dict[str, Any]]]
+    columns: list[str], records: list[tuple[str, dict[str, Any]]], against: Divisors
 ) -> tuple[list[dict[str, str]], dict[tuple[str, ...], list[Row]]]:
-    """The dense models, perplexities as they are shown, and the rows by their grid values and kind, with their `gaps`.
+    """The dense models, perplexities as they are shown, and the rows by their grid values and kind, with their `gaps`
+    and `shares`.
 
     A gap is from the dense model of the row's own record, or else from the sweep's first, on texts that both have.
     """
@@ -136,8 +177,10 @@ def _pooled(
         for kind, result in kinds.items():
             key = (*(_shown(record["row"].get(column, "")) for column in columns), kind)
             gaps = {text: math.log(ppl / dense[text]) for text, ppl in result["ppl"].items() if text in dense}
+            divisors = against.get((str(result.get("pattern")), _dense_of(dense)), {})
             found_there = {
                 "gaps": gaps,
+                "shares": {text: gap / divisors[text] for text, gap in gaps.items() if text in divisors},
                 "computed": _computed({**record, **result}),
                 "budget": record.get("budget") if kind in _LEARNED else None,
                 "commit": record["commit"],

@@ -202,6 +202,7 @@ def test_recover_exports_what_it_learned_and_shows_it_again(recover, capsys):
     dense, pruned, recovered = json.loads((run / "results.json").read_text())["rows"]
     assert [row["name"] for row in (dense, pruned, recovered)] == ["dense", "pruned", "recovered"]
     assert (dense["sparsity"], pruned["sparsity"], recovered["sparsity"]) == (0, 0.5, 0.5)
+    assert (dense["pattern"], pruned["pattern"], recovered["pattern"]) == (None, "2:4", "2:4")
     assert recovered["ppl"] != pruned["ppl"]
     budget = json.loads((run / "results.json").read_text())["budget"]
     kept = sum(int((linear.weight != 0).sum()) for linear in linear_modules(load_model(run / "export")).values())

@@ -282,6 +282,33 @@ def test_seeds_are_pooled_to_their_mean_and_sample_deviation():
     assert "| 12.00 ± 2.83 | 0.168 ± 0.238 | 1.0 M | 0 M | 3 ± 0 | 2 | abcdef0 |" in text
 
 
+def test_shares_are_of_the_mean_gap_of_the_rows_of_their_pattern(tmp_path, capsys):
+    def store(name: str, pattern: str | None, ppl: float) -> None:
+        result = _row(ppl) | {"pattern": pattern, "sparsity": 0.5}
+        command = "prune" if pattern else "evaluate --model m"
+        path = tmp_path / "results" / f"{name}.json"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        row = {"pattern": pattern} if pattern else {}
+        path.write_text(json.dumps({"row": row, "command": command, "commit": "abcdef012", "result": result}))
+
+    for table_name in ("base", "mine"):
+        store(f"{table_name}/dense", None, 10.0)
+        (tmp_path / "results" / table_name / "sweep.json").write_text('{"title": "T", "columns": ["pattern"]}')
+    for name, ppl in (("old-0", 20.0), ("old-1", 80.0)):
+        store(f"base/{name}", "2:4", ppl)
+    store("mine/0", "2:4", 20.0)
+    store("mine/1", "0.5", 20.0)
+    output = tmp_path / "R.md"
+    arguments = ["results", "--results", str(tmp_path / "results"), "--output", str(output)]
+    assert main([*arguments, "--against", "base/old-*.json"]) == 0
+    mine = output.read_text().split("`mine`")[1]
+    assert "| G text | share text |" in mine
+    assert "| 2:4 | 20.00 | 0.693 | 0.500 |" in mine
+    assert "| 0.5 | 20.00 | 0.693 |  |" in mine
+    assert main([*arguments, "--against", "base/new-*.json"]) == 2
+    assert "base/new-*.json" in capsys.readouterr().err
+
+
 def test_a_row_that_is_called_dense_is_a_row():
     record = {"row": {"statistics": "dense"}, "command": "prune", "commit": "abcdef012", "result": _row(20.0)}
     text = table({"title": "T", "columns": ["statistics"]}, [("dense", record)])
