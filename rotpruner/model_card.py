@@ -195,7 +195,7 @@ def model_card(
     parts = [
         f"---\n{matter.to_yaml()}\n---",
         f"# {_title(origin)}",
-        _METHODS[origin.basis],
+        _METHODS[origin.basis] + online * " What remains of them are changes of basis in the residual connections.",
         _table(("", ""), _facts(origin, hub_name, license)),
         "## Numbers",
         *_numbers(origin),

@@ -185,6 +185,7 @@ def test_python_interface_writes_a_card(changes, title, tokenizer, tmp_path):
     text = (tmp_path / "saved" / "README.md").read_text()
     assert f"# dense, {title}\n" in text
     assert ("trust_remote_code=True" in text) is ("rotate" in changes)
+    assert ("changes of basis in the residual connections" in text) is ("rotate" in changes)
     assert "2 steps, 64 tokens" in text
     assert "Not measured." in text
     assert_nothing_private(text, tmp_path)
