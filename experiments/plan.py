@@ -6,69 +6,23 @@ Every option of `fit` can be given here too, in the same words: `plan -c CONFIG 
 from __future__ import annotations
 
 import os
-from dataclasses import asdict, dataclass, replace
-from importlib import import_module
-from inspect import signature
+from dataclasses import asdict, replace
 from typing import Any
 
 import torch
-from jsonargparse import Namespace
 
-from datamodules.calibration import CalibrationBatches, CalibrationDataModule
 from experiments.arguments import Parser, at_least
 from experiments.arguments import report as print_json
-from experiments.fit import FitCLI, check_limited
-from rotpruner.basis import check_offload
-from rotpruner.choices import Choices
-from rotpruner.compensation import check_compensation
-from rotpruner.errors import InputError
-from rotpruner.loading import check_pattern, check_seq_len, load_config, meta_model
-from rotpruner.objectives import Objective
-from rotpruner.patterns import parse_pattern
-from rotpruner.placements import turns
+from experiments.gpus import GPUS, dtype_on
+from experiments.plan_setup import read_setup
 from rotpruner.planning.costs import disk_space, step_flops
 from rotpruner.planning.memory import MemoryPlan, largest, memory_plan
 from rotpruner.planning.sizes import Setup, Term, total
-from rotpruner.precision import DtypeName, resolve_dtype
-from rotpruner.pruners import resolve_pruner
-from rotpruner.surrogates import Surrogate
+from rotpruner.precision import DtypeName
 
 _EFFICIENCY = 0.4  # of the peak rate that large models usually reach in training; an assumption
 
-
-@dataclass(frozen=True)
-class Hardware:
-    """Memory in bytes, peak rates in operations a second and bytes a second from the host to it, by the makers' data
-    sheets, without sparsity."""
-
-    memory: float
-    half: float
-    single: float
-    link: float
-    bfloat16: bool = True  # whether it has instructions for it
-
-
 _GIB, _TERA, _GIGA = 2**30, 1e12, 1e9
-
-GPUS = {
-    "v100-32gb": Hardware(32 * _GIB, 125 * _TERA, 15.7 * _TERA, 16 * _GIGA, bfloat16=False),
-    "rtx4090-24gb": Hardware(24 * _GIB, 165 * _TERA, 82.6 * _TERA, 32 * _GIGA),
-    "l40s-48gb": Hardware(48 * _GIB, 362 * _TERA, 91.6 * _TERA, 32 * _GIGA),
-    "a100-40gb": Hardware(40 * _GIB, 312 * _TERA, 19.5 * _TERA, 32 * _GIGA),
-    "a100-80gb": Hardware(80 * _GIB, 312 * _TERA, 19.5 * _TERA, 32 * _GIGA),
-    "h100-80gb": Hardware(80 * _GIB, 989 * _TERA, 67 * _TERA, 64 * _GIGA),
-    "h200-141gb": Hardware(141 * _GIB, 989 * _TERA, 67 * _TERA, 64 * _GIGA),
-}
-
-
-class SettingsCLI(FitCLI):
-    """`fit`'s options, read and checked for their form; nothing is built and no run directory is looked at."""
-
-    def before_instantiate_classes(self) -> None:
-        """Leave the run directory alone."""
-
-    def instantiate_classes(self) -> None:
-        """Build nothing."""
 
 
 def main(arguments: list[str]) -> None:
@@ -107,129 +61,6 @@ def main(arguments: list[str]) -> None:
         print_json(result, True)
     else:
         _show(result, setup, memory, rates)
-
-
-def _dtype(name: DtypeName, gpu: str) -> torch.dtype:
-    """What `rotpruner.precision.resolve_dtype` would find on a GPU that is not here."""
-    if name != "auto" or gpu == "cpu":
-        return resolve_dtype(name, torch.device("cpu"))
-    return torch.bfloat16 if GPUS[gpu].bfloat16 else torch.float32
-
-
-def read_setup(arguments: list[str], gpu: str, count: int) -> tuple[Setup, Namespace]:
-    """The settings of a fit from its command line, and those of its `model` as they were given.
-
-    Raises:
-        InputError: as the fit would, before it loads weights.
-    """
-    settings = SettingsCLI(arguments).config
-    model, data, trainer = settings.model, settings.data, settings.trainer
-    config, optimizer = load_config(model.model), _trial(model)
-    check_pattern(meta_model(config), parse_pattern(model.pattern, model.scope))
-    choices = Choices(
-        pattern=parse_pattern(model.pattern, model.scope),
-        pruner=resolve_pruner(model.pruner),
-        layer_sparsity=model.layer_sparsity,
-        objective=Objective(**_plain(model.objective)),
-        surrogate=Surrogate(**_plain(model.surrogate)),
-        spaces=model.spaces,
-        placement=model.placement,
-        orthogonal_map=model.orthogonal_map,
-        start=model.start if model.init_rotations is None else None,
-    )
-    choices.check(config, optimizer)
-    check_seq_len(config, data.seq_len)
-    CalibrationDataModule(**{name: data[name] for name in signature(CalibrationDataModule).parameters})
-    statistics_sequences = data.statistics_sequences or data.num_sequences
-    check_compensation(model.compensate, statistics_sequences, choices.pattern)
-    if choices.surrogate.anneals:
-        raise InputError(
-            f"plan knows no formulas of surrogate {choices.surrogate.name}; ask for sr_ste, which takes less"
-        )
-    sharded = count > 1 and _shards(trainer.strategy)
-    check_offload(model.offload, model.gradient_checkpointing, sharded)
-    setup = Setup(
-        config=config,
-        pruner=choices.pruner,
-        pattern=choices.pattern,
-        spaces=tuple(space for space in model.spaces if turns(space)),  # orders take bytes, and no time to speak of
-        placement=model.placement,
-        orthogonal_map=model.orthogonal_map,
-        start=choices.start or "identity",
-        layer_sparsity=model.layer_sparsity,
-        compensate=model.compensate,
-        objective=choices.objective,
-        dtype=_dtype(model.base_dtype, gpu),
-        seq_len=data.seq_len,
-        batch_size=data.batch_size,
-        num_sequences=data.num_sequences,
-        statistics_sequences=statistics_sequences,
-        test_tokens=_test_tokens(trainer),
-        steps=_steps(trainer, data, count),
-        gradient_checkpointing=model.gradient_checkpointing,
-        offload=model.offload,
-        optimizer_states=_states(optimizer),
-        keeps_unmasked=choices.surrogate.name == "sr_ste",
-        ranks=count,
-        sharded=sharded,
-        device="cpu" if gpu == "cpu" else "gpu",
-    )
-    return setup, model
-
-
-def _test_tokens(trainer: Any) -> int:
-    """Of the longest text at the end; one that is used whole is taken for WikiText-2's test split, of about 300,000."""
-    endings = [callback for callback in trainer.callbacks or () if callback.class_path.endswith(".Finish")]
-    return max((callback.init_args.max_tokens or 300_000 for callback in endings), default=0)
-
-
-def _steps(trainer: Any, data: Any, ranks: int) -> int:
-    """Of the whole fit.
-
-    Raises:
-        InputError: neither steps nor epochs are limited, or the ranks' batches are more than the sequences.
-    """
-    batches = len(CalibrationBatches(torch.empty(data.num_sequences, 0), data.batch_size, world_size=ranks))
-    check_limited(trainer)
-    limits = [trainer.max_steps] if trainer.max_steps > 0 else []
-    if trainer.max_epochs is not None and trainer.max_epochs >= 0:
-        limits.append(trainer.max_epochs * -(-batches // (trainer.accumulate_grad_batches or 1)))
-    if not limits:
-        raise InputError("the fit has no last step: set trainer.max_steps or trainer.max_epochs")
-    return min(limits)
-
-
-def _plain(settings: Any) -> dict[str, Any]:
-    """A dataclass or what the parser made of its settings, as a dictionary."""
-    if hasattr(settings, "as_dict"):
-        settings = settings.as_dict()
-        return settings.get("init_args", settings)
-    return asdict(settings)
-
-
-def _shards(strategy: Any) -> bool:
-    """Whether a Trainer's strategy spreads the weights."""
-    name = strategy if isinstance(strategy, str) else getattr(strategy, "class_path", "")
-    return "ModelParallel" in name
-
-
-def _trial(model: Any) -> torch.optim.Optimizer:
-    """The optimiser that a fit's settings name, of one orthogonal matrix."""
-    path, settings = "torch.optim.Adam", {}
-    if hasattr(model.optimizer, "class_path"):
-        path, settings = model.optimizer.class_path, dict(model.optimizer.get("init_args") or {})
-    module, _, name = path.rpartition(".")
-    return getattr(import_module(module), name)([torch.nn.Parameter(torch.eye(4))], **settings)
-
-
-def _states(optimizer: torch.optim.Optimizer) -> int:
-    """How many tensors as large as a parameter an optimiser keeps for it, as a step shows."""
-    (parameter,) = optimizer.param_groups[0]["params"]
-    parameter.grad = torch.ones_like(parameter)
-    optimizer.step()
-    return sum(
-        torch.is_tensor(state) and state.shape == parameter.shape for state in optimizer.state[parameter].values()
-    )
 
 
 def _capacity(gpu: str) -> int:
@@ -283,10 +114,10 @@ def _changes(setup: Setup, asked: DtypeName, gpu: str, capacity: int) -> list[di
         return found
     for name, hardware in GPUS.items():
         if hardware.memory >= capacity and name != gpu:
-            weigh(f"--gpu {name}", replace(setup, dtype=_dtype(asked, name)), int(hardware.memory))
+            weigh(f"--gpu {name}", replace(setup, dtype=dtype_on(asked, name)), int(hardware.memory))
     for name in [gpu, *(other for other in GPUS if GPUS[other].memory > capacity)]:
         for ranks in (2, 4, 8, 16, 32):
-            shared = replace(setup, dtype=_dtype(asked, name), ranks=ranks, sharded=True, offload=False)
+            shared = replace(setup, dtype=dtype_on(asked, name), ranks=ranks, sharded=True, offload=False)
             if memory_plan(shared).peak <= GPUS[name].memory or ranks == 32:
                 change = f"--gpu {name} --count {ranks}, and a ModelParallelStrategy"
                 weigh(change + " without offload" * setup.offload, shared, int(GPUS[name].memory))

@@ -22,7 +22,7 @@ from wandb_file import OfflineRun
 from callbacks.dashboard import Dashboard, without_secrets
 from experiments.__main__ import main
 from experiments.fit import FitCLI
-from experiments.plan import SettingsCLI
+from experiments.plan_setup import SettingsCLI
 from rotpruner.errors import InputError
 
 SWEEPS = sorted(Path("experiments/sweeps/wandb").glob("*.yaml"))

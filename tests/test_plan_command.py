@@ -10,7 +10,7 @@ import pytest
 from transformers import LlamaConfig
 
 from experiments.__main__ import main
-from experiments.plan import read_setup
+from experiments.plan_setup import read_setup
 from rotpruner.planning.memory import memory_plan
 
 HEADS = dict(num_hidden_layers=32, num_attention_heads=32, hidden_size=4096, max_position_embeddings=4096)

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from tiny_models import tiny
 
 from experiments.__main__ import main
-from experiments.plan import read_setup
+from experiments.plan_setup import read_setup
 from rotpruner.compensation import compensate
 from rotpruner.errors import InputError
 from rotpruner.loading import load_model
