@@ -13,7 +13,6 @@ from typing import Any, Literal
 
 import torch
 from lightning import LightningModule, Trainer
-from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from callbacks.ending import Ending, Row
@@ -27,8 +26,9 @@ from rotpruner.memory import home_of
 from rotpruner.model_card import Origin, pruner_name, write_card
 from rotpruner.oneshot import prune_model
 from rotpruner.patterns import Slice
+from rotpruner.rotated_model import Learned
 from rotpruner.rotation_artifact import Rotations
-from rotpruner.rotations import RotationSet, random_rotations
+from rotpruner.rotations import random_rotations
 
 
 class Finish(Ending):
@@ -65,8 +65,7 @@ class Finish(Ending):
     ) -> None:
         super().__init__(texts, seq_len, max_tokens)
         self.controls = controls
-        self._learned: RotationSet = {}
-        self._masks: dict[str, Tensor] | None = None
+        self._learned = Learned()
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Refuse a control that would be what it is a control of."""
@@ -80,9 +79,12 @@ class Finish(Ending):
             shutil.rmtree(Path(trainer.default_root_dir) / "rows", ignore_errors=True)
 
     def gather(self, module: Any) -> None:
-        """The learned rotations, and masks if they are learned too."""
-        self._learned = {space: Q.cpu() for space, Q in module.rotated.rotations().items()}
-        self._masks = module.rotated.learned_masks()
+        """What was learned; sharded rotations come together. Statistics leave the devices, which have served."""
+        rotated = module.rotated
+        rotated.moments = {
+            group: moment.to("cpu") for group, moment in rotated.moments.items() if module.ranks.rank == 0
+        }
+        self._learned = rotated.learned().to("cpu")
 
     def finish(self, run: Path, trainer: Trainer, module: Any, seconds: float) -> None:
         """Prune in the learned space and as the controls do; export, evaluate and describe."""
@@ -91,51 +93,38 @@ class Finish(Ending):
         tokenizer, tokens = load_tokenizer(name), trainer.datamodule.statistics_tokens  # type: ignore[attr-defined]
         started = {space: Q.cpu() for space, Q in module.rotated.rotations.started().items()}
         drawn = random_rotations(module.rotated.base.config, module.spaces, module.seed, placement=module.placement)
-        moments = {group: moment.to("cpu") for group, moment in module.rotated.moments.items()}
         running: dict[str, Any] = {"calibration_dtype": dtype, "device": self._device, "progress": track}
 
-        def pruned(rotations: dict[str, Tensor] | None, updated: int, directory: Path) -> Row:
+        def pruned(basis: Learned, updated: int, directory: Path) -> Row:
             model, found = load_model(name), Row()
             home = home_of(model, self._device, copies=5, tokens=tokens.numel())
             model.to(home)  # type: ignore[arg-type]
             batches = tokens.to(home).split(1)
-            # Learned masks keep the statistics that they were learned with. Controls, and pruners that rebuild the
-            # outputs of what they have pruned, get those of pruned predecessors.
-            known = moments if rotations is learned and not pruner.rebuilds else None
-            prune_model(
-                model,
-                pruner,
-                pattern,
-                batches,
-                rotations,
-                known,
-                masks=self._masks if rotations is learned else None,
-                layer_sparsity=module.layer_sparsity,
-                patterns=module.rotated.patterns if rotations is learned else None,
-                **running,
-            )
+            sharing = {"layer_sparsity": module.layer_sparsity}
+            prune_model(model, pruner, pattern, batches, **basis._asdict(), **sharing, **running)
             if updated:
-                fitted = batches[:updated]
-                dense = load_model(name, device=home)
-                found["step_length"] = compensate(model, dense, fitted, rotations=rotations, **running)
+                fitted, dense = batches[:updated], load_model(name, device=home)
+                found["step_length"] = compensate(model, dense, fitted, rotations=basis.rotations, **running)
             save_model(model, tokenizer, directory, replace=True)
             return found
 
-        Rotations.of(learned, module.rotated.base).save_pretrained(run / "rotations", replace=True)
+        Rotations.of(learned.rotations or {}, module.rotated.base).save_pretrained(run / "rotations", replace=True)
         rows = [self._kept(run, "dense", lambda: self._dense(name))]
-        update = module.compensate
-        controls = {"pruner": None, "start": started, "random_rotation": drawn, "no_update": learned}
-        for control, rotations in controls.items():
-            if control in self.controls:
-                updated, spent = (0, seconds) if rotations is learned else (update, 0.0)
-                control = "pca" if control == "pruner" and isinstance(pattern, Slice) else control
-                build = partial(self._pruned, run, control, pattern, partial(pruned, rotations, updated), spent)
-                rows.append(self._kept(run, control, build))
-        build = partial(self._pruned, run, "rotpruner", pattern, partial(pruned, learned, update), seconds)
-        rows.append(self._kept(run, "rotpruner", build))
+        made = {
+            "pruner": (Learned(), module.compensate, 0.0),
+            "start": (Learned(started), module.compensate, 0.0),
+            "random_rotation": (Learned(drawn), module.compensate, 0.0),
+            "no_update": (learned, 0, seconds),
+            "rotpruner": (learned, module.compensate, seconds),
+        }
+        for row, (basis, updated, spent) in made.items():
+            if row in (*self.controls, "rotpruner"):
+                row = "pca" if row == "pruner" and isinstance(pattern, Slice) else row
+                build = partial(self._pruned, run, row, pattern, partial(pruned, basis, updated), spent)
+                rows.append(self._kept(run, row, build))
         exported = AutoModelForCausalLM.from_pretrained(run / "export")
-        patterns = module.rotated.patterns
-        write_diagnostics(run, load_model(name), exported, learned, moments, pruner, patterns, track)
+        known = learned.rotations or {}, module.rotated.moments, pruner, module.rotated.patterns
+        write_diagnostics(run, load_model(name), exported, *known, track)
         write_card(run / "export", self._origin(trainer, module, rows), module.rotated.base.config, self._commit)
         self.record(run, rows, trainer)
         shutil.rmtree(run / "rows")
@@ -148,7 +137,7 @@ class Finish(Ending):
             basis="learned",
             spaces=module.spaces,
             update="compensation" if module.compensate else None,
-            learned_masks=self._masks is not None,
+            learned_masks=self._learned.masks is not None,
             layer_sparsity=module.layer_sparsity,
             num_sequences=trainer.datamodule.statistics_sequences,  # type: ignore[attr-defined]
             seed=module.seed,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any, cast
 
 import torch
@@ -14,7 +13,7 @@ from callbacks.steps import EverySteps, log_at
 from datamodules.evaluation import text_windows
 from datamodules.texts import check_text
 from rotpruner.loading import check_seq_len, load_config, load_tokenizer
-from rotpruner.perplexity import summed_nll
+from rotpruner.perplexity import of_mean, summed_nll
 
 
 class WindowPerplexity(Metric):
@@ -36,8 +35,8 @@ class WindowPerplexity(Metric):
         self.count += targets
 
     def compute(self) -> Tensor:
-        """exp of the mean negative log-likelihood, float64."""
-        return torch.exp(self.total / self.count)
+        """exp of the mean negative log-likelihood, float64; raises InputError if that is NaN."""
+        return torch.tensor(of_mean(float(self.total / self.count)), dtype=torch.float64)
 
 
 class Perplexity(Callback):
@@ -92,6 +91,5 @@ class Perplexity(Callback):
                 if counts:
                     metric.update(logits, window)
             value = metric.compute().item()
-            value = value if math.isfinite(value) else math.inf
             log_at(trainer, {f"ppl/{name}": value}, step)
             module.log(f"ppl/{name}", value, prog_bar=True, logger=False)

@@ -15,6 +15,8 @@ from lightning.pytorch.callbacks import Checkpoint
 
 from callbacks.steps import EverySteps
 from callbacks.terminal import console
+from rotpruner.distributed import whole
+from rotpruner.errors import InputError
 from rotpruner.rotation_artifact import Rotations
 
 #: What a shell reports of a process that SIGTERM has ended.
@@ -95,6 +97,12 @@ class RotationCheckpoint(Checkpoint):
             raise SystemExit(TERMINATED if trainer.is_global_zero else 0)
 
     def _save(self, trainer: Trainer, module: Any) -> None:
+        learned = [whole(parameter) for parameter in module.parameters() if parameter.requires_grad]
+        if not all(values.isfinite().all() for values in learned):  # the last good checkpoint stays
+            raise InputError(
+                f"what was learned is NaN or infinite at step {trainer.global_step}: learning has diverged; lower the "
+                "optimizer's lr, in another --trainer.default_root_dir"
+            )
         run = Path(trainer.default_root_dir)
         checkpoints = run / "checkpoints"
         scratch = checkpoints / ".last.ckpt.tmp"

@@ -6,6 +6,7 @@ import errno
 import sys
 from importlib import import_module
 
+import torch
 from safetensors import SafetensorError
 from transformers.utils import logging as transformers_logging
 
@@ -45,6 +46,8 @@ def main(arguments: list[str]) -> int:
         if not arguments or arguments[0] not in COMMANDS:
             given = f"unknown command '{arguments[0]}'" if arguments else "no command given"
             raise InputError(f"{given}; choose one of {', '.join(COMMANDS)}")
+        # Rotations stay orthogonal, and errors comparable, in true float32; environments may have set TF32.
+        torch.set_float32_matmul_precision("highest")
         # A quiet terminal: transformers draws a bar of its own for every file that it opens.
         transformers_logging.disable_progress_bar()
         module, _ = COMMANDS[arguments[0]]

@@ -62,9 +62,12 @@ def main(arguments: list[str]) -> None:
         for (number, name), model in list(models.items()):
             if not is_two_four(model):
                 continue
+            if options.dtype == "float32":
+                note += f" '{name}' has no semi-structured form in float32: --dtype bfloat16 times it, too."
+                continue
             try:
                 variant = semi_structured(copy.deepcopy(model))
-            except InputError as error:
+            except (InputError, torch.OutOfMemoryError) as error:
                 note += f" '{name}' has no semi-structured form here: {error}."
                 continue
             models[key := (number, f"{name}, semi-structured")] = variant

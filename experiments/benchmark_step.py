@@ -69,6 +69,7 @@ def main(arguments: list[str]) -> None:
     rotated.calibrate(tokens.split(1))
     optimizer = torch.optim.Adam(rotated.rotations.parameters(), lr=2e-3)
     index = torch.arange(len(tokens))
+    rotated.refresh_masks()
     rotated.loss(tokens, index)  # the teacher's states are kept from here on
 
     def learn() -> None:

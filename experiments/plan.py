@@ -127,7 +127,7 @@ def _changes(setup: Setup, asked: DtypeName, gpu: str, capacity: int) -> list[di
 
 def _savings(setup: Setup) -> list[tuple[list[str], dict[str, Any], bool]]:
     """Options of `fit`, what they change, and whether that can help here."""
-    half, needed = setup.seq_len // 2, setup.sliced or setup.start == "pca"
+    half, needed = setup.seq_len // 2, setup.sliced or setup.start == "pca" or setup.placement not in ("shared", 1)
     recompute = [] if setup.gradient_checkpointing else ["--model.gradient_checkpointing true"]
     recomputed = {"gradient_checkpointing": True}
     waits = setup.device == "gpu" and not setup.sharded and not setup.offload

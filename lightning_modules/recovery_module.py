@@ -17,7 +17,7 @@ from rotpruner.errors import InputError
 from rotpruner.loading import check_seq_len, load_config, load_model
 from rotpruner.objectives import Objective
 from rotpruner.precision import resolve_dtype
-from rotpruner.recovery import SparseRecovery, check_recovery
+from rotpruner.recovery import SparseRecovery, check_keeps_zeros, check_recovery
 
 
 class RecoveryModule(LightningModule):
@@ -38,7 +38,7 @@ class RecoveryModule(LightningModule):
         compute_dtype: of the pruned model's products, and of the teacher; `auto` is bfloat16 where the device has
             instructions for it, else float32.
         gradient_checkpointing: recompute each block in the backward pass; slower, much smaller.
-        optimizer: of the weights; weight decay would not respect the zeros' neighbours, leave it out.
+        optimizer: of the weights, one that works on each alone; others move those that pruning has removed.
         cache_dense: leave the teacher's final states in the cache, where later recoveries on the same text find them.
         lr_scheduler: `cosine` falls to zero at the run's last step; any other scheduler steps once an optimiser step.
         warmup_steps: over which the rate comes up to the schedule's. Adam's very first step moves every weight by the
@@ -74,9 +74,7 @@ class RecoveryModule(LightningModule):
         self._compute_dtype: Literal["auto", "bfloat16", "float32"] = compute_dtype
         self.gradient_checkpointing, self.cache_dense = gradient_checkpointing, cache_dense
         self._optimizer, self._lr_scheduler = optimizer, lr_scheduler
-        decay = optimizer([torch.nn.Parameter(torch.zeros(1))]).param_groups[0].get("weight_decay", 0)
-        if decay:
-            raise InputError(f"weight_decay {decay:g} would shrink every weight towards zero: set it to 0")
+        check_keeps_zeros(optimizer)
 
     @property
     def compute_dtype(self) -> torch.dtype:

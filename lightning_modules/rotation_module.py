@@ -243,7 +243,6 @@ class RotationModule(LightningModule):
         self.log_dict(values, prog_bar=True, sync_dist=True)
         return losses["loss"]
 
-    @torch.no_grad()
     def on_train_end(self) -> None:
         """Nothing of the last step's graph is needed any more."""
         self.rotated.leave()
@@ -273,18 +272,13 @@ class RotationModule(LightningModule):
         }
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Add what determines the masks, and the random state."""
+        """Add what determines the masks, and the CPU's random state, for pruners of one's own that draw from it."""
         assert self.rotated.mask_rotations is not None, "masks are chosen before the first step"
         # On the CPU, so that no rank reads them into another's device.
         checkpoint["mask_rotations"] = {space: Q.cpu() for space, Q in self.rotated.mask_rotations.items()}
         checkpoint["rng_state"] = torch.get_rng_state()
-        if self.surrogate.anneals:
-            relaxation = self.rotated.relaxation
-            checkpoint["relaxation"] = {"step": relaxation.step, "temperature": relaxation.temperature}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Masks are chosen again once the statistics are there."""
         self._restored_mask_rotations = checkpoint["mask_rotations"]
         torch.set_rng_state(checkpoint["rng_state"])
-        for name, value in checkpoint.get("relaxation", {}).items():
-            setattr(self.rotated.relaxation, name, value)

@@ -8,7 +8,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -30,10 +30,9 @@ from rotpruner.placements import Placement, check_placement
 from rotpruner.precision import cast_parameters, fast_dtype
 from rotpruner.progress import Progress, unseen
 from rotpruner.pruners import Pruner, resolve_pruner
-from rotpruner.rotated_model import RotatedModel
+from rotpruner.rotated_model import Learned, RotatedModel
 from rotpruner.rotation_artifact import Rotations
-from rotpruner.rotations import LearnedRotations, RotationSet, Start
-from rotpruner.statistics import Moment
+from rotpruner.rotations import LearnedRotations, Start
 from rotpruner.surrogates import Surrogate
 
 
@@ -59,8 +58,9 @@ def learn(
         progress: wraps the iteration over steps.
 
     Raises:
-        InputError: `refresh_every` is no number of steps, or the rotations are parametrised by points of the
-            manifold, which are for `CayleySGD`.
+        InputError: `refresh_every` is no number of steps, there are fewer batches than steps, the model is not
+            calibrated, learning diverges, or the rotations are parametrised by points of the manifold, which are for
+            `CayleySGD`.
     """
     if refresh_every < 1:
         raise InputError(f"refresh_every {refresh_every} must be at least 1")
@@ -68,7 +68,12 @@ def learn(
         raise InputError("orthogonal map manifold does not go with Adam, which leaves it; use cayley or exponential")
     optimizer = torch.optim.Adam(rotated.parameter_groups(), lr=lr)
     scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
-    for step, (input_ids, index) in zip(progress(range(steps), "learning"), batches, strict=False):
+    remaining = iter(batches)
+    for step in progress(range(steps), "learning"):
+        batch = next(remaining, None)
+        if batch is None:
+            raise InputError(f"the batches ended after {step} of {steps} steps; give as many as there are steps")
+        input_ids, index = batch
         if step % refresh_every == 0:
             rotated.refresh_masks()
         rotated.relaxation.advance(step, steps)
@@ -182,7 +187,7 @@ def prune(
         update="compensation" if compensate else None,
         layer_sparsity=layer_sparsity,
     )
-    found = _Found()
+    found = Learned()
     if rotating is not None:
         base: Any = copy.deepcopy(model)
         cast_parameters(base, dtype or fast_dtype(model.device))
@@ -201,9 +206,9 @@ def prune(
         rotated.start_from_statistics(rotating.start)
         with torch.enable_grad():
             learn(rotated, _passes(rows, generator), steps=steps, lr=lr, on_step=on_step, progress=progress)
-        found = _Found.by(rotated)
+        found = rotated.learned()
         if rotations_directory is not None:
-            Rotations.of(found.rotations or {}, model).save_pretrained(rotations_directory)
+            Rotations.of(rotated.rotations(), model).save_pretrained(rotations_directory)
         learned = rotating.described(steps) | {"learned_masks": found.masks is not None}
         read = steps * seq_len if objective.runs_model else 0
         origin = replace(origin, steps=steps, training_tokens=read, **learned)
@@ -217,22 +222,6 @@ def prune(
         compensate_weights(pruned, copy.deepcopy(model).eval(), fitted, rotations=found.rotations, progress=progress)
     pruned.origin = origin
     return pruned
-
-
-class _Found(NamedTuple):
-    """What a model has learned, by the names that `prune_model` has for it."""
-
-    rotations: RotationSet | None = None
-    moments: dict[str, Moment] | None = None
-    masks: dict[str, Tensor] | None = None
-    patterns: list[Pattern] | None = None
-
-    @classmethod
-    def by(cls, rotated: RotatedModel) -> _Found:
-        rotations = {space: Q.detach() for space, Q in rotated.rotations().items()}
-        # Pruners that rebuild the outputs of what they have pruned get the statistics of pruned predecessors.
-        moments = None if rotated.pruner.rebuilds else rotated.moments
-        return cls(rotations, moments, rotated.learned_masks(), rotated.patterns)
 
 
 @dataclass(frozen=True)

@@ -67,8 +67,12 @@ def compensate(
 
     Returns:
         The step length α; 0 if no update brings the pruned model nearer to the dense one.
+
+    Raises:
+        InputError: fewer than two batches.
     """
-    assert len(batches) >= 2, "one batch to fit and one to try"
+    if len(batches) < 2:
+        raise InputError(f"{len(batches)} batches: an update needs one to fit and one to try, give 2 or more")
     if rotations is not None:
         merge_rotations(dense, rotations)
     tried = max(1, int(_HELD_OUT * len(batches)))

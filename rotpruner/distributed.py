@@ -70,7 +70,10 @@ class Ranks:
         """At the end of the `with` block wait for the slowest rank, up to `limit`.
 
         Collectives give up after half an hour (gloo) or ten minutes (NCCL); this one is for work that the first
-        rank does while the others have none. A rank that dies ends the waiting of the others.
+        rank does while the others have none. A rank that fails or dies ends the waiting of the others.
+
+        Raises:
+            SystemExit: another rank failed, which says why itself.
         """
         if self.size == 1:
             yield
@@ -78,9 +81,15 @@ class Ranks:
         assert self.group is not None
         ranks = dist.get_process_group_ranks(self.group)
         patient = dist.new_group(ranks, backend="gloo", timeout=limit)
-        yield
-        dist.barrier(patient)
-        dist.destroy_process_group(patient)
+        failed = torch.ones(1)
+        try:
+            yield
+            failed.zero_()
+        finally:
+            dist.all_reduce(failed, group=patient)
+            dist.destroy_process_group(patient)
+        if failed:
+            raise SystemExit(1)
 
 
 def whole(tensor: Tensor, device: torch.device | None = None) -> Tensor:

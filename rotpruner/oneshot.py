@@ -115,8 +115,8 @@ def prune_model(
         progress: wraps the iteration over blocks, for a progress bar.
 
     Raises:
-        InputError: a linear cannot take the pattern, the pattern has no sparsity to share out, or statistics are needed
-            and no batches are given.
+        InputError: a linear cannot take the pattern, the pattern has no sparsity to share out, statistics are needed
+            and no batches are given, or a slice is given what is of masks.
     """
     check_pattern(model, pattern)
     check_layer_sparsity(pattern, layer_sparsity)
@@ -136,10 +136,12 @@ def prune_model(
     if reader and not batches:
         raise InputError(f"{reader} needs statistics, and no calibration batches are given")
     if isinstance(pattern, Slice):
+        if update is not None or masks is not None or patterns:
+            raise InputError(f"pattern {pattern} removes directions: leave out update, masks and patterns of weights")
         _slice(model, pattern, batches, rotations, calibration_dtype, device, progress)
         return
     if patterns is None:
-        there = partial(moments_by_block, device=device, progress=progress)
+        there = partial(moments_by_block, dtype=calibration_dtype, device=device, progress=progress)
         patterns = layer_patterns(model, pattern, layer_sparsity, batches, there)
     if rotations:
         merge_rotations(model, rotations)

@@ -143,15 +143,19 @@ def _read_config(directory: Path) -> dict[str, Any]:
         config = json.loads((directory / CONFIG).read_text(encoding="utf-8"))
         if config["format"] != _FORMAT:
             raise InputError(f"'{directory}' is packed in format {config['format']}, not {_FORMAT}; pack it again")
-        return {str(name): {"shapes": dict(e["shapes"]), "sha256": e["sha256"]} for name, e in config["files"].items()}
+        files = {str(name): {"shapes": dict(e["shapes"]), "sha256": e["sha256"]} for name, e in config["files"].items()}
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         if isinstance(error, InputError):
             raise
         raise _damaged(directory / CONFIG, error) from error
+    for name in files:
+        if Path(name).name != name:
+            raise _damaged(directory / CONFIG, f"'{name}' is no name of a file beside it")
+    return files
 
 
 def _read_file(directory: Path, name: str, entry: dict[str, Any]) -> tuple[dict[str, Tensor], Any]:
-    path = directory / f"{_PREFIX}{Path(name).name}"
+    path = directory / f"{_PREFIX}{name}"
     if not path.is_file():
         raise InputError(f"'{directory}' lacks {path.name}; pack the model again")
     if _sha256(path) != entry["sha256"]:

@@ -131,7 +131,8 @@ def keep_largest(scores: Tensor, kept: int) -> Tensor:
         return torch.ones_like(scores, dtype=torch.bool)
     if kept == 0:
         return torch.zeros_like(scores, dtype=torch.bool)
-    threshold = scores.kthvalue(width - kept + 1, dim=-1, keepdim=True).values
+    # Not `kthvalue`, which has no deterministic form on CUDA.
+    threshold = scores.topk(kept, dim=-1, sorted=False).values.amin(-1, keepdim=True)
     above, tied = scores > threshold, scores == threshold
     room = kept - above.sum(-1, keepdim=True)
     return above | (tied & (tied.cumsum(-1) <= room))

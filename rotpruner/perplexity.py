@@ -101,4 +101,15 @@ def _perplexity(cut: Tensor, logits: Iterable[Tensor]) -> float:
         nll, targets = summed_nll(found, window.to(found.device))
         total += nll.item()
         count += targets
-    return math.exp(total / count) if total / count < 700 else math.inf
+    return of_mean(total / count)
+
+
+def of_mean(nll: float) -> float:
+    """exp of a mean negative log-likelihood in nats; infinite where that is too large for a float.
+
+    Raises:
+        InputError: it is NaN.
+    """
+    if math.isnan(nll):
+        raise InputError("the model's logits are NaN: its weights or its states overflow, or a weight is NaN")
+    return math.inf if nll > 700 else math.exp(nll)

@@ -6,6 +6,7 @@ no rotations: with those of a learned space merged away it starts from there, wi
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -85,6 +86,10 @@ class SparseRecovery(nn.Module):
             self._dense_states.cache = DenseCache(teacher, teacher.state_dict(), self.ranks)
         return self._dense_states(input_ids, index)
 
+    def leave(self) -> None:
+        """Bring the teacher back to main memory, once learning is over."""
+        self._teacher[0].to("cpu")
+
     @torch.no_grad()
     def _run_teacher(self, input_ids: Tensor) -> Tensor:
         return self._teacher[0].base_model(input_ids=input_ids, use_cache=False).last_hidden_state
@@ -101,6 +106,23 @@ def check_recovery(pruned: Any, teacher: Any, objective: Objective) -> None:
         raise InputError("recovery knows the objectives kl and cross_entropy only; set the others to 0")
 
 
+def check_keeps_zeros(optimizer_of: Callable[[list[nn.Parameter]], torch.optim.Optimizer]) -> None:
+    """Raise `InputError` if an optimiser moves weights that are zero and have no gradient, as two steps on a few show.
+
+    Those that work on each number alone leave them alone; those that work on whole matrices, such as Muon, do not.
+    """
+    weight = nn.Parameter(torch.arange(1.0, 17.0).view(4, 4).tril())
+    optimizer = optimizer_of([weight])
+    for _ in range(2):
+        weight.grad = torch.arange(16.0, 0.0, -1.0).view(4, 4).sin().tril()
+        optimizer.step(lambda: torch.zeros(()))  # type: ignore[arg-type, return-value]
+    if weight.detach().triu(1).any():
+        raise InputError(
+            f"{type(optimizer).__name__} moves the weights that pruning has removed; choose an optimizer that works on "
+            "each weight alone, such as Adam"
+        )
+
+
 def _learn_survivors(weight: Tensor) -> None:
-    """Let a weight learn where it is not zero. Optimisers without weight decay leave zeros alone then."""
+    """Let a weight learn where it is not zero; optimisers that `check_keeps_zeros` admits leave the rest alone."""
     weight.requires_grad_(True).register_hook(lambda gradient: gradient.masked_fill(weight.detach() == 0, 0))

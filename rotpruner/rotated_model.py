@@ -9,10 +9,10 @@ that. Without rotations the same modules are the dense model, the teacher.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -35,12 +35,34 @@ from rotpruner.placements import basis_changes
 from rotpruner.progress import Progress, unseen
 from rotpruner.pruners import Pruner
 from rotpruner.relaxation import Relaxation
-from rotpruner.rotations import LearnedRotations, RotationSet, Start, residual_at
+from rotpruner.rotations import LearnedRotations, RotationSet, Start, check_start, residual_at
 from rotpruner.slicing import project, residual_readers, sliced_width
 from rotpruner.starts import permuted_start, principal_start
 from rotpruner.statistics import Moment, gather_moments
 from rotpruner.surrogates import Surrogate, check_surrogate
 from rotpruner.teacher import DenseStates, head_of, ready_to_learn
+
+
+class Learned(NamedTuple):
+    """How a plain model is pruned as one has learned, by the names that `prune_model` has for it.
+
+    Attributes:
+        rotations: of its spaces.
+        moments: the statistics that they were learned with; None has them gathered from pruned predecessors.
+        masks: of all decoder linears by name, where they are learned themselves.
+        patterns: one a block; none for a slice.
+    """
+
+    rotations: RotationSet | None = None
+    moments: Mapping[str, Moment] | None = None
+    masks: Mapping[str, Tensor] | None = None
+    patterns: Sequence[Pattern] | None = None
+
+    def to(self, device: torch.device | str) -> Learned:
+        """The same with rotations and moments on a device."""
+        rotations = self.rotations and {space: Q.to(device) for space, Q in self.rotations.items()}
+        moments = self.moments and {group: moment.to(device) for group, moment in self.moments.items()}
+        return self._replace(rotations=rotations, moments=moments)
 
 
 class RotatedModel(nn.Module):
@@ -203,15 +225,23 @@ class RotatedModel(nn.Module):
             self.moments = cache.moments(gather, widths, batches) if linears else {}
 
     def start_from_statistics(self, start: Start) -> None:
-        """After `calibrate`: put the rotations where a start that hangs on statistics has them."""
+        """After `calibrate`: put the rotations where a start that hangs on statistics has them.
+
+        Raises:
+            InputError: there is no such start, or it does not go with the spaces, the pattern or the pruner.
+        """
+        if start in ("identity", "random"):
+            return
         with torch.no_grad():
             rotations = {space: Q.clone() for space, Q in self.rotations().items()}
+        check_start(start, list(rotations), self.pattern)
         if start == "pca":
             if not self.moments:
                 raise InputError("start pca needs the statistics of a pruner that has any, such as wanda")
-            self.rotations.restart(principal_start(self.base.config, self.moments, rotations))
-        elif start == "permutation":
-            assert isinstance(self.pattern, NM), "an order matters to groups only"
+            self.rotations.restart(principal_start(self.base.config, self.moments, rotations, self.ranks))
+        else:
+            assert isinstance(self.pattern, NM), "checked above"
+            self._check_calibrated()
             weights = {linear.place: linear.weight for linear in self.linears}
             self.rotations.restart(
                 permuted_start(
@@ -238,6 +268,13 @@ class RotatedModel(nn.Module):
             groups.append({"params": logits, "lr": self.relaxation.surrogate.lr})
         return groups
 
+    def learned(self) -> Learned:
+        """What has been learned so far, for `prune_model`; without gradients."""
+        rotations = {space: Q.detach() for space, Q in self.rotations().items()}
+        # Pruners that rebuild the outputs of what they have pruned get the statistics of pruned predecessors.
+        moments = None if self.pruner.rebuilds else self.moments
+        return Learned(rotations, moments, self.learned_masks(), self.patterns)
+
     def learned_masks(self) -> dict[str, Tensor] | None:
         """The masks (O, I) bool of all linears by name where they are learned themselves, on the CPU."""
         if not self.relaxation.learns_masks:
@@ -253,10 +290,17 @@ class RotatedModel(nn.Module):
 
         Returns:
             The share of mask entries that flipped, 0 at the first call.
+
+        Raises:
+            InputError: the pruner needs statistics that `calibrate` has not gathered, or learning has diverged.
         """
-        self.mask_rotations = {
+        chosen_in = {
             space: Q.detach().clone() for space, Q in (self.rotations() if rotations is None else rotations).items()
         }
+        if not all(Q.isfinite().all() for Q in chosen_in.values()):
+            raise InputError("the rotations are NaN or infinite: learning has diverged, lower the optimiser's rate")
+        self._check_calibrated()
+        self.mask_rotations = chosen_in
         if isinstance(self.pattern, Slice):
             return 0.0
         flipped = [0] * self.base.config.num_hidden_layers
@@ -270,6 +314,16 @@ class RotatedModel(nn.Module):
         self.block_flips = [part / entries for part, entries in zip(flipped, total, strict=True)]
         return sum(flipped) / sum(total)
 
+    def _check_calibrated(self) -> None:
+        if not (self.moments or self.pruner.needs == "nothing" or isinstance(self.pattern, Slice)):
+            raise InputError(
+                f"{type(self.pruner).__name__} needs statistics, and none are gathered: call calibrate(batches) first"
+            )
+
+    def _check_masks(self) -> None:
+        if self.mask_rotations is None and not isinstance(self.pattern, Slice):
+            raise InputError("no masks are chosen yet, so nothing would be pruned: call refresh_masks() first")
+
     def _masks(self, rotations: RotationSet) -> Iterator[tuple[RotatedLinear, Tensor]]:
         if self.relaxation.learns_masks:
             return zip(self.linears, self.relaxation.masks(), strict=True)
@@ -279,7 +333,13 @@ class RotatedModel(nn.Module):
     # -- what is minimised -----------------------------------------------------------------------
 
     def forward(self, input_ids: Tensor, *, pruned: bool = True, use_cache: bool = False) -> Any:
-        """The rotated model's output as `transformers` returns it, for ids (batch, seq_len)."""
+        """The rotated model's output as `transformers` returns it, for ids (batch, seq_len).
+
+        Raises:
+            InputError: no masks are chosen yet.
+        """
+        if pruned:
+            self._check_masks()
         self._enter_rotated(pruned)
         return self.base(input_ids=input_ids, use_cache=use_cache)
 
@@ -293,7 +353,12 @@ class RotatedModel(nn.Module):
 
         Returns:
             `{"loss": weighted sum, term: value, …}`, scalars of at least float32, in the units of `Objective`.
+
+        Raises:
+            InputError: the objective runs the model, and no masks are chosen yet.
         """
+        if self.objective.runs_model:
+            self._check_masks()
         terms: dict[str, Tensor] = {}
         teacher = self._dense_states(input_ids, index) if self.objective.needs_teacher else None
         self._enter_rotated(pruned=True, softened=self.objective.runs_model)

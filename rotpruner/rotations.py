@@ -51,6 +51,7 @@ def check_start(start: str | None, spaces: Sequence[str], pattern: Pattern | Sli
 
     None stands for rotations that are given, which go with all spaces.
     """
+    _check_start_name(start or "identity")
     if "mlp" in spaces and start in ("identity", "pca", "permutation") and not isinstance(pattern, NM):
         raise InputError(
             f"space mlp admits only permutations, which help groups of N:M, and pattern {pattern} has none: "
@@ -67,6 +68,11 @@ def check_start(start: str | None, spaces: Sequence[str], pattern: Pattern | Sli
         )
     if not any(turns(space) for space in spaces):
         raise InputError(f"none of the spaces {list(spaces)} has rotations to learn; add residual or value_heads")
+
+
+def _check_start_name(start: str) -> None:
+    if start not in get_args(Start):
+        raise InputError(f"unknown start '{start}'; choose one of {', '.join(get_args(Start))}")
 
 
 def space_constraint(config: Any, space: str) -> Constraint:
@@ -158,8 +164,7 @@ class LearnedRotations(nn.Module):
         placement: Placement = "shared",
     ) -> None:
         super().__init__()
-        if start not in get_args(Start):
-            raise InputError(f"unknown start '{start}'; choose one of {', '.join(get_args(Start))}")
+        _check_start_name(start)
         self.config = config
         self.spaces = nn.ModuleDict(
             {

@@ -41,6 +41,10 @@ def semi_structured(model: Model) -> Model:
     linears = linear_modules(model).values()
     if not is_two_four(model):
         raise InputError("the decoder linears are not all 2:4, which the semi-structured form needs: prune to 2:4")
+    for dtype in {linear.weight.dtype for linear in linears} - {torch.float16, torch.bfloat16}:
+        # One of torch's two backends takes float32, as 1 of 2, and drops weights without a word.
+        name = str(dtype).removeprefix("torch.")
+        raise InputError(f"weights in {name} have no 2:4 form: load the model in bfloat16 or float16")
     try:
         forms = [torch.sparse.to_sparse_semi_structured(linear.weight.detach()) for linear in linears]
     except torch.OutOfMemoryError:

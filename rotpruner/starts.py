@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from rotpruner.distributed import Ranks, whole
-from rotpruner.layout import BlockLinear, residual_boundaries
+from rotpruner.layout import BlockLinear, by_group, residual_boundaries
 from rotpruner.orthogonal import is_order, permutation_matrix
 from rotpruner.patterns import NM
 from rotpruner.permutations import block_orders
@@ -20,16 +20,18 @@ from rotpruner.slicing import residual_pca
 from rotpruner.statistics import Moment
 
 
-def principal_start(config: Any, moments: Mapping[str, Moment], rotations: RotationSet) -> RotationSet:
+def principal_start(config: Any, moments: Mapping[str, Moment], rotations: RotationSet, ranks: Ranks) -> RotationSet:
     """The same rotations, of which those of the residual stream turn it to its principal directions.
 
     Args:
         config: of the model.
         moments: of the linears that read the residual stream, in the original basis (fused).
         rotations: as they were.
+        ranks: agree on what the first one finds; directions of equal variance may come out differently on each.
     """
     Q = rotations["residual"]
-    return {**rotations, "residual": residual_pca(config, moments, len(Q)).to(Q)}
+    found = residual_pca(config, moments, len(Q)).to(Q).contiguous()
+    return {**rotations, "residual": ranks.broadcast(found, 0)}
 
 
 @torch.no_grad()
@@ -65,13 +67,26 @@ def permuted_start(
         if n % pattern.m:
             continue
         for site, places in readers.items():
-            importances = (
-                pruner.importance(whole(weights[place], Q.device).float(), moments.get(place.group)) for place in places
-            )
+            importances = _importances(places, weights, moments, pruner, Q.device)
             rows = sum(weights[place].numel() for place in places) // (blocks * n)
             orders = ranks.broadcast(block_orders(importances, rows, blocks, n, pattern), 0)
             Q[site] = orders[0] if is_order(Q) else permutation_matrix(orders)
     return found
+
+
+def _importances(
+    places: Iterable[BlockLinear],
+    weights: Mapping[BlockLinear, Tensor],
+    moments: Mapping[str, Moment],
+    pruner: Pruner,
+    device: torch.device,
+) -> Iterator[Tensor]:
+    for members in by_group(places):
+        group = members[0].group
+        # Apart from the one that stays: what is derived from it, an inverse, is as large.
+        moment = Moment(moments[group].blocks) if group in moments else None
+        for place in members:
+            yield pruner.importance(whole(weights[place], device).float(), moment)
 
 
 def _site(config: Any, place: BlockLinear, sites: int) -> int:

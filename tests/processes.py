@@ -10,6 +10,7 @@ import socket
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 import wandb
 from lightning import Callback
 from safetensors.torch import load_file, save_file
@@ -17,6 +18,8 @@ from tiny_models import exact as in_float64
 from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from rotpruner.distributed import Ranks
+from rotpruner.errors import InputError
 from rotpruner.oneshot import pattern_of, sparsity_of
 
 # Children are forked from a server that has imported everything and computed nothing: starting one is cheap.
@@ -100,6 +103,19 @@ def command(arguments: list[str], environment=None) -> None:
 
     os.environ.update(environment or {})
     raise SystemExit(main(arguments))
+
+
+def fail_at_the_end(arguments: list[str], environment) -> None:
+    """One of two ranks: the first fails in work of its own, while the second waits and says so by status 41."""
+    os.environ.update(environment)
+    where = f"tcp://{environment['MASTER_ADDR']}:{environment['MASTER_PORT']}"
+    dist.init_process_group("gloo", init_method=where, rank=int(environment["LOCAL_RANK"]), world_size=2)
+    try:
+        with Ranks.world().waiting():
+            if Ranks.world().rank == 0:
+                raise InputError("the disk is full")
+    except SystemExit as ended:
+        raise SystemExit(40 + ended.code) from None
 
 
 def start(arguments: list[str], *callbacks: Callback, **settings) -> int:

@@ -30,7 +30,7 @@ from experiments.report_runs import read_curves
 from lightning_modules.rotation_module import RotationModule
 from rotpruner.errors import InputError
 from rotpruner.loading import load_model
-from rotpruner.perplexity import perplexity
+from rotpruner.perplexity import of_mean, perplexity
 from rotpruner.replay import final_states
 from rotpruner.rotation_artifact import Rotations
 
@@ -75,6 +75,29 @@ def test_window_perplexity_equals_a_double_precision_computation():
         count += 16
     assert metric.compute().dtype == torch.float64
     assert metric.compute().item() == pytest.approx(math.exp(total / count), rel=1e-6)
+
+
+def test_logits_that_are_no_numbers_have_no_perplexity():
+    metric = WindowPerplexity()
+    metric.update(torch.full((1, 4, 5), math.nan), torch.zeros(1, 4, dtype=torch.int64))
+    with pytest.raises(InputError, match="logits are NaN"):
+        metric.compute()
+    assert of_mean(800.0) == math.inf
+
+
+@pytest.mark.parametrize(("checkpoint", "mention"), [(6, "rotations are NaN"), (1, "NaN or infinite at step 3")])
+def test_a_run_that_diverges_stops_and_keeps_its_last_good_checkpoint(checkpoint, mention, fit, tmp_path):
+    class Diverge(Callback):
+        def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+            if trainer.global_step == 3:
+                next(pl_module.rotated.rotations.parameters()).data.fill_(math.nan)
+
+    with pytest.raises(InputError, match=mention):
+        fit([Repruning(2), RotationCheckpoint(checkpoint), Diverge()])
+    if checkpoint == 1:
+        kept = torch.load(tmp_path / "run" / "checkpoints" / "last.ckpt", weights_only=True)
+        assert kept["global_step"] == 2
+        assert all(value.isfinite().all() for value in kept["state_dict"].values())
 
 
 def test_callbacks_log_and_masks_follow_the_schedule(fit, test_text_file, tmp_path):

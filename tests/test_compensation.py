@@ -193,6 +193,8 @@ def test_a_step_that_helps_nowhere_is_not_taken():
 
 
 def test_too_few_or_too_many_sequences_and_slices_are_refused(capsys):
+    with pytest.raises(InputError, match="1 batches: an update needs one to fit and one to try"):
+        compensate(tiny("llama-2"), tiny("llama-2"), batches()[:1])
     pattern = parse_pattern("2:4")
     check_compensation(0, 1, pattern)
     check_compensation(8, 8, pattern)

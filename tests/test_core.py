@@ -11,6 +11,8 @@ import torch
 from conftest import tiny_llama
 from tiny_models import exact, rotated_model
 
+from rotpruner.api import learn
+from rotpruner.errors import InputError
 from rotpruner.fusion import fuse_norms
 from rotpruner.layout import block_linears
 from rotpruner.objectives import Objective
@@ -201,6 +203,29 @@ def test_learning_lowers_the_loss_and_stays_orthogonal(ids):
     assert flipped > 0
     assert all(orthogonality_error(Q) < 1e-5 for Q in online.rotations().values())
     assert all(torch.equal(Q, torch.eye(Q.shape[-1]).expand_as(Q)) for Q in online.rotations.started().values())
+
+
+def test_what_was_left_out_before_learning_is_named(ids):
+    online = rotated_model(exact(tiny_llama()))
+    with pytest.raises(InputError, match="no masks are chosen yet"):
+        online.loss(ids)
+    with pytest.raises(InputError, match="no masks are chosen yet"):
+        online(ids)
+    with pytest.raises(InputError, match=r"Wanda needs statistics, and none are gathered: call calibrate\(batches\)"):
+        online.refresh_masks()
+    with pytest.raises(InputError, match="Wanda needs statistics"):
+        online.start_from_statistics("permutation")
+    with pytest.raises(InputError, match="unknown start 'sorted'; choose one of identity"):
+        online.start_from_statistics("sorted")
+    anywhere = rotated_model(exact(tiny_llama()), pattern="0.5")
+    with pytest.raises(InputError, match="helps groups of N:M"):
+        anywhere.start_from_statistics("permutation")
+    heads = rotated_model(exact(tiny_llama()), ["value_heads"])
+    with pytest.raises(InputError, match="add residual"):
+        heads.start_from_statistics("pca")
+    online.calibrate(ids.split(1))
+    with pytest.raises(InputError, match="the batches ended after 2 of 3 steps"):
+        learn(online, [(ids, None)] * 2, steps=3)
 
 
 def test_the_core_imports_no_shell():

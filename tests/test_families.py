@@ -177,7 +177,9 @@ def test_the_objective_sees_the_logits_of_the_model(name, ids):
     base = exact(tiny(name))
     with torch.no_grad():
         logits = base(input_ids=ids).logits[:, :-1]
-    online = rotated_model(base, ["value_heads"], objective=Objective(cross_entropy=1.0, kl=0.0))
+    objective = Objective(cross_entropy=1.0, kl=0.0)
+    online = rotated_model(base, ["value_heads"], pruner="magnitude", pattern="0.0", objective=objective)
+    online.refresh_masks()  # which keep all
     expected = F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten())
     torch.testing.assert_close(online.loss(ids)["loss"], expected)
 

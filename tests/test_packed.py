@@ -149,11 +149,19 @@ def strange_format(directory):
     path.write_text(path.read_text().replace('"format": 1', '"format": 9'))
 
 
+def lead_out(directory):
+    path = directory / "packed_config.json"
+    path.write_text(path.read_text().replace('"model.safetensors"', '"../model.safetensors"'))
+
+
 def a_list(directory):
     (directory / "packed_config.json").write_text("[]")
 
 
-@pytest.mark.parametrize("damage", [truncate, flip_a_bit, remove, cut_config, lie_about_shapes, strange_format, a_list])
+DAMAGES = [truncate, flip_a_bit, remove, cut_config, lie_about_shapes, strange_format, lead_out, a_list]
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
 def test_damage_is_one_line(damage, tmp_path, capsys):
     pruned(tiny_llama(), "2:4").save_pretrained(tmp_path / "plain")
     rotpruner.pack(tmp_path / "plain", tmp_path / "packed")

@@ -18,6 +18,7 @@ from processes import (
     assert_alike,
     assert_finished,
     command,
+    fail_at_the_end,
     finishing,
     recorded,
     start,
@@ -87,6 +88,10 @@ def test_sigterm_to_one_rank_saves_and_ends_all_and_one_process_goes_on(parallel
     # Other processes, the same global batch.
     assert start(alone(parallel_config, tmp_path / "ended"), exact=True) == 0
     assert_alike(recorded(tmp_path / "ended"), recorded(tmp_path / "whole"), 1e-9)
+
+
+def test_a_rank_that_fails_in_work_of_its_own_ends_those_that_wait():
+    assert start_ranks([], target=fail_at_the_end) == [1, 41]
 
 
 def test_batches_that_the_ranks_cannot_share_are_refused_by_all(parallel_config, tmp_path):

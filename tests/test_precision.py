@@ -93,9 +93,11 @@ def test_products_are_taken_in_the_dtype_that_is_asked_for(dtype):
     recovery = SparseRecovery(watched(copy.deepcopy(pruned), "recovery"), tiny("llama-2"), compute_dtype=dtype)
     prune_model(watched(pruned, "pruner"), resolve_pruner("wanda"), parse_pattern("2:4"), ids, calibration_dtype=dtype)
     recovery.loss(ids[0])
+    sharing = {"layer_sparsity": "owl", "calibration_dtype": dtype}
+    prune_model(watched(tiny("llama-2"), "owl"), resolve_pruner("magnitude"), parse_pattern("0.5"), ids, **sharing)
     compensate(pruned, watched(tiny("llama-2"), "compensation"), ids, calibration_dtype=dtype)
     assert seen.pop("recovery") == {dtype or fast_dtype(CPU)}
-    assert seen == {name: {dtype or torch.float32} for name in ("pruner", "compensation")}
+    assert seen == {name: {dtype or torch.float32} for name in ("pruner", "owl", "compensation")}
 
 
 def test_unknown_names_are_refused():

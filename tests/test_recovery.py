@@ -35,7 +35,7 @@ from rotpruner.oneshot import pattern_of, prune_model, sparsity_of
 from rotpruner.patterns import parse_pattern
 from rotpruner.perplexity import perplexity
 from rotpruner.pruners import resolve_pruner
-from rotpruner.recovery import SparseRecovery
+from rotpruner.recovery import SparseRecovery, check_keeps_zeros
 from rotpruner.rotations import random_rotations
 
 
@@ -120,10 +120,35 @@ def test_what_cannot_recover_is_refused(model_directory):
         RecoveryModule(str(model_directory), str(model_directory), Objective(cosine=1.0))
     with pytest.raises(InputError, match="warmup_steps -1"):
         RecoveryModule(str(model_directory), str(model_directory), warmup_steps=-1)
-    with pytest.raises(InputError, match="weight_decay"):
-        RecoveryModule(
-            str(model_directory), str(model_directory), optimizer=lambda p: torch.optim.AdamW(p, weight_decay=0.01)
-        )
+    with pytest.raises(InputError, match="Muon moves the weights that pruning has removed"):
+        RecoveryModule(str(model_directory), str(model_directory), optimizer=lambda p: torch.optim.Muon(p, lr=1e-3))
+
+
+@pytest.mark.parametrize(
+    "optimizer",
+    [
+        lambda p: torch.optim.AdamW(p, lr=1e-3, weight_decay=0.1),
+        lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9, nesterov=True, weight_decay=0.1),
+        lambda p: torch.optim.LBFGS(p),
+    ],
+)
+def test_optimisers_that_keep_zeros_are_taken_and_keep_them(optimizer, ids):
+    check_keeps_zeros(optimizer)
+    recovery = recovery_of("llama-2")
+    weights = [parameter for parameter in recovery.parameters() if parameter.requires_grad]
+    before = [weight.detach().clone() for weight in weights]
+    steps = optimizer(weights)
+
+    def loss():
+        steps.zero_grad()
+        value = recovery.loss(ids)["loss"]
+        value.backward()
+        return value
+
+    for _ in range(2):
+        steps.step(loss)
+    assert all(torch.equal(weight == 0, old == 0) for weight, old in zip(weights, before, strict=True))
+    assert not all(torch.equal(weight, old) for weight, old in zip(weights, before, strict=True))
 
 
 @pytest.mark.parametrize(

@@ -174,9 +174,8 @@ def _statistics(setup: Setup) -> Term:
 
 
 def _inverses(setup: Setup) -> list[Term]:
-    """The importance of pruners that rebuild weights, once an objective or a start has asked for it."""
-    asked = setup.objective.needs_importance or setup.start == "permutation"
-    if setup.pruner.needs != "full" or not asked:
+    """The importance of pruners that rebuild weights, once an objective has asked for it."""
+    if setup.pruner.needs != "full" or not setup.objective.needs_importance:
         return []
     entries, r = setup.statistics, setup.r
     return [Term("inverses of H", entries * r, f"at most as many entries as H, · r = {entries:,} · {r}")]
@@ -273,9 +272,19 @@ def _orders(setup: Setup) -> Term:
         space = place.spec.reads
         read[space, inputs] = read.get((space, inputs), 0) + outputs * blocks.get(space, 1)
     R, n = max(((min(rows, MOST_ROWS), inputs) for (_, inputs), rows in read.items()), key=prod)
-    return Term("orders of features", 12 * setup.largest + 16 * R * n,
-                f"12 · O · I of the largest linear + 16 R n = 12 · {setup.largest:,} + 16 · {R:,} · {n:,}: weight, "
-                "importance and share in float32; rows that judge an order, twice, gathered and sorted")  # fmt: skip
+    factors, added, of = _factors(setup)
+    return Term("orders of features", 12 * setup.largest + 16 * R * n + factors,
+                f"12 · O · I of the largest linear + 16 R n = 12 · {setup.largest:,} + 16 · {R:,} · {n:,}{added}: "
+                "weight, importance and share in float32; rows that judge an order, twice, gathered and "
+                f"sorted{of}")  # fmt: skip
+
+
+def _factors(setup: Setup) -> tuple[int, str, str]:
+    """Bytes of a full moment and what is derived from it, their formula and words; none if the pruner reads none."""
+    if setup.pruner.needs != "full":
+        return 0, "", ""
+    widest = max(inputs for _, _, inputs in setup.linears)
+    return 3 * setup.r * widest**2, f" + 3 · {setup.r} · {widest}²", "; moment, its factor and inverse"
 
 
 def _outliers(setup: Setup) -> Term:
@@ -302,8 +311,7 @@ def _refresh(setup: Setup) -> Term:
     K, r = setup.rotation_entries, setup.r
     if setup.sliced:
         return Term("rotations of the moment", K * r, f"K r = {K:,} · {r}; no masks are chosen")
-    widest = max(inputs for _, _, inputs in setup.linears)
-    factors = 3 * r * widest**2 if setup.pruner.needs == "full" else 0
-    tail = f" + 3 · {r} · {widest}²: moment, its factor and inverse" if factors else ""
+    factors, added, of = _factors(setup)
     return Term("mask refresh", 12 * setup.largest + K * r + factors,
-                f"12 · O · I of the largest linear + K r = 12 · {setup.largest:,} + {K:,} · {r}{tail}")  # fmt: skip
+                f"12 · O · I of the largest linear + K r = 12 · {setup.largest:,} + {K:,} · {r}{added}: weights, "
+                f"rotations of the moment{of}")  # fmt: skip
