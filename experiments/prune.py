@@ -137,8 +137,9 @@ def _prune(
     running: dict[str, Any] = {"calibration_dtype": dtype, "device": options.device, "progress": track}
     width = sliced_width(model.config, pattern) if isinstance(pattern, Slice) else None
     length = parameters = None
+    flops = 0
     if width is not None and options.placement == "per_block":
-        parameters = slice_per_block(model, width, batches, dtype, options.device, track)
+        parameters, flops = slice_per_block(model, width, batches, dtype, options.device, track)
     else:
         pruner = resolve_pruner(options.pruner or "magnitude")  # a slice asks none
         moments = None
@@ -170,8 +171,8 @@ def _prune(
         result["hidden_size"] = width
     if length is not None:
         result["step_length"] = length
-    if flops := online_cost(model).flops:
-        result["online_flops"] = flops
+    if online := flops + online_cost(model).flops:
+        result["online_flops"] = online
     return result
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+from collections.abc import Callable
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
@@ -18,6 +19,10 @@ from rotpruner.errors import InputError
 from rotpruner.patterns import Unstructured, parse_pattern
 
 Row = dict[str, Any]
+#: Grid values of rows, and their kind at the end.
+Key = tuple[str, ...]
+Group = tuple[Key, list[Row]]
+Cell = Callable[[Key, list[Row]], str]
 
 #: Rows of a training that the training's budget was spent on.
 _LEARNED = ("rotpruner", "no_update", "recovered")
@@ -113,67 +118,76 @@ def _dense_of(ppl: dict[str, float]) -> str:
 
 
 def table(sweep: dict[str, Any], records: list[tuple[str, dict[str, Any]]], against: Divisors | None = None) -> str:
-    """One sweep as a Markdown table, its rows by their grid values, seeds pooled."""
+    """One sweep as a Markdown table, rows by their grid values, seeds pooled; columns without entries are left out."""
     varied = [column for column in sweep["columns"] if "seed" not in column]
-    columns = [column for column in varied if any(column in record.get("row", {}) for _, record in records)]
-    references, pooled = _pooled(columns, records, against or {})
-    measured = [*references, *(result["ppl"] for results in pooled.values() for result in results)]
-    texts = list(dict.fromkeys(text for values in measured for text in values))
-    kinds_shown = any(key[-1] for key in pooled)
-    head = [*(column.rpartition(".")[2] for column in columns), *(["row"] if kinds_shown else [])]
-    head += [*(f"{text} ppl" for text in texts), *(f"G {text}" for text in texts if references)]
-    shares_shown = any(row["shares"] for results in pooled.values() for row in results)
-    head += [f"share {text}" for text in texts if shares_shown]
-    computed_shown = any(row["computed"] for results in pooled.values() for row in results)
-    budget_shown = any(row["budget"] for results in pooled.values() for row in results)
-    head += ["trained tokens", "trainable"] if budget_shown else []
-    head += ["parameters", "online FLOPs", "seconds", *(["computed in"] if computed_shown else []), "seeds", "commit"]
-    lines = [f"## {sweep['title']}\n", "| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
-    for reference in references:
-        cells = ["dense", *[""] * (len(columns) + kinds_shown - 1), *(reference.get(text, "") for text in texts)]
-        cells += ["0" if text in reference else "" for text in texts]
-        cells += [""] * (len(head) - len(cells))
-        lines.append("| " + " | ".join(cells) + " |")
-    for key, results in sorted(pooled.items()):
-        cells = [*(key if kinds_shown else key[:-1])]
-        cells += [_pool([row["ppl"][text] for row in results if text in row["ppl"]], "{:.2f}") for text in texts]
-        if references:
-            cells += [_pool([row["gaps"][text] for row in results if text in row["gaps"]], "{:.3f}") for text in texts]
-        if shares_shown:
-            cells += [
-                _pool([row["shares"][text] for row in results if text in row["shares"]], "{:.3f}") for text in texts
-            ]
-        if budget_shown:
-            budget = results[0]["budget"]
-            cells += [f"{budget[part]:,}" if budget else "" for part in ("training_tokens", "trainable_parameters")]
-        cells += [f"{results[0]['parameters'] / 1e6:.1f} M" if "parameters" in results[0] else ""]
-        cells += [f"{results[0].get('online_flops', 0) / 1e6:.0f} M"]
-        cells += [_pool([result["seconds"] for result in results], "{:.0f}")]
-        cells += [" ".join(dict.fromkeys(row["computed"] for row in results))] if computed_shown else []
-        cells += [str(len(results)), " ".join(dict.fromkeys(_short(row["commit"]) for row in results))]
-        lines.append("| " + " | ".join(cells) + " |")
+    names = [column for column in varied if any(column in record.get("row", {}) for _, record in records)]
+    references, pooled = _pooled(names, records, against or {})
+    groups: list[Group] = [(("dense", *[""] * len(names)), [reference]) for reference in references]
+    groups += sorted(pooled.items())
+    columns = [column for column in _columns(names, groups) if any(column[1](*group) for group in groups)]
+    lines = [f"## {sweep['title']}\n", _line([head for head, _ in columns]), "|" + "---|" * len(columns)]
+    lines += [_line([cell(*group) for _, cell in columns]) for group in groups]
     commands = "\n".join(f"{record['command']}" for _, record in records)
     details = f"<details><summary>commands</summary>\n\n```\n{commands}\n```\n\n</details>\n"
     return "\n".join([*lines, "", details])
 
 
+def _columns(names: list[str], groups: list[Group]) -> list[tuple[str, Cell]]:
+    """Heads, and what each column says of a group."""
+    texts = list(dict.fromkeys(text for _, rows in groups for row in rows for text in row["ppl"]))
+
+    def key_at(place: int) -> Cell:
+        return lambda key, rows: key[place]
+
+    def pooled(part: str, text: str, form: str) -> Cell:
+        return lambda key, rows: _pool([row[part][text] for row in rows if text in row.get(part, {})], form)
+
+    def first(part: str, form: str, unit: float = 1) -> Cell:
+        def cell(key: Key, rows: list[Row]) -> str:
+            found = (rows[0].get("budget") or {}) | rows[0]
+            return form.format(found[part] / unit) if part in found else ""
+
+        return cell
+
+    def each(part: str) -> Cell:
+        return lambda key, rows: " ".join(filter(None, dict.fromkeys(row.get(part, "") for row in rows)))
+
+    return [
+        *((name.rpartition(".")[2], key_at(place)) for place, name in enumerate(names)),
+        ("row", key_at(-1)),
+        *((f"{text} ppl", pooled("ppl", text, "{:.2f}")) for text in texts),
+        *((f"G {text}", pooled("gaps", text, "{:.3f}")) for text in texts),
+        *((f"share {text}", pooled("shares", text, "{:.3f}")) for text in texts),
+        ("trained tokens", first("training_tokens", "{:,.0f}")),
+        ("trainable", first("trainable_parameters", "{:,.0f}")),
+        ("parameters", first("parameters", "{:.1f} M", 1e6)),
+        ("online FLOPs", first("online_flops", "{:.0f} M", 1e6)),
+        ("seconds", lambda key, rows: _pool([row["seconds"] for row in rows if "seconds" in row], "{:.0f}")),
+        ("computed in", each("computed")),
+        ("seeds", lambda key, rows: str(len(rows)) if "commit" in rows[0] else ""),
+        ("commit", each("commit")),
+    ]
+
+
+def _line(cells: list[str]) -> str:
+    return "| " + " | ".join(cells) + " |"
+
+
 def _pooled(
     columns: list[str], records: list[tuple[str, dict[str, Any]]], against: Divisors
-) -> tuple[list[dict[str, str]], dict[tuple[str, ...], list[Row]]]:
-    """The dense models, perplexities as they are shown, and the rows by their grid values and kind, with their `gaps`
-    and `shares`.
+) -> tuple[list[Row], dict[Key, list[Row]]]:
+    """The dense models, and the rows by their grid values and kind, with their `gaps` and `shares`.
 
     A gap is from the dense model of the row's own record, or else from the sweep's first, on texts that both have.
     """
-    references: list[dict[str, str]] = []
-    pooled: dict[tuple[str, ...], list[Row]] = {}
+    references: dict[str, Row] = {}
+    pooled: dict[Key, list[Row]] = {}
     found = [_rows(record) for _, record in records]
     first: Row = next((kinds["dense"] for kinds in found if "dense" in kinds), {"ppl": {}})
     for (_, record), kinds in zip(records, found, strict=True):
         dense = kinds.pop("dense", first)["ppl"]
-        shown = {text: f"{ppl:.2f}" for text, ppl in dense.items()}
-        if shown and shown not in references:
-            references.append(shown)
+        if dense:
+            references.setdefault(_dense_of(dense), {"ppl": dense, "gaps": dict.fromkeys(dense, 0)})
         for kind, result in kinds.items():
             key = (*(_shown(record["row"].get(column, "")) for column in columns), kind)
             gaps = {text: math.log(ppl / dense[text]) for text, ppl in result["ppl"].items() if text in dense}
@@ -183,10 +197,10 @@ def _pooled(
                 "shares": {text: gap / divisors[text] for text, gap in gaps.items() if text in divisors},
                 "computed": _computed({**record, **result}),
                 "budget": record.get("budget") if kind in _LEARNED else None,
-                "commit": record["commit"],
+                "commit": _short(record["commit"]),
             }
-            pooled.setdefault(key, []).append({**result, **found_there})
-    return references, pooled
+            pooled.setdefault(key, []).append({"online_flops": 0, **result, **found_there})
+    return list(references.values()), pooled
 
 
 def _computed(row: Row) -> str:

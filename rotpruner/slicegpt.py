@@ -30,7 +30,7 @@ def slice_per_block(
     calibration_dtype: torch.dtype | None = None,
     device: torch.device | None = None,
     progress: Progress = unseen,
-) -> int:
+) -> tuple[int, int]:
     """SliceGPT's own placement: a PCA basis before every norm, each from what the sliced predecessors give.
 
     No plain checkpoint can hold it, because each residual connection would need a k × k product to change
@@ -46,7 +46,8 @@ def slice_per_block(
         progress: wraps the iteration over blocks.
 
     Returns:
-        Parameters of the model that SliceGPT would run, its 2·L shortcut matrices (k, k) included.
+        Parameters of the model that SliceGPT would run, its 2·L shortcut matrices (k, k) included, and the operations
+        that these take a token.
     """
     fuse_norms(model)
     config: Any = model.config
@@ -68,7 +69,8 @@ def slice_per_block(
     for states in replay.states:
         sums.add("final", F.rms_norm(states.float(), (d,)), d)
     _project_input(module_at(model, family.final_norm), _projection(sums.means()["final"].full(), width))
-    return _sliced_parameters(model, width) + 2 * config.num_hidden_layers * width**2
+    online = 2 * config.num_hidden_layers * width**2
+    return _sliced_parameters(model, width) + online, 2 * online
 
 
 def _projection(H: Tensor, width: int) -> Tensor:

@@ -103,7 +103,8 @@ def test_per_block_pca_narrows_every_stream_and_counts_its_shortcuts():
     model = tiny("llama-2").double()
     shared, per_block = copy.deepcopy(model), copy.deepcopy(model)
     prune_model(shared, MAGNITUDE, Slice(0.3), batches())
-    assert slice_per_block(per_block, 16, batches()) == parameter_count(shared) + 2 * 2 * 16**2
+    shortcuts = 2 * 2 * 16**2
+    assert slice_per_block(per_block, 16, batches()) == (parameter_count(shared) + shortcuts, 2 * shortcuts)
     streams = []
     for name, module in per_block.named_modules():
         if name.endswith("norm"):
@@ -173,6 +174,7 @@ def test_prune_exports_narrower_models_but_per_block(model_directory, text_file,
     assert main([*arguments.split(), "--placement", "per_block"]) == 0
     per_block = json.loads(capsys.readouterr().out)
     assert per_block["parameters"] > shared["parameters"]
+    assert per_block["online_flops"] > shared.get("online_flops", 0) == 0
     for wrong, reason in ((["--pruner", "wanda"], "leave --pruner"), (["--placement", "per_block"], "no plain")):
         assert main([*arguments.split(), "--output", str(tmp_path / "no"), *wrong]) == 2
         assert reason in capsys.readouterr().err
