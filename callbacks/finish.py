@@ -32,7 +32,7 @@ from rotpruner.rotations import random_rotations
 
 
 class Finish(Ending):
-    """After the last step, write `rotations/`, `export/`, `layers.json` and `results.json` into the run directory.
+    """After the last step, write `rotations/`, `export/`, `layers.json`, `heatmap.safetensors` and `results.json`.
 
     ```yaml
     trainer:

@@ -29,7 +29,7 @@ def main(arguments: list[str]) -> None:
     """Print the plan; with `--json` one object of parameters, memory, flops, time, disk and changes that would help."""
     parser = Parser("plan", "What a fit would take: memory by part, arithmetic, disk. Other options are those of fit.")
     parser.add_argument("--gpu", choices=[*GPUS, "cpu"], default="h100-80gb", help="where; cpu is this machine")
-    parser.add_argument("--count", type=at_least(1), default=1, help="GPUs; whether they shard, the config says")
+    parser.add_argument("--count", type=at_least(1), help="GPUs; the config's trainer.devices if left out")
     options, rest = parser.parse_known_args(arguments)
     setup, model = read_setup(rest, options.gpu, options.count)
     memory = memory_plan(setup)
@@ -41,7 +41,7 @@ def main(arguments: list[str]) -> None:
         "model": model.model,
         "parameters": setup.parameters,
         "trainable_parameters": setup.trainable,
-        "hardware": {"name": options.gpu, "count": options.count, "bytes": capacity, "sharded": setup.sharded},
+        "hardware": {"name": options.gpu, "count": setup.ranks, "bytes": capacity, "sharded": setup.sharded},
         "memory": {
             "peak": memory.peak,
             "learning": memory.learning,

@@ -36,14 +36,18 @@ class SettingsCLI(FitCLI):
         """Build nothing."""
 
 
-def read_setup(arguments: list[str], gpu: str, count: int) -> tuple[Setup, Namespace]:
+def read_setup(arguments: list[str], gpu: str, count: int | None) -> tuple[Setup, Namespace]:
     """The settings of a fit from its command line, and those of its `model` as they were given.
+
+    Without a `count` of processes there are as many as `trainer.devices` and `trainer.num_nodes` say, where those are
+    numbers.
 
     Raises:
         InputError: as the fit would, before it loads weights.
     """
     settings = SettingsCLI(arguments).config
     model, data, trainer = settings.model, settings.data, settings.trainer
+    count = count or _processes(trainer)
     config, optimizer = load_config(model.model), _trial(model)
     check_pattern(meta_model(config), parse_pattern(model.pattern, model.scope))
     choices = Choices(
@@ -95,6 +99,13 @@ def read_setup(arguments: list[str], gpu: str, count: int) -> tuple[Setup, Names
         device="cpu" if gpu == "cpu" else "gpu",
     )
     return setup, model
+
+
+def _processes(trainer: Any) -> int:
+    devices = trainer.devices  # a number or its digits, a list of GPUs, `auto` or -1
+    if isinstance(devices, list):
+        return len(devices) * trainer.num_nodes
+    return max(1, int(devices)) * trainer.num_nodes if str(devices).isdigit() else 1
 
 
 def _test_tokens(trainer: Any) -> int:

@@ -67,7 +67,7 @@ class RotationModule(LightningModule):
         orthogonal_map: how orthogonal matrices are parametrised; `manifold` goes with `CayleySGD` only.
         start: rotations at the first step; `pca` turns the residual stream to its principal directions, `permutation`
             puts the features of every space in an order of which N:M keeps more.
-        init_rotations: directory of saved rotations to start from instead.
+        init_rotations: saved rotations to start from instead, a directory or hub name.
         surrogate: how the gradient passes the mask; `gumbel` learns the mask too.
         objective: what is minimised.
         base_dtype: of the frozen weights and the activations; rotations are float32 (float64 with float64). `auto` is

@@ -58,7 +58,7 @@ def concentration(
     objective: Objective,
     device: torch.device,
 ) -> dict[str, Tensor]:
-    """The terms `entropy` and `lost_mass` of an objective, those that have a weight: means over a model's linears.
+    """The terms of an objective that have a weight: `entropy`, mean over sides that rotate, `lost_mass`, over linears.
 
     One group at a time is scored and differentiated: it takes no more memory than that.
 

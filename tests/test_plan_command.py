@@ -229,6 +229,24 @@ def test_slices_and_manifolds_by_hand(plan):
     assert found["memory"]["phases"]["outlier ratios"][0]["amount"] == 8 * block
 
 
+def test_as_many_gpus_as_the_config_asks_for(plan):
+    found = plan("llama3-8b", "-c", "experiments/configs/hardware/8x80gb.yaml")["hardware"]
+    assert (found["count"], found["sharded"]) == (8, True)
+    assert plan("llama3-8b", "--trainer.devices", "[0,3]", "--trainer.num_nodes", "2")["hardware"]["count"] == 4
+    assert plan("llama3-8b", "--trainer.devices", "auto")["hardware"]["count"] == 1
+    two = plan("llama3-8b", "-c", "experiments/configs/hardware/8x80gb.yaml", "--count", "2")["hardware"]
+    assert two["count"] == 2
+
+
+def test_bases_between_layers_are_not_dropped_to_save_memory(plan):
+    shared, online = (
+        [change["change"] for change in plan("llama3-70b", "--model.placement", placement)["changes"]]
+        for placement in ("shared", "per_layer")
+    )
+    assert any("--model.spaces [value_heads]" in change for change in shared)
+    assert not any("--model.spaces" in change for change in online)
+
+
 def test_epochs_count_as_steps(plan):
     def rows(*options: str) -> str:
         return plan("llama3-8b", *options)["memory"]["kept_by_host"][0]["formula"]
