@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from rotpruner.embedded import TEXTS, WIKIPEDIA, text_path
-from rotpruner.errors import InputError
+from rotpruner.errors import InputError, explained
 
 Split = Literal["calibration", "test"]
 
@@ -236,7 +236,7 @@ def _parquet_rows(path: Path) -> Iterator[str]:
 
 def _hub_documents(source: str, hub: HubText, split: Split, seed: int) -> Iterator[str]:
     wanted = hub.splits if split == "calibration" else hub.test_splits
-    try:
+    with explained(f"data set {source!r} cannot be read", "check its name and the network, or pass a local file"):
         import datasets
 
         splits = datasets.load_dataset(hub.path, hub.config, revision=hub.revision, streaming=True)
@@ -248,12 +248,6 @@ def _hub_documents(source: str, hub: HubText, split: Split, seed: int) -> Iterat
             rows = rows.shuffle(seed=seed, buffer_size=_SHUFFLE_BUFFER)
         for number, row in enumerate(islice(rows, hub.test_documents if split == "test" else None), 1):
             yield _text_field(row, f"row {number} of {source!r}")
-    except InputError:
-        raise
-    except Exception as error:  # the hub's client, the network and the data set's own files raise anything
-        reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
-        mend = "check its name and the network, or pass a local file"
-        raise InputError(f"data set {source!r} cannot be read ({reason}); {mend}") from error
 
 
 def _text_field(row: Any, where: str) -> str:

@@ -19,7 +19,7 @@ from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from rotpruner.errors import InputError
+from rotpruner.errors import InputError, explained
 
 #: The tasks that are tested here; others of lm-eval that rank or score given answers work too.
 TASKS = (
@@ -142,15 +142,12 @@ def _load_task(manager: Any, name: str, rows: list[dict[str, Any]] | None) -> An
         local = {"custom_dataset": lambda **_: {"test": Dataset.from_list(rows)}, **splits}
     where = f"the hub ({manager.task_index[name].yaml_path.stem})" if rows is None else f"'{name}.jsonl'"
     mend = "give --task_data DIR" if rows is None else "give each row the fields of the task's rows on the hub"
-    try:
+    with explained(f"rows of task '{name}' from {where} cannot be used", mend):
         task: Any = TaskFactory().build(manager.task_index[name], overrides=local, registry=manager.task_index)
         for row in task.eval_docs:
             task.doc_to_text(row), task.doc_to_target(row)
             if task.config.doc_to_choice is not None:
                 task.doc_to_choice(row)
-    except Exception as error:  # network, templates and Arrow raise anything
-        reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
-        raise InputError(f"rows of task '{name}' from {where} cannot be used ({reason}); {mend}") from error
     return task
 
 

@@ -15,9 +15,9 @@ from experiments.arguments import Parser, at_least
 from experiments.arguments import report as print_json
 from experiments.gpus import GPUS, dtype_on
 from experiments.plan_setup import read_setup
-from rotpruner.planning.costs import disk_space, step_flops
-from rotpruner.planning.memory import MemoryPlan, largest, memory_plan
-from rotpruner.planning.sizes import Setup, Term, total
+from experiments.planning.costs import disk_space, step_flops
+from experiments.planning.memory import MemoryPlan, largest, memory_plan
+from experiments.planning.sizes import Setup, Term, total
 from rotpruner.precision import DtypeName
 
 _EFFICIENCY = 0.4  # of the peak rate that large models usually reach in training; an assumption

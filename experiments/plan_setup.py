@@ -13,6 +13,7 @@ from jsonargparse import Namespace
 from datamodules.calibration import CalibrationBatches, CalibrationDataModule
 from experiments.fit import FitCLI, check_limited
 from experiments.gpus import dtype_on
+from experiments.planning.sizes import Setup
 from rotpruner.basis import check_offload
 from rotpruner.choices import Choices
 from rotpruner.compensation import check_compensation
@@ -21,7 +22,6 @@ from rotpruner.loading import check_pattern, check_seq_len, load_config, meta_mo
 from rotpruner.objectives import Objective
 from rotpruner.patterns import parse_pattern
 from rotpruner.placements import turns
-from rotpruner.planning.sizes import Setup
 from rotpruner.pruners import resolve_pruner
 from rotpruner.surrogates import Surrogate
 
@@ -93,7 +93,7 @@ def read_setup(arguments: list[str], gpu: str, count: int | None) -> tuple[Setup
         gradient_checkpointing=model.gradient_checkpointing,
         offload=model.offload,
         optimizer_states=_states(optimizer),
-        keeps_unmasked=choices.surrogate.name == "sr_ste",
+        keeps_unmasked=choices.surrogate.keeps_unmasked,
         ranks=count,
         sharded=sharded,
         device="cpu" if gpu == "cpu" else "gpu",

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import shlex
 import time
 from collections.abc import Sequence
 from functools import partial
@@ -24,7 +23,7 @@ from rotpruner.errors import InputError
 from rotpruner.families import available_spaces
 from rotpruner.loading import check_pattern, check_seq_len, load_config, load_model, load_tokenizer, meta_model
 from rotpruner.memory import home_of
-from rotpruner.model_card import Origin, evaluation_of, public, write_card
+from rotpruner.model_card import Origin, evaluation_of, write_card
 from rotpruner.oneshot import (
     LayerSparsity,
     check_layer_sparsity,
@@ -36,7 +35,7 @@ from rotpruner.oneshot import (
 )
 from rotpruner.patterns import Pattern, Scope, Slice, parse_pattern
 from rotpruner.precision import resolve_dtype
-from rotpruner.provenance import commit, device_name
+from rotpruner.provenance import commit, device_name, public_command
 from rotpruner.pruners import PRUNERS, resolve_pruner
 from rotpruner.replay import moments_by_block
 from rotpruner.rotation_artifact import Rotations
@@ -71,7 +70,8 @@ def main(arguments: list[str]) -> None:
     result = _prune(model, pattern, rotations, tokens.to(home).split(1), options)
 
     def describe() -> None:
-        origin = _origin(options, rotations, [{"name": "pruned", **result}])
+        command = f"python -m experiments prune {public_command(arguments)}"
+        origin = _origin(options, rotations, [{"name": "pruned", **result}], command)
         write_card(options.output, origin, config, begun_at)
 
     if options.output is not None:
@@ -176,7 +176,9 @@ def _prune(
     return result
 
 
-def _origin(options: argparse.Namespace, rotations: RotationSet | None, rows: list[dict[str, Any]]) -> Origin:
+def _origin(
+    options: argparse.Namespace, rotations: RotationSet | None, rows: list[dict[str, Any]], command: str
+) -> Origin:
     """What the model card says."""
     sliced = options.pruner is None
     basis = "none" if options.rotations is None else "random" if options.rotations == "random" else "learned"
@@ -196,18 +198,8 @@ def _origin(options: argparse.Namespace, rotations: RotationSet | None, rows: li
         seed=options.seed,
         rows=rows,
         evaluation=evaluation_of(options.seq_len, options.max_tokens),
-        command=_command(options),
+        command=command,
     )
-
-
-def _command(options: argparse.Namespace) -> str:
-    """The command with everything that is not left at its default, of local paths the last part only."""
-    words, parser = ["python", "-m", "experiments", "prune"], _parser()
-    for name, value in vars(options).items():
-        if name not in ("json", "device") and value not in (None, [], parser.get_default(name)):
-            for each in value if isinstance(value, list) else [value]:
-                words += [f"--{name}", str(public(each))]
-    return shlex.join(words)
 
 
 def _parser() -> Parser:

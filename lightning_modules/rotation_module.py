@@ -160,7 +160,7 @@ class RotationModule(LightningModule):
                 f"tensor_parallel_size {self.device_mesh['tensor_parallel'].size()} splits single weights; "
                 "set it to 1 and data_parallel_size to the number of processes"
             )
-        if self.device_mesh is not None and self.surrogate.name == "gumbel":
+        if self.device_mesh is not None and self.surrogate.learns_masks:
             raise InputError("surrogate gumbel learns masks, which ModelParallelStrategy does not share out; use ddp")
         if self.device_mesh is not None and self.orthogonal_map == "manifold":
             raise InputError(

@@ -52,13 +52,23 @@ def check_new_directory(path: str | Path, replace: bool = False) -> None:
         raise InputError(f"output '{path}' cannot be made in '{above}'; choose another directory")
 
 
-def write_bytes(content: bytes, path: str | Path) -> None:
-    """Write a file, whole or not at all."""
+@contextmanager
+def replaced(path: str | Path) -> Iterator[Path]:
+    """Where to write a file that takes the place of `path` only when the block has ended well."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     scratch = path.with_name(f".{path.name}.tmp")
-    scratch.write_bytes(content)
-    os.replace(scratch, path)
+    try:
+        yield scratch
+        os.replace(scratch, path)
+    finally:
+        scratch.unlink(missing_ok=True)
+
+
+def write_bytes(content: bytes, path: str | Path) -> None:
+    """Write a file, whole or not at all."""
+    with replaced(path) as scratch:
+        scratch.write_bytes(content)
 
 
 def write_text(text: str, path: str | Path) -> None:

@@ -18,6 +18,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from rotpruner.artifacts import replaced
 from rotpruner.errors import InputError
 from rotpruner.identity import tensors_digest
 
@@ -55,13 +56,8 @@ def locked(target: Path) -> Iterator[None]:
 def save_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
     """Write a file of tensors whole or not at all; the caller holds its lock."""
     tensors = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
-    scratch = path.with_suffix(".tmp")
-    try:
-        path.parent.mkdir(exist_ok=True)
+    with replaced(path) as scratch:
         save_file(tensors, scratch, metadata={"sha256": tensors_digest(tensors)})
-        os.replace(scratch, path)
-    finally:
-        scratch.unlink(missing_ok=True)
 
 
 def load_tensors(path: Path) -> dict[str, Tensor] | None:

@@ -85,5 +85,7 @@ class Choices:
                 f"orthogonal_map {self.orthogonal_map} does not go with {type(optimizer).__name__}: "
                 "manifold and rotpruner.optimizers.CayleySGD need each other"
             )
-        if on_the_manifold and self.surrogate.name == "gumbel":
-            raise InputError("CayleySGD moves orthogonal matrices, not the logits of surrogate gumbel; use Adam")
+        if on_the_manifold and self.surrogate.learns_masks:
+            raise InputError(
+                f"CayleySGD moves orthogonal matrices, not the logits of surrogate {self.surrogate.name}; use Adam"
+            )

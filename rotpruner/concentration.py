@@ -71,7 +71,7 @@ def concentration(
     """
     config = groups[0][0].basis.config
     linears = [linear for group in groups for linear in group]
-    turned = [_turns(side) for linear in linears for side in sides(config, rotations, linear.place)]
+    turned = [_rotates(side) for linear in linears for side in sides(config, rotations, linear.place)]
     counts = {"entropy": sum(turned), "lost_mass": len(linears)}
     counts = {name: count for name, count in counts.items() if getattr(objective, name)}
 
@@ -83,7 +83,7 @@ def concentration(
             weight = rotate_weight(whole(linear.weight, device), reads, writes)
             importance = pruner.importance(weight, moment)
             if "entropy" in found:
-                found["entropy"].append(concentration_entropy(importance, _turns(reads), _turns(writes)))
+                found["entropy"].append(concentration_entropy(importance, _rotates(reads), _rotates(writes)))
             if "lost_mass" in found:
                 found["lost_mass"].append(lost_mass(importance, patterns[linear.place.layer]))
         return torch.stack([torch.stack(values).sum() for values in found.values()])
@@ -92,6 +92,6 @@ def concentration(
     return {name: total / count for (name, count), total in zip(counts.items(), sums, strict=True)}
 
 
-def _turns(side: Tensor | None) -> bool:
+def _rotates(side: Tensor | None) -> bool:
     """Whether a space rotates; an order lowers no entropy."""
     return side is not None and not is_order(side)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from pathlib import Path
 from typing import Any
 
@@ -18,14 +17,12 @@ from transformers import (
 )
 
 from rotpruner import embedded
-from rotpruner.errors import InputError
+from rotpruner.errors import InputError, explained
 from rotpruner.families import family_of
 from rotpruner.layout import linear_modules
 from rotpruner.packed import is_packed, read_packed
 from rotpruner.patterns import Pattern, Slice
 from rotpruner.slicing import sliced_width
-
-logger = logging.getLogger(__name__)
 
 #: No checkpoint brings code along.
 _OWN_CODE = {"trust_remote_code": False}
@@ -51,15 +48,12 @@ def _resolve(name: str) -> str:
 
 def _pretrained(loader: Any, name: str, **kwargs: Any) -> Any:
     source = _resolve(name)
-    try:
-        place = None if "state_dict" in kwargs else source
-        return loader.from_pretrained(place, **kwargs)
-    except InputError:
-        raise
-    except Exception as error:  # hub, file and format errors come in a dozen classes; the user needs one line
-        logger.debug("loading %s failed", name, exc_info=True)
-        reason = " ".join(str(error).split())[:300]
-        raise InputError(f"cannot load '{name}': {type(error).__name__}: {reason}") from error
+    local = Path(source).is_dir()
+    mend = (
+        "see that its files are whole" if local else "check the name, the network and, if it is gated, `hf auth login`"
+    )
+    with explained(f"cannot load '{name}'", mend):
+        return loader.from_pretrained(None if "state_dict" in kwargs else source, **kwargs)
 
 
 def load_config(name: str) -> Any:

@@ -268,10 +268,8 @@ def pattern_of(model: nn.Module) -> str:
     """The strictest of 1:4, 2:4 and 4:8 that all decoder linears keep to, else their share of zeros, as in `0.5`."""
     weights = [module.weight for module in linear_modules(model).values()]
     for pattern in (NM(1, 4), NM(2, 4), NM(4, 8)):
-        if all(weight.shape[1] % pattern.m == 0 for weight in weights):
-            kept = (pattern.rivals(weight != 0).sum(-1).max() for weight in weights)
-            if all(most <= pattern.n for most in kept):
-                return str(pattern)
+        if all(map(pattern.holds, weights)):
+            return str(pattern)
     return f"{sparsity_of(model):.2g}"
 
 

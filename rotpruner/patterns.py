@@ -69,6 +69,10 @@ class NM:
     def rivals(self, scores: Tensor) -> Tensor:
         return rearrange(scores, "o (g m) -> o g m", m=self.m)
 
+    def holds(self, weight: Tensor) -> bool:
+        """Whether a weight (O, I) has no more than N non-zero entries in any group."""
+        return weight.shape[-1] % self.m == 0 and bool((self.rivals(weight != 0).sum(-1) <= self.n).all())
+
     def mask(self, saliency: Tensor) -> Tensor:
         groups = self.rivals(saliency)
         if self.m > _MAX_PAIRWISE_GROUP:

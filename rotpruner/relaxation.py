@@ -50,7 +50,7 @@ class Relaxation(nn.Module):
         self._softened = False
         self._moments: dict[str, Moment] = {}
         self.logits = nn.ParameterList()
-        if surrogate.name == "gumbel":
+        if surrogate.learns_masks:
             assert isinstance(pattern, NM)
             choices = len(nm_choices(pattern))
             for weight in weights.values():
@@ -70,7 +70,7 @@ class Relaxation(nn.Module):
         `sigmoid` gets the rotated diagonals of the statistics here, once for all linears that read one input.
         """
         self._softened, self._moments = softened, {}
-        if not softened or self.surrogate.name != "sigmoid":
+        if not (softened and self.surrogate.follows_saliency):
             return
         for place in self.places:
             if place.leads_group and place.group in moments:
@@ -89,7 +89,7 @@ class Relaxation(nn.Module):
             return self.surrogate(weight, mask)
         if not self._softened:
             return weight * mask
-        if self.surrogate.name == "sigmoid":
+        if self.surrogate.follows_saliency:
             assert isinstance(self.pattern, Pattern)
             saliency = self.pruner.saliency(weight, self._moments.get(place.group))
             return sigmoid(weight, mask, saliency, self.pattern, self.temperature)
@@ -108,12 +108,12 @@ class Relaxation(nn.Module):
     @property
     def learns_masks(self) -> bool:
         """Whether masks are the logits' by now, no longer the pruner's."""
-        return self.surrogate.name == "gumbel" and bool(self.begun)
+        return self.surrogate.learns_masks and bool(self.begun)
 
     @torch.no_grad()
     def begin(self, masks: Sequence[Tensor]) -> None:
         """Start the logits, if there are any, from the pruner's masks (O, I) of all linears; once in a run."""
-        if self.surrogate.name != "gumbel" or self.learns_masks:
+        if not self.surrogate.learns_masks or self.learns_masks:
             return
         assert isinstance(self.pattern, NM)
         for logits, mask in zip(self.logits, masks, strict=True):

@@ -10,18 +10,17 @@ import json
 import re
 import tempfile
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import HfApi, snapshot_download
+from huggingface_hub import HfApi, ModelCardData, snapshot_download
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from rotpruner.artifacts import new_directory, write_json, write_text
-from rotpruner.errors import InputError
+from rotpruner.errors import InputError, explained
 from rotpruner.identity import fingerprint
 from rotpruner.placements import turns
 from rotpruner.rotations import check_rotation, merge_rotations
@@ -152,7 +151,8 @@ class Rotations(Mapping[str, Tensor]):
         Raises:
             InputError: the hub refuses or cannot be reached.
         """
-        with tempfile.TemporaryDirectory() as scratch, _hub(f"cannot upload to '{repo_id}'"):
+        mend = "check the name (owner/name), the network and `hf auth login`"
+        with tempfile.TemporaryDirectory() as scratch, explained(f"cannot upload to '{repo_id}'", mend):
             directory = Path(scratch) / "rotations"
             self.save_pretrained(directory)
             write_text(self._card(repo_id), directory / "README.md")
@@ -164,15 +164,13 @@ class Rotations(Mapping[str, Tensor]):
             return done.commit_url
 
     def _card(self, repo_id: str) -> str:
-        hub_name = self.base_model if "/" in (self.base_model or "") else None
-        metadata = ["library_name: rotpruner", "tags: [rotpruner, pruning]"]
-        if hub_name:  # the hub takes nothing else as a name
-            metadata.append(f"base_model: {hub_name}")
-        shapes = "".join(f"\n* `{space}`: {tuple(Q.shape)}" for space, Q in self.items())
+        known = self.base_model if "/" in (self.base_model or "") else None  # the hub takes nothing else as a name
+        matter = ModelCardData(library_name="rotpruner", tags=["rotpruner", "pruning"], base_model=known)
+        kinds = {True: "orthogonal matrices (sites, blocks, n, n)", False: "orders of features (layers, n)"}
+        spaces = "".join(f"\n* `{space}`: {kinds[turns(space)]}, {tuple(Q.shape)}" for space, Q in self.items())
+        title = f"# Rotations of {self.base_model or f'a {self.model_type} model'}"
         call = f'rotpruner.Rotations.from_pretrained("{repo_id}").merge(model)'
-        title = f"Rotations of {self.base_model or f'a {self.model_type} model'}"
-        header = "\n".join(("---", *metadata, "---", "", f"# {title}"))
-        return f"{header}\n\nOrthogonal matrices by space (sites, blocks, n, n):\n{shapes}\n\n```python\n{call}\n```\n"
+        return f"---\n{matter.to_yaml()}\n---\n\n{title}\n{spaces}\n\n```python\n{call}\n```\n"
 
     def check_config(self, model_config: Any) -> None:
         """Raise `InputError` unless these are rotations of such a model: its type, its spaces, its shapes."""
@@ -220,17 +218,7 @@ def _local_or_downloaded(name: str | Path, revision: str | None, token: str | bo
     path = Path(name).expanduser()
     if path.is_dir() or path.is_absolute() or not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", str(name)):
         return path
-    with _hub(f"no rotations at '{name}': it is not a directory, and the hub gives none of that name"):
+    failure = f"no rotations at '{name}': it is not a directory, and the hub gives none of that name"
+    with explained(failure, "check the path or name, the network and `hf auth login`"):
         files = ["rotation_config.json", "rotations.safetensors"]
         return Path(snapshot_download(str(name), revision=revision, token=token, allow_patterns=files))
-
-
-@contextmanager
-def _hub(failure: str) -> Iterator[None]:
-    try:
-        yield
-    except InputError:
-        raise
-    except Exception as error:  # of the hub, the network and the disk, in a dozen classes; the user needs one line
-        reason = " ".join(str(error).split())[:300]
-        raise InputError(f"{failure} ({type(error).__name__}: {reason})") from error

@@ -9,16 +9,14 @@ from torch import nn
 
 from rotpruner.errors import InputError
 from rotpruner.layout import linear_modules
+from rotpruner.patterns import NM
 
 Model = TypeVar("Model", bound=nn.Module)
 
 
 def is_two_four(model: nn.Module) -> bool:
     """Whether of every four neighbouring input weights of every decoder linear at least two are zero."""
-    weights = [linear.weight for linear in linear_modules(model).values()]
-    return all(
-        weight.shape[1] % 4 == 0 and bool(((weight != 0).view(-1, 4).sum(1) <= 2).all().item()) for weight in weights
-    )
+    return all(NM(2, 4).holds(linear.weight) for linear in linear_modules(model).values())
 
 
 @torch.no_grad()

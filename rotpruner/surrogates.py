@@ -178,6 +178,21 @@ class Surrogate:
         """Whether it has a temperature."""
         return self.name in ("sigmoid", "gumbel")
 
+    @property
+    def learns_masks(self) -> bool:
+        """Whether the pruner's masks are only where it begins."""
+        return self.name == "gumbel"
+
+    @property
+    def follows_saliency(self) -> bool:
+        """Whether it reads the saliency, in the rotations of every step."""
+        return self.name == "sigmoid"
+
+    @property
+    def keeps_unmasked(self) -> bool:
+        """Whether its gradient reads the weights that the mask removes."""
+        return self.name == "sr_ste"
+
     def temperature_at(self, step: int, steps: int) -> float:
         """The temperature of one of a run's steps, counted from 0."""
         progress = min(1.0, step / max(1, steps - 1))
@@ -192,7 +207,7 @@ def check_surrogate(surrogate: Surrogate, pattern: Pattern | Slice, pruner: Prun
     """Raise `InputError` if a surrogate does not go with the other settings of a fit."""
     if isinstance(pattern, Slice) and surrogate.name != "constant":
         raise InputError(f"surrogate {surrogate.name} is of masks, and pattern {pattern} has none; set it to constant")
-    if surrogate.name == "sigmoid":
+    if surrogate.follows_saliency:
         if pruner.rebuilds:
             raise InputError(
                 f"surrogate sigmoid follows the saliency that chooses the masks, and {type(pruner).__name__} chooses "
@@ -203,7 +218,7 @@ def check_surrogate(surrogate: Surrogate, pattern: Pattern | Slice, pruner: Prun
                 f"surrogate sigmoid rotates only the diagonal of the statistics at every step, and "
                 f"{type(pruner).__name__} reads all of them; use wanda, ria or magnitude"
             )
-    if surrogate.name == "gumbel":
+    if surrogate.learns_masks:
         if not isinstance(pattern, NM):
             raise InputError(
                 f"surrogate gumbel learns which N of M weights stay, and pattern {pattern} is not N:M; "

@@ -14,15 +14,15 @@ from tiny_models import rotated_model, tiny
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
+from experiments.planning.blocks import block_activations, rotated_weights
+from experiments.planning.costs import MAP_COSTS, step_flops
+from experiments.planning.memory import memory_plan
+from experiments.planning.sizes import Setup, total
 from rotpruner.objectives import Objective
 from rotpruner.oneshot import prune_model
 from rotpruner.optimizers import CayleySGD
 from rotpruner.orthogonal import OrthogonalMatrices
 from rotpruner.patterns import parse_pattern
-from rotpruner.planning.blocks import block_activations, rotated_weights
-from rotpruner.planning.costs import MAP_COSTS, step_flops
-from rotpruner.planning.memory import memory_plan
-from rotpruner.planning.sizes import Setup, total
 from rotpruner.pruners import resolve_pruner
 from rotpruner.rotated_model import RotatedModel
 from rotpruner.rotations import LearnedRotations

@@ -11,7 +11,7 @@ from transformers import LlamaConfig
 
 from experiments.__main__ import main
 from experiments.plan_setup import read_setup
-from rotpruner.planning.memory import memory_plan
+from experiments.planning.memory import memory_plan
 
 HEADS = dict(num_hidden_layers=32, num_attention_heads=32, hidden_size=4096, max_position_embeddings=4096)
 LARGE = {

@@ -14,9 +14,9 @@ import torch
 from peak_memory import needs_linux
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from experiments.planning.memory import memory_plan
+from experiments.planning.sizes import Setup
 from rotpruner.loading import load_config
-from rotpruner.planning.memory import memory_plan
-from rotpruner.planning.sizes import Setup
 from rotpruner.precision import fast_dtype
 from rotpruner.pruners import resolve_pruner
 

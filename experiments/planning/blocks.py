@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+from experiments.planning.sizes import Setup, Term, summed
 from rotpruner.families import family_of
 from rotpruner.layout import module_at
 from rotpruner.placements import head_dim, key_value_heads, mlp_width
-from rotpruner.planning.sizes import Setup, Term, summed
 
 _COPIES = "Σ copies · O · I · s"
 _WHICH = ": masked, by head, between two sides"

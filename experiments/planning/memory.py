@@ -10,14 +10,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from math import prod
 
+from experiments.planning.blocks import kept, recomputed
+from experiments.planning.costs import MAP_COSTS
+from experiments.planning.sizes import Setup, Term, summed, total
 from rotpruner.families import family_of
 from rotpruner.layout import module_at, residual_sublayers
 from rotpruner.objectives import CHUNK
 from rotpruner.oneshot import parameter_count
 from rotpruner.permutations import MOST_ROWS
-from rotpruner.planning.blocks import kept, recomputed
-from rotpruner.planning.costs import MAP_COSTS
-from rotpruner.planning.sizes import Setup, Term, summed, total
 
 #: Bytes that libraries take at their first use. CPU: measured, code and scratch space of matrix products. GPU: the
 #: CUDA context and cuBLAS workspaces, from what is commonly seen; not measured here.

@@ -7,9 +7,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from experiments.planning.sizes import Setup, Term, summed
 from rotpruner.families import family_of
 from rotpruner.placements import head_dim
-from rotpruner.planning.sizes import Setup, Term, summed
 
 
 @dataclass(frozen=True)
