@@ -1,9 +1,5 @@
-"""Calibration tokens → batches that are a pure function of the seed and of how many came before.
+"""Calibration tokens for a fit, and the position in them."""
 
-Shapes: N sequences, T tokens each (`seq_len`), B sequences a batch and rank.
-"""
-
-from collections.abc import Iterator
 from functools import cached_property
 from typing import Any
 
@@ -13,61 +9,9 @@ from torch import Tensor
 
 from datamodules.texts import check_text
 from datamodules.tokens import calibration_tokens, check_sizes
+from rotpruner.batches import CalibrationBatches
 from rotpruner.errors import InputError
 from rotpruner.loading import load_tokenizer
-from rotpruner.seeds import generator_of
-
-
-class CalibrationBatches:
-    """Endless passes over the sequences; each `iter` hands out `len(self)` batches, one epoch's worth.
-
-    The n-th batch ever handed out is a pure function of (seed, n): every epoch is a fresh permutation of the
-    rows, cut into global batches of `batch_size * world_size`, the rest dropped; each rank takes a strided
-    share. An `iter` goes on where the last one stopped, so an epoch cut short (Lightning's
-    `limit_train_batches`) and a resumed one alike give the batches that an uninterrupted run would see.
-    """
-
-    def __init__(self, tokens: Tensor, batch_size: int, seed: int = 0, rank: int = 0, world_size: int = 1) -> None:
-        """`tokens` is (N, T) int64; `batch_size` counts one rank's rows."""
-        if batch_size < 1:
-            raise InputError(f"batch_size {batch_size} is too small: pass 1 or more")
-        if batch_size * world_size > len(tokens):
-            ranks = f" on each of {world_size} ranks" if world_size > 1 else ""
-            mend = "pass a smaller batch_size or more num_sequences"
-            raise InputError(f"batch_size {batch_size}{ranks} is more than {len(tokens)} sequences: {mend}")
-        self.tokens = tokens
-        self.seed, self.rank, self.world_size = seed, rank, world_size
-        self.global_batch = batch_size * world_size
-        self.position = 0  # batches handed out since the beginning
-
-    def __len__(self) -> int:
-        return len(self.tokens) // self.global_batch
-
-    def __iter__(self) -> Iterator[dict[str, Tensor]]:
-        for _ in range(len(self)):
-            batch = self.batch(self.position)
-            self.position += 1
-            yield batch
-
-    def batch(self, position: int) -> dict[str, Tensor]:
-        """`input_ids` (B, T) and `index` (B,), the row numbers, of this rank's share of a batch."""
-        epoch, step = divmod(position, len(self))
-        order = torch.randperm(len(self.tokens), generator=generator_of("batches", self.seed, epoch))
-        index = order[step * self.global_batch :][: self.global_batch][self.rank :: self.world_size]
-        return {"input_ids": self.tokens[index], "index": index}
-
-    def state_dict(self) -> dict[str, int]:
-        """The position, and what gives it its meaning; alike on all ranks."""
-        setting = {"sequences": len(self.tokens), "global_batch": self.global_batch, "seed": self.seed}
-        return {"position": self.position, **setting}
-
-    def load_state_dict(self, state: dict[str, int]) -> None:
-        """Resume at a saved position. Raises InputError if the settings differ from the saved ones."""
-        for name, value in self.state_dict().items():
-            if name != "position" and state[name] != value:
-                change = f"{name} {state[name]}, not {value}"
-                raise InputError(f"the checkpoint's batches have {change}: resume with its own settings")
-        self.position = state["position"]
 
 
 class CalibrationDataModule(lightning.LightningDataModule):

@@ -12,9 +12,9 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from datamodules.texts import hub_text, pieces, stream, text_identity
+from rotpruner.batches import chosen_windows
 from rotpruner.cache import cache_path, load_tensors, locked, save_tensors
 from rotpruner.errors import InputError
-from rotpruner.seeds import generator_of
 
 _FORMAT = 2  # of the cached tensor: raise it whenever the same arguments would give other tokens
 
@@ -87,8 +87,7 @@ def _windows(source: str, tokenizer: PreTrainedTokenizerBase, shape: tuple[int, 
         wanted = f"{num_sequences} are wanted: pass a longer text, a smaller seq_len or fewer num_sequences"
         raise InputError(f"text {source!r} holds {total} windows of {seq_len} tokens, {wanted}")
     windows = torch.from_file(str(spool), size=total * seq_len, dtype=torch.int32).view(total, seq_len)  # mapped
-    order = torch.arange(total) if streamed else torch.randperm(total, generator=generator_of("windows", seed))
-    return windows[order[:num_sequences]].long()
+    return (windows[:num_sequences] if streamed else chosen_windows(windows, num_sequences, seed)).long()
 
 
 def _tokenizer_identity(tokenizer: PreTrainedTokenizerBase, name: str) -> str:

@@ -10,11 +10,12 @@ from typing import Any
 import torch
 from jsonargparse import Namespace
 
-from datamodules.calibration import CalibrationBatches, CalibrationDataModule
+from datamodules.calibration import CalibrationDataModule
 from experiments.fit import FitCLI, check_limited
 from experiments.gpus import dtype_on
 from experiments.planning.sizes import Setup
 from rotpruner.basis import check_offload
+from rotpruner.batches import CalibrationBatches
 from rotpruner.choices import Choices
 from rotpruner.compensation import check_compensation
 from rotpruner.errors import InputError

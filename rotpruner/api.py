@@ -15,6 +15,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rotpruner.artifacts import check_new_directory, save_model
+from rotpruner.batches import CalibrationBatches, chosen_windows
 from rotpruner.choices import Choices
 from rotpruner.compensation import check_compensation
 from rotpruner.compensation import compensate as compensate_weights
@@ -172,8 +173,7 @@ def prune(
         if rotating is None:
             raise InputError(f"nothing rotates that could be written to '{rotations_directory}'; leave it out")
         check_new_directory(rotations_directory)
-    generator = torch.Generator().manual_seed(seed)
-    rows = _calibration_rows(tokenizer, texts, num_sequences, seq_len, generator).to(model.device)
+    rows = _calibration_rows(tokenizer, texts, num_sequences, seq_len, seed).to(model.device)
     sliced = isinstance(parsed, Slice)
     origin = Origin(
         base_model=embedded_name(model.config._name_or_path) or "unnamed",
@@ -205,7 +205,7 @@ def prune(
         rotated.calibrate(rows.split(1), progress)
         rotated.start_from_statistics(rotating.start)
         with torch.enable_grad():
-            learn(rotated, _passes(rows, generator), steps=steps, lr=lr, on_step=on_step, progress=progress)
+            learn(rotated, _passes(rows, seed), steps=steps, lr=lr, on_step=on_step, progress=progress)
         found = rotated.learned()
         if rotations_directory is not None:
             Rotations.of(rotated.rotations(), model).save_pretrained(rotations_directory)
@@ -277,9 +277,9 @@ def _calibration_rows(
     texts: Sequence[str],
     num_sequences: int,
     seq_len: int,
-    generator: torch.Generator,
+    seed: int,
 ) -> Tensor:
-    """Token ids (num_sequences, seq_len), drawn from the windows of the texts."""
+    """Token ids (num_sequences, seq_len), drawn from the windows of the texts as a fit draws them."""
     ids = tokenizer("\n\n".join(texts), add_special_tokens=False, verbose=False, return_tensors="pt").input_ids[0]
     rows = windows(ids, seq_len)
     if len(rows) < num_sequences:
@@ -287,7 +287,7 @@ def _calibration_rows(
             f"the texts fill {len(rows)} windows of {seq_len} tokens, but num_sequences is {num_sequences}; "
             "give more text or ask for fewer"
         )
-    return rows[_shuffled(len(rows), generator)[:num_sequences]]
+    return chosen_windows(rows, num_sequences, seed)
 
 
 def save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, directory: str | Path) -> None:
@@ -307,11 +307,9 @@ def save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, directory: 
         write_card(directory, origin, model.config)
 
 
-def _passes(rows: Tensor, generator: torch.Generator) -> Iterator[tuple[Tensor, Tensor]]:
+def _passes(rows: Tensor, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """One sequence at a time, in the order of a fit."""
+    batches = CalibrationBatches(rows, 1, seed)
     while True:
-        for row in _shuffled(len(rows), generator).split(1):
-            yield rows[row], row
-
-
-def _shuffled(count: int, generator: torch.Generator) -> Tensor:
-    return torch.randperm(count, generator=generator, device=generator.device)  # whatever the default device is
+        for batch in batches:
+            yield batch["input_ids"], batch["index"]

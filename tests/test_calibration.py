@@ -10,8 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from lightning.pytorch.callbacks import ModelCheckpoint
 
-from datamodules.calibration import CalibrationBatches, CalibrationDataModule
+from datamodules.calibration import CalibrationDataModule
 from datamodules.tokens import calibration_tokens
+from rotpruner.batches import CalibrationBatches
 from rotpruner.errors import InputError
 
 
