@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lightning_modules.devices import root_device
 from lightning_modules.schedules import check_schedule, with_schedule
-from lightning_modules.trainers import check_trainer
+from lightning_modules.trainers import check_trainer, logged
 from rotpruner.distributed import Ranks
 from rotpruner.errors import InputError
 from rotpruner.loading import check_seq_len, load_config, load_model
@@ -130,7 +130,4 @@ class RecoveryModule(LightningModule):
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         """The core's loss of `{"input_ids": (B, T), "index": (B,)}`."""
-        losses = self.recovery.loss(batch["input_ids"], batch["index"])
-        values = {f"train/{name}": value.detach() for name, value in losses.items()}
-        self.log_dict(values, prog_bar=True, sync_dist=True)
-        return losses["loss"]
+        return logged(self, self.recovery.loss(batch["input_ids"], batch["index"]))

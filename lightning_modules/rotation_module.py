@@ -14,7 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 from callbacks.terminal import track
 from lightning_modules.devices import root_device
 from lightning_modules.schedules import check_schedule, with_schedule
-from lightning_modules.trainers import check_trainer, endless
+from lightning_modules.trainers import check_trainer, endless, logged
 from rotpruner.basis import check_offload
 from rotpruner.choices import Choices
 from rotpruner.compensation import check_compensation
@@ -238,10 +238,7 @@ class RotationModule(LightningModule):
             relaxation = self.rotated.relaxation
             relaxation.advance(self.trainer.global_step, int(self.trainer.estimated_stepping_batches))
             self.log("surrogate/temperature", relaxation.temperature)
-        losses = self.rotated.loss(batch["input_ids"], batch["index"])
-        values = {f"train/{name}": value.detach() for name, value in losses.items()}
-        self.log_dict(values, prog_bar=True, sync_dist=True)
-        return losses["loss"]
+        return logged(self, self.rotated.loss(batch["input_ids"], batch["index"]))
 
     def on_train_end(self) -> None:
         """Nothing of the last step's graph is needed any more."""

@@ -1,9 +1,12 @@
-"""What a trainer must be for these modules."""
+"""What a trainer must be for these modules, and what it is told of a step."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from lightning import LightningModule
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy
+from torch import Tensor
 
 from lightning_modules.devices import root_device
 from rotpruner.errors import InputError
@@ -24,6 +27,13 @@ def check_trainer(module: LightningModule) -> None:
             f"trainer.precision {module.trainer.precision} would cast what is learned, which stays in float32: leave "
             "it out, and say in which dtype to compute with model.base_dtype (fit) or model.compute_dtype (recover)"
         )
+
+
+def logged(module: LightningModule, losses: Mapping[str, Tensor]) -> Tensor:
+    """The `loss` among the core's losses of a batch, all of which are logged under `train/`, as means over ranks."""
+    values = {f"train/{name}": value.detach() for name, value in losses.items()}
+    module.log_dict(values, prog_bar=True, sync_dist=True)
+    return losses["loss"]
 
 
 def endless(module: LightningModule) -> bool:
