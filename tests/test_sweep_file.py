@@ -78,7 +78,7 @@ def test_shipped_sweeps_expand_and_name_public_texts(file, tmp_path):
 FITS = [file for file in SWEEPS if read_sweep(file)["command"] == "fit"]
 
 
-WITH_UPDATE = ("longer", "per-layer", "shipped", "shipped-unstructured", "unstructured-120")
+WITH_UPDATE = ("longer", "paper-objective", "per-layer", "shipped", "shipped-unstructured", "unstructured-120")
 
 
 ON_OTHERS = ("ablations", "budget", "denoise-rotator", "learned", "sparsity")
