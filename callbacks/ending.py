@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
@@ -95,8 +96,9 @@ class Ending(Callback, ABC):
             return
         module: Any = pl_module
         self._device = training_device(trainer)
-        with torch.no_grad(), module.ranks.waiting():
+        with torch.no_grad():
             self.gather(module)
+        with torch.no_grad(), module.ranks.waiting():
             if trainer.is_global_zero:
                 self.finish(Path(trainer.default_root_dir), trainer, module, self._elapsed())
 
@@ -112,14 +114,20 @@ class Ending(Callback, ABC):
     ) -> Row:
         """A row of results: perplexities of a float32 model on the test texts, and its sizes.
 
-        A `reference` is what many runs are compared with; its perplexities are kept and measured only once.
+        A `reference` is what many runs are compared with; its perplexities are kept and measured only once. Those of a
+        model whose logits are NaN are infinite.
         """
+        try:
+            ppl = perplexities(model, self._windows, track, keep=reference, device=self._device)
+        except InputError as error:  # a row that is worth nothing, a control perhaps, must not cost the others
+            console.print(f"{name}: {error}")
+            ppl = dict.fromkeys(self._windows, math.inf)
         return {
             "name": name,
             "pattern": None if pattern is None else str(pattern),
             "sparsity": sparsity_of(model),
             "seconds": round(seconds, 1),
-            "ppl": perplexities(model, self._windows, track, keep=reference, device=self._device),
+            "ppl": ppl,
             "parameters": parameter_count(model),
             "online_flops": online_cost(model).flops,
         }

@@ -33,7 +33,7 @@ def main(arguments: list[str]) -> None:
     options, rest = parser.parse_known_args(arguments)
     setup, model = read_setup(rest, options.gpu, options.count)
     memory = memory_plan(setup)
-    capacity = _capacity(options.gpu)
+    capacity = _capacity(options.gpu, setup.ranks)
     flops = step_flops(setup)
     seconds, rates = _seconds(flops, setup, options.gpu)
     fits = memory.peak <= capacity
@@ -63,9 +63,10 @@ def main(arguments: list[str]) -> None:
         _show(result, setup, memory, rates)
 
 
-def _capacity(gpu: str) -> int:
+def _capacity(gpu: str, ranks: int) -> int:
+    """Bytes of each of the GPUs; of this machine's memory each process's share."""
     if gpu == "cpu":
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // ranks
     return int(GPUS[gpu].memory)
 
 

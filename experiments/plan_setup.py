@@ -103,10 +103,12 @@ def read_setup(arguments: list[str], gpu: str, count: int | None) -> tuple[Setup
 
 
 def _processes(trainer: Any) -> int:
-    devices = trainer.devices  # a number or its digits, a list of GPUs, `auto` or -1
+    devices = trainer.devices  # a number, a list of GPUs, either as a string, `auto` or -1
+    if isinstance(devices, str) and "," in devices:
+        devices = [device for device in devices.split(",") if device.strip()]
     if isinstance(devices, list):
         return len(devices) * trainer.num_nodes
-    return max(1, int(devices)) * trainer.num_nodes if str(devices).isdigit() else 1
+    return trainer.num_nodes * (max(1, int(devices)) if str(devices).isdigit() else 1)
 
 
 def _test_tokens(trainer: Any) -> int:

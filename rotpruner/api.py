@@ -129,8 +129,8 @@ def prune(
         compensate: on how many of the sequences the kept weights are fitted, in closed form, see
             `rotpruner.compensation`; 0 leaves them as they are.
         num_sequences, seq_len: size of the calibration set, taken from the texts by `seed`.
-        dtype: of the frozen weights while learning; the result is pruned in the model's own dtype. None is bfloat16
-            where the model's device has instructions for it, else float32.
+        dtype: of the frozen weights while learning, and of the products that give statistics; weights are pruned in the
+            model's own dtype. None is bfloat16 where the model's device has instructions for it, else float32.
         gradient_checkpointing: recompute each block in the backward pass; slower, much smaller.
         rotations_directory: where the learned rotations are written as well; must not exist yet.
         on_step: called with each step and its losses.
@@ -215,11 +215,11 @@ def prune(
         del base, rotated
         gc.collect()  # now, before the model is copied again: the hooks of a rotated model refer to it
     pruned: Any = copy.deepcopy(model).eval()
-    running: dict[str, Any] = {"layer_sparsity": layer_sparsity, "progress": progress}
-    prune_model(pruned, resolved, parsed, rows.split(1), **running, **found._asdict())
+    running: dict[str, Any] = {"calibration_dtype": dtype or fast_dtype(model.device), "progress": progress}
+    prune_model(pruned, resolved, parsed, rows.split(1), layer_sparsity=layer_sparsity, **running, **found._asdict())
     if compensate:
         fitted = rows[:compensate].split(1)
-        compensate_weights(pruned, copy.deepcopy(model).eval(), fitted, rotations=found.rotations, progress=progress)
+        compensate_weights(pruned, copy.deepcopy(model).eval(), fitted, rotations=found.rotations, **running)
     pruned.origin = origin
     return pruned
 

@@ -7,7 +7,7 @@ that runs on one rank only can thus use the same functions without waiting for t
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from itertools import islice
 from typing import TypeVar
@@ -81,15 +81,17 @@ class Ranks:
         assert self.group is not None
         ranks = dist.get_process_group_ranks(self.group)
         patient = dist.new_group(ranks, backend="gloo", timeout=limit)
-        failed = torch.ones(1)
+        failed = torch.zeros(1)
         try:
             yield
-            failed.zero_()
-        finally:
-            dist.all_reduce(failed, group=patient)
-            dist.destroy_process_group(patient)
-        if failed:
-            raise SystemExit(1)
+        except BaseException:
+            with suppress(RuntimeError):  # the others may be gone, and this rank's own failure is what counts
+                dist.all_reduce(failed.fill_(1), group=patient)
+            raise
+        dist.all_reduce(failed, group=patient)
+        dist.destroy_process_group(patient)
+        if failed:  # one status for the job: launchers kill the rest, which may be about to speak, where another fails
+            raise SystemExit(0 if self.rank else 1)
 
 
 def whole(tensor: Tensor, device: torch.device | None = None) -> Tensor:

@@ -149,7 +149,7 @@ def _read_config(directory: Path) -> dict[str, Any]:
             raise
         raise _damaged(directory / CONFIG, error) from error
     for name in files:
-        if Path(name).name != name:
+        if Path(name).name != name or not name.endswith(".safetensors"):
             raise _damaged(directory / CONFIG, f"'{name}' is no name of a file beside it")
     return files
 

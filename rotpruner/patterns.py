@@ -136,7 +136,7 @@ def keep_largest(scores: Tensor, kept: int) -> Tensor:
     if kept == 0:
         return torch.zeros_like(scores, dtype=torch.bool)
     # Not `kthvalue`, which has no deterministic form on CUDA.
-    threshold = scores.topk(kept, dim=-1, sorted=False).values.amin(-1, keepdim=True)
+    threshold = scores.topk(kept, dim=-1).values[..., -1:]
     above, tied = scores > threshold, scores == threshold
     room = kept - above.sum(-1, keepdim=True)
     return above | (tied & (tied.cumsum(-1) <= room))

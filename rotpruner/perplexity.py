@@ -111,5 +111,5 @@ def of_mean(nll: float) -> float:
         InputError: it is NaN.
     """
     if math.isnan(nll):
-        raise InputError("the model's logits are NaN: its weights or its states overflow, or a weight is NaN")
+        raise InputError("the model's logits are NaN: a weight is, or it overflows; load it in bfloat16 or float32")
     return math.inf if nll > 700 else math.exp(nll)

@@ -35,7 +35,13 @@ def device_name(device: torch.device) -> str:
 def public_command(words: Sequence[str]) -> str:
     """A command line as another machine would give it: paths out of this checkout by their last part, in lists too."""
     local = re.compile(r"(?<![\w.])(?:\.{0,2}|~)/[^\s,\]]*")
-    return shlex.join(local.sub(lambda path: Path(path[0]).name, word) for word in words)
+
+    def public(word: str) -> str:
+        if word.startswith(("/", "./", "../", "~/")) and "," not in word:
+            return Path(word).name  # whole, spaces and all
+        return local.sub(lambda path: Path(path[0]).name, word)
+
+    return shlex.join(map(public, words))
 
 
 def versions() -> dict[str, str]:

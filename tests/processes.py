@@ -106,7 +106,7 @@ def command(arguments: list[str], environment=None) -> None:
 
 
 def fail_at_the_end(arguments: list[str], environment) -> None:
-    """One of two ranks: the first fails in work of its own, while the second waits and says so by status 41."""
+    """One of two ranks: the first fails in work of its own, while the second waits and says so by status 40."""
     os.environ.update(environment)
     where = f"tcp://{environment['MASTER_ADDR']}:{environment['MASTER_PORT']}"
     dist.init_process_group("gloo", init_method=where, rank=int(environment["LOCAL_RANK"]), world_size=2)

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import tiny_llama
 from lightning import Callback, Trainer
 from lightning.pytorch.loggers import CSVLogger, WandbLogger
 from transformers import AutoModelForCausalLM
@@ -83,6 +84,14 @@ def test_logits_that_are_no_numbers_have_no_perplexity():
     with pytest.raises(InputError, match="logits are NaN"):
         metric.compute()
     assert of_mean(800.0) == math.inf
+
+
+def test_a_broken_row_does_not_cost_the_others(capsys):
+    model, ending = tiny_llama(), Finish(["wikipedia_test"])
+    model.model.layers[1].mlp.up_proj.weight.data[0] = math.nan
+    ending._windows = {"words": torch.arange(64).view(2, 32)}
+    assert ending.evaluated("pruner", None, model, 0.0)["ppl"] == {"words": math.inf}
+    assert "pruner: the model's logits are NaN" in " ".join(capsys.readouterr().err.split())
 
 
 @pytest.mark.parametrize(("checkpoint", "mention"), [(6, "rotations are NaN"), (1, "NaN or infinite at step 3")])

@@ -224,6 +224,7 @@ def test_commands_are_published_without_the_places_of_this_machine():
     words = ["prune", "--model", "~/models/tiny", "--text", "[wikipedia_test, /data/wiki.txt]", "--rotations", "../r"]
     words += ["-c", "experiments/configs/a.yaml", "--from", "runs/a/0"]
     shown = provenance.public_command(words)
+    assert provenance.public_command(["--output", "/home/Ann Lee/x"]) == "--output x"
     assert shown == (
         "prune --model tiny --text '[wikipedia_test, wiki.txt]' --rotations r"
         " -c experiments/configs/a.yaml --from runs/a/0"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -58,6 +60,15 @@ def test_layers_keep_their_share(saliency: Tensor, sparsity: float):
     mask = Unstructured(sparsity, "layer").mask(saliency)
     flat = saliency.reshape(1, -1)
     assert_keeps_largest(mask.view(1, -1), flat, flat.shape[1] - round(sparsity * flat.shape[1]))
+
+
+@pytest.mark.parametrize("scope", ["row", "layer"])
+def test_a_score_that_is_no_number_costs_its_own_weight_only(scope: str):
+    scores = torch.arange(32.0).view(2, 16)
+    scores[0, 3] = math.nan
+    kept = parse_pattern("0.5", scope).mask(scores)
+    assert kept[1].sum() >= 8
+    assert not kept[0, 3]
 
 
 @pytest.mark.parametrize("scope", ["row", "layer"])

@@ -233,7 +233,10 @@ def test_as_many_gpus_as_the_config_asks_for(plan):
     found = plan("llama3-8b", "-c", "experiments/configs/hardware/8x80gb.yaml")["hardware"]
     assert (found["count"], found["sharded"]) == (8, True)
     assert plan("llama3-8b", "--trainer.devices", "[0,3]", "--trainer.num_nodes", "2")["hardware"]["count"] == 4
+    assert plan("llama3-8b", "--trainer.devices", "0,3")["hardware"]["count"] == 2
     assert plan("llama3-8b", "--trainer.devices", "auto")["hardware"]["count"] == 1
+    one, two = (plan("llama3-8b", "--gpu", "cpu", "--count", count)["hardware"]["bytes"] for count in "12")
+    assert two == one // 2
     two = plan("llama3-8b", "-c", "experiments/configs/hardware/8x80gb.yaml", "--count", "2")["hardware"]
     assert two["count"] == 2
 

@@ -24,6 +24,15 @@ from rotpruner.rotations import random_rotations
 ENDLESS = ["--trainer.max_steps", "-1", "--trainer.max_epochs", "-1"]
 
 
+def test_commands_compute_in_true_float32():
+    torch.set_float32_matmul_precision("high")
+    try:
+        assert main(["evaluate", "--model", "/no/model", "--text", "wikipedia_test"]) == 2
+        assert torch.get_float32_matmul_precision() == "highest"
+    finally:
+        torch.set_float32_matmul_precision("highest")
+
+
 @pytest.mark.parametrize(
     ("changes", "mentions"),
     [

@@ -86,6 +86,19 @@ def test_shares_are_of_the_mean_gap_of_the_rows_of_their_pattern(tmp_path, capsy
     assert "base/new-*.json" in capsys.readouterr().err
 
 
+def test_a_table_without_varied_settings_is_aligned():
+    dense = ("dense", {"command": "evaluate --model m", "result": {"ppl": {"text": 10.0}}})
+    seeds = [
+        (str(seed), {"row": {"seed": seed}, "command": "prune", "commit": "abcdef012", "result": _row(20.0)})
+        for seed in range(2)
+    ]
+    lines = [line for line in table({"title": "T", "columns": ["seed"]}, [dense, *seeds]).splitlines() if "|" in line]
+    head, _, reference, pooled = ([cell.strip() for cell in line.split("|")[1:-1]] for line in lines)
+    assert len(head) == len(reference) == len(pooled)
+    assert [row[head.index("text ppl")] for row in (reference, pooled)] == ["10.00", "20.00 ± 0.00"]
+    assert reference[head.index("seeds")] == ""
+
+
 def test_a_row_that_is_called_dense_is_a_row():
     record = {"row": {"statistics": "dense"}, "command": "prune", "commit": "abcdef012", "result": _row(20.0)}
     text = table({"title": "T", "columns": ["statistics"]}, [("dense", record)])
