@@ -21,12 +21,12 @@ from rotpruner.artifacts import save_model, write_json
 from rotpruner.compensation import compensate
 from rotpruner.diagnostics import write_diagnostics
 from rotpruner.errors import InputError
+from rotpruner.learned import Learned
 from rotpruner.loading import load_model, load_tokenizer
 from rotpruner.memory import home_of
 from rotpruner.model_card import Origin, pruner_name, write_card
 from rotpruner.oneshot import prune_model
 from rotpruner.patterns import Slice
-from rotpruner.rotated_model import Learned
 from rotpruner.rotation_artifact import Rotations
 from rotpruner.rotations import random_rotations
 

@@ -21,6 +21,7 @@ from rotpruner.compensation import check_compensation
 from rotpruner.compensation import compensate as compensate_weights
 from rotpruner.embedded import embedded_name
 from rotpruner.errors import InputError
+from rotpruner.learned import Learned
 from rotpruner.loading import check_pattern, check_seq_len
 from rotpruner.model_card import Origin, pruner_name, write_card
 from rotpruner.objectives import Objective
@@ -31,7 +32,7 @@ from rotpruner.placements import Placement, check_placement
 from rotpruner.precision import cast_parameters, fast_dtype
 from rotpruner.progress import Progress, unseen
 from rotpruner.pruners import Pruner, resolve_pruner
-from rotpruner.rotated_model import Learned, RotatedModel
+from rotpruner.rotated_model import RotatedModel
 from rotpruner.rotation_artifact import Rotations
 from rotpruner.rotations import LearnedRotations, Start
 from rotpruner.surrogates import Surrogate

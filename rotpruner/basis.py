@@ -8,12 +8,15 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from rotpruner.errors import InputError
-from rotpruner.layout import BlockLinear
+from rotpruner.families import family_of
+from rotpruner.layout import BlockLinear, residual_sublayers
 from rotpruner.modeling_rotated import Passage, in_another_basis
-from rotpruner.orthogonal import rotate_bias, rotate_weight
-from rotpruner.rotations import basis_change, sides
+from rotpruner.orthogonal import rotate_bias, rotate_features, rotate_weight
+from rotpruner.placements import basis_changes
+from rotpruner.rotations import basis_change, residual_at, sides
 
 
 class Basis:
@@ -88,3 +91,29 @@ class BasisChange(Passage):
     def behind(self, stream: Tensor, output: Tensor) -> Tensor:
         T = basis_change(self.basis.config, self.basis.rotations, self.number)
         return output if T is None else in_another_basis(stream, output, T)
+
+
+def turn_residual_ends(base: PreTrainedModel, basis: Basis) -> None:
+    """Hook a model, so that its stream enters the basis behind the embeddings and leaves it at the final norm."""
+    family = family_of(base.config)
+
+    def enter(module: nn.Module, args: Any, output: Tensor) -> Tensor:
+        Q = residual_at(base.config, basis.rotations, 0)
+        return output if Q is None else rotate_features(output, Q)
+
+    def leave(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        Q = residual_at(base.config, basis.rotations, -1)
+        return args if Q is None else (rotate_features(args[0], Q.mT), *args[1:])
+
+    for path in family.embeddings:
+        base.get_submodule(path).register_forward_hook(enter)
+    base.get_submodule(family.final_norm).register_forward_pre_hook(leave)
+
+
+def change_bases(base: PreTrainedModel, basis: Basis, sites: int) -> None:
+    """Attach a `BasisChange` to each sublayer whose residual connection lies between two of so many matrices."""
+    blocks, sublayers = base.get_submodule(family_of(base.config).blocks), residual_sublayers(base.config)
+    for number in basis_changes(base.config, sites):
+        layer, place = divmod(number, len(sublayers))
+        norm, writer = (blocks[layer].get_submodule(path) for path in sublayers[place])  # type: ignore[index]
+        BasisChange(basis, number).attach(norm, writer)

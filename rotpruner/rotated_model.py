@@ -9,60 +9,36 @@ that. Without rotations the same modules are the dense model, the teacher.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from rotpruner.basis import Basis, BasisChange, RotatedLinear, check_offload
+from rotpruner.basis import Basis, RotatedLinear, change_bases, check_offload, turn_residual_ends
 from rotpruner.concentration import concentration
 from rotpruner.dense_cache import DenseCache
 from rotpruner.distributed import Ranks
 from rotpruner.errors import InputError
-from rotpruner.families import family_of
 from rotpruner.fusion import fuse_block_norms
-from rotpruner.layout import block_linears, by_group, module_at, residual_sublayers
+from rotpruner.layout import block_linears, by_group, module_at
+from rotpruner.learned import Learned
 from rotpruner.mask_choice import choose_masks
 from rotpruner.objectives import Objective
 from rotpruner.oneshot import LayerSparsity, check_layer_sparsity, layer_patterns, linears_to_watch
-from rotpruner.orthogonal import rotate_features
 from rotpruner.patterns import NM, Pattern, Slice
-from rotpruner.placements import basis_changes
 from rotpruner.progress import Progress, unseen
 from rotpruner.pruners import Pruner
 from rotpruner.relaxation import Relaxation
-from rotpruner.rotations import LearnedRotations, RotationSet, Start, check_start, residual_at
+from rotpruner.rotations import LearnedRotations, RotationSet, Start, check_start
 from rotpruner.slicing import project, residual_readers, sliced_width
 from rotpruner.starts import permuted_start, principal_start
 from rotpruner.statistics import Moment, gather_moments
 from rotpruner.surrogates import Surrogate, check_surrogate
 from rotpruner.teacher import DenseStates, head_of, ready_to_learn
-
-
-class Learned(NamedTuple):
-    """How a plain model is pruned as one has learned, by the names that `prune_model` has for it.
-
-    Attributes:
-        rotations: of its spaces.
-        moments: the statistics that they were learned with; None has them gathered from pruned predecessors.
-        masks: of all decoder linears by name, where they are learned themselves.
-        patterns: one a block; none for a slice.
-    """
-
-    rotations: RotationSet | None = None
-    moments: Mapping[str, Moment] | None = None
-    masks: Mapping[str, Tensor] | None = None
-    patterns: Sequence[Pattern] | None = None
-
-    def to(self, device: torch.device | str) -> Learned:
-        """The same with rotations and moments on a device."""
-        rotations = self.rotations and {space: Q.to(device) for space, Q in self.rotations.items()}
-        moments = self.moments and {group: moment.to(device) for group, moment in self.moments.items()}
-        return self._replace(rotations=rotations, moments=moments)
 
 
 class RotatedModel(nn.Module):
@@ -125,13 +101,13 @@ class RotatedModel(nn.Module):
 
         if "residual" in rotations.spaces:
             fuse_block_norms(base)
-            self._hook_residual_ends(base)
+            turn_residual_ends(base, self.basis)
         base.requires_grad_(False)
         weights = {place: module_at(base, place.name).weight for place in block_linears(base.config)}
         self.relaxation = Relaxation(base.config, surrogate, pruner, pattern, weights, seed)
         del weights  # each goes as soon as its pinned copy has taken its place
         self.linears = self._replace_linears(base, offload)
-        self._hook_shortcuts(base, rotations.sites)
+        change_bases(base, self.basis, rotations.sites)
         self.base = ready_to_learn(base, gradient_checkpointing)
 
     def _replace_linears(self, base: PreTrainedModel, offload: bool) -> list[RotatedLinear]:
@@ -141,27 +117,6 @@ class RotatedModel(nn.Module):
             base.set_submodule(place.name, linear)
             replaced.append(linear)
         return replaced
-
-    def _hook_residual_ends(self, base: PreTrainedModel) -> None:
-        def enter(module: nn.Module, args: Any, output: Tensor) -> Tensor:
-            Q = residual_at(base.config, self.basis.rotations, 0)
-            return output if Q is None else rotate_features(output, Q)
-
-        def leave(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-            Q = residual_at(base.config, self.basis.rotations, -1)
-            return args if Q is None else (rotate_features(args[0], Q.mT), *args[1:])
-
-        family = family_of(base.config)
-        for path in family.embeddings:
-            base.get_submodule(path).register_forward_hook(enter)
-        base.get_submodule(family.final_norm).register_forward_pre_hook(leave)
-
-    def _hook_shortcuts(self, base: PreTrainedModel, sites: int) -> None:
-        blocks, sublayers = base.get_submodule(family_of(base.config).blocks), residual_sublayers(base.config)
-        for number in basis_changes(base.config, sites):
-            layer, place = divmod(number, len(sublayers))
-            norm, writer = (blocks[layer].get_submodule(path) for path in sublayers[place])  # type: ignore[index]
-            BasisChange(self.basis, number).attach(norm, writer)
 
     # -- bases ---------------------------------------------------------------------------------
 

@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import json
 import re
-from dataclasses import replace
 
 import pytest
 from transformers import LlamaConfig
 
 from experiments.__main__ import main
-from experiments.plan_setup import read_setup
-from experiments.planning.memory import memory_plan
 
 HEADS = dict(num_hidden_layers=32, num_attention_heads=32, hidden_size=4096, max_position_embeddings=4096)
 LARGE = {
@@ -296,59 +293,3 @@ def test_plan_refuses(options, mentions, tmp_path, capsys):
     assert captured.out == ""
     (line,) = captured.err.strip().splitlines()
     assert all(mention in line for mention in mentions), line
-
-
-@pytest.mark.parametrize(
-    ("options", "count", "steps"),
-    [
-        (["--trainer.max_steps", "100"], 1, 100),
-        (["--trainer.max_epochs", "2"], 1, 6),
-        (["--trainer.max_epochs", "2", "--trainer.max_steps", "100"], 1, 6),
-        (["--trainer.max_epochs", "2", "--trainer.max_steps", "4"], 1, 4),
-        (["--trainer.max_epochs", "2", "--trainer.accumulate_grad_batches", "2"], 1, 4),
-        (["--trainer.max_epochs", "2"], 3, 2),
-    ],
-)
-def test_steps_are_those_of_whichever_limit_comes_first(options, count, steps, model_directory, text_file):
-    given = ["--model.model", str(model_directory), "--data.calibration", str(text_file), "--data.seq_len", "32"]
-    given += ["--data.num_sequences", "10", "--data.batch_size", "3"]
-    assert read_setup([*given, *options], "h100-80gb", count)[0].steps == steps
-
-
-@pytest.mark.parametrize(
-    ("options", "mention"),
-    [
-        (["--data.batch_size", "11"], "batch_size 11 is more than 10 sequences"),
-        (["--data.batch_size", "6", "--count", "2"], "batch_size 6 on each of 2 ranks is more than 10"),
-        (["--data.statistics_sequences", "11"], "statistics_sequences 11 is not between 1 and num_sequences 10"),
-        (["--data.calibration", "nowhere.txt"], "nowhere.txt"),
-        (["--trainer.max_steps", "-1", "--trainer.max_epochs", "-1"], "no last step"),
-        ([], "nothing says how long to learn"),
-    ],
-)
-def test_plan_refuses_the_data_that_a_fit_refuses(options, mention, model_directory, text_file, capsys):
-    given = ["--model.model", str(model_directory), "--data.calibration", str(text_file), "--data.seq_len", "32"]
-    assert main(["plan", *given, "--data.num_sequences", "10", *options]) == 2
-    assert mention in capsys.readouterr().err
-
-
-def test_orders_of_features_are_reckoned_with(model_directory, text_file):
-    given = ["--model.model", str(model_directory), "--data.calibration", str(text_file), "--data.seq_len", "32"]
-    setup, _ = read_setup([*given, "--trainer.max_steps", "1"], "h100-80gb", 1)
-    assert "orders of features" not in memory_plan(setup).phases
-    (term,) = memory_plan(replace(setup, start="permutation")).phases["orders of features"]
-    assert term.amount == 12 * 48 * 32 + 16 * 2 * (32 + 16 + 16 + 48 + 48) * 32
-
-
-def test_given_rotations_need_no_orders_of_features(model_directory):
-    """The shipped config starts from permutations, which learning that goes on leaves out."""
-    given = [
-        "-c",
-        "experiments/configs/smollm2-135m.yaml",
-        "--model.model",
-        str(model_directory),
-        "--data.seq_len",
-        "32",
-    ]
-    (begun, _), (gone_on, _) = (read_setup([*given, *more], "cpu", 1) for more in ([], ["--model.init_rotations", "r"]))
-    assert (begun.start, gone_on.start) == ("permutation", "identity")
