@@ -28,7 +28,7 @@ class RecoveryModule(LightningModule):
       model: runs/smollm2-135m/export
       teacher: smollm2-135m
       objective: {kl: 1.0}
-      optimizer: {class_path: torch.optim.Adam, init_args: {lr: 0.0001}}
+      optimizer: {class_path: torch.optim.Adam, init_args: {lr: 0.00005}}
     ```
 
     Args:
@@ -58,7 +58,7 @@ class RecoveryModule(LightningModule):
         objective: Objective = Objective(),  # noqa: B008 - frozen
         compute_dtype: Literal["auto", "bfloat16", "float32"] = "auto",
         gradient_checkpointing: bool = False,
-        optimizer: OptimizerCallable = lambda parameters: torch.optim.Adam(parameters, lr=1e-4),
+        optimizer: OptimizerCallable = lambda parameters: torch.optim.Adam(parameters, lr=5e-5),
         lr_scheduler: LRSchedulerCallable | Literal["constant", "cosine"] = "cosine",
         warmup_steps: int = 0,
         cache_dense: bool = False,
