@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import os
 import sys
 from importlib import import_module
 
@@ -11,6 +12,9 @@ from safetensors import SafetensorError
 from transformers.utils import logging as transformers_logging
 
 from rotpruner.errors import InputError
+
+#: Modules to import before a command runs: those that call `register_family`, for instance.
+PLUGINS = "ROTPRUNER_PLUGINS"
 
 #: Command → (module with a `main(arguments)`, what it does).
 COMMANDS = {
@@ -50,16 +54,35 @@ def main(arguments: list[str]) -> int:
         torch.set_float32_matmul_precision("highest")
         # A quiet terminal: transformers draws a bar of its own for every file that it opens.
         transformers_logging.disable_progress_bar()
+        _import_plugins()
         module, _ = COMMANDS[arguments[0]]
         import_module(module).main(arguments[1:])
     except InputError as error:
         return _refuse(str(error))
+    except torch.OutOfMemoryError as error:
+        return _refuse(
+            f"{str(error).partition('. ')[0]}: a fit takes less with --model.gradient_checkpointing true and "
+            "--model.offload true (see plan), evaluate with --dtype bfloat16, every command with --device cpu"
+        )
     except (OSError, RuntimeError, SafetensorError) as error:
         # Three libraries write files, each with its own way to say this.
         if getattr(error, "errno", None) != errno.ENOSPC and "No space left" not in str(error):
             raise
         return _refuse("the disk is full; free some space and run again (finished files are intact)")
     return 0
+
+
+def _import_plugins() -> None:
+    """Import the modules that $ROTPRUNER_PLUGINS names, with commas between: those that register a family, say.
+
+    Raises:
+        InputError: one cannot be imported.
+    """
+    for name in filter(None, os.environ.get(PLUGINS, "").replace(" ", "").split(",")):
+        try:
+            import_module(name)
+        except ImportError as error:
+            raise InputError(f"${PLUGINS} names '{name}', which cannot be imported: {error}") from None
 
 
 def _refuse(message: str) -> int:

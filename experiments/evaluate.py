@@ -16,8 +16,8 @@ from rotpruner.loading import check_seq_len, load_config, load_model, load_token
 
 
 def main(arguments: list[str]) -> None:
-    """Print `{"ppl": {text: value}, "tokens": {text: count}}`, `{"tasks": {task: values}}` or both, in float32."""
-    parser = Parser("evaluate", "Perplexity over non-overlapping windows, and tasks by lm-eval, in float32.")
+    """Print `{"ppl": {text: value}, "tokens": {text: count}}`, `{"tasks": {task: values}}` or both, and the dtype."""
+    parser = Parser("evaluate", "Perplexity over non-overlapping windows, and tasks by lm-eval.")
     parser.add_argument("--model", required=True, help="embedded name, directory or hub name")
     parser.add_argument("--text", action="append", default=[], help="name or path of a test text; repeatable")
     parser.add_argument("--seq_len", type=at_least(2), default=1024, help="tokens per window")
@@ -28,6 +28,7 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--num_fewshot", type=at_least(0), default=0, help="examples in front of each question")
     parser.add_argument("--seed", type=at_least(0), default=0, help="of the choice of these examples")
     parser.add_argument("--batch_size", type=at_least(1), default=8, help="answers of a task that run together")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the model")
     add_device(parser)
     options = parser.parse_args(arguments)
 
@@ -41,8 +42,8 @@ def main(arguments: list[str]) -> None:
     tasks: list[Any] = []
     if options.tasks:
         tasks = load_tasks(options.tasks, tokenizer, options.task_data, options.num_fewshot)
-    model = load_model(options.model, torch.float32)
-    result: dict[str, Any] = {}
+    model = load_model(options.model, getattr(torch, options.dtype))
+    result: dict[str, Any] = {"dtype": options.dtype}
     if texts:
         result["ppl"] = perplexities(model, texts, track, device=options.device)
         result["tokens"] = {name: cut.numel() for name, cut in texts.items()}

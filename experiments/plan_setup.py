@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from jsonargparse import Namespace
 
+from callbacks.finish import Finish
 from datamodules.calibration import CalibrationDataModule
-from experiments.fit import FitCLI, check_limited
+from experiments.fit import FitCLI, check_limited, is_one_of
 from experiments.gpus import dtype_on
 from experiments.planning.sizes import Setup
 from rotpruner.basis import check_offload
@@ -113,7 +114,7 @@ def _processes(trainer: Any) -> int:
 
 def _test_tokens(trainer: Any) -> int:
     """Of the longest text at the end; one that is used whole is taken for WikiText-2's test split, of about 300,000."""
-    endings = [callback for callback in trainer.callbacks or () if callback.class_path.endswith(".Finish")]
+    endings = [callback for callback in trainer.callbacks or () if is_one_of(callback.class_path, Finish)]
     return max((callback.init_args.max_tokens or 300_000 for callback in endings), default=0)
 
 

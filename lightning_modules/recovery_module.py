@@ -54,7 +54,7 @@ class RecoveryModule(LightningModule):
     def __init__(
         self,
         model: str,
-        teacher: str = "smollm2-135m",
+        teacher: str,
         objective: Objective = Objective(),  # noqa: B008 - frozen
         compute_dtype: Literal["auto", "bfloat16", "float32"] = "auto",
         gradient_checkpointing: bool = False,

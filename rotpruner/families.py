@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from itertools import groupby
 from typing import Any, Literal
 
 import torch
@@ -71,6 +72,32 @@ class Family:
     refusals: Mapping[str, Refusal] = field(default_factory=dict)
     unsliceable: str | None = None
     after_head: Callable[[Any, Tensor], Tensor] = lambda config, output: output
+
+    def __post_init__(self) -> None:
+        """Refuse a table that would compute another function, or miss a reader, without anyone seeing it.
+
+        Raises:
+            InputError: a name is no space's, a linear reads a space that none writes, one writes a space that none
+                reads, or readers of one tensor stand apart.
+        """
+        reads, writes = ({getattr(spec, side) for spec in self.linears} for side in ("reads", "writes"))
+        table = f"the table of {', '.join(self.model_types)}"
+        if unknown := sorted({*reads, *writes, *self.constraints, *self.refusals} - {*SPACES}):
+            raise InputError(f"{table} names the space {unknown[0]}, which is none of {', '.join(SPACES)}")
+        if lost := sorted(reads - writes):
+            raise InputError(
+                f"{table} has a linear that reads {lost[0]}, which none writes: a rotation would stay there"
+            )
+        if lost := sorted(writes - reads - {"query_key"}):  # attention itself reads that one
+            raise InputError(
+                f"{table} has a linear that writes {lost[0]}, which none reads: a rotation would stay there"
+            )
+        groups = [key for key, _ in groupby((spec.reads, spec.norm) for spec in self.linears)]
+        if apart := [key for key in groups if groups.count(key) > 1]:
+            raise InputError(
+                f"{table} has linears that read {apart[0][0]} behind {apart[0][1]} apart from each other: put rows "
+                "that read one tensor next to each other, and give readers of others another norm"
+            )
 
 
 def _gated_decoder(mlp_norm: str) -> tuple[LinearSpec, ...]:

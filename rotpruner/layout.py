@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
+from rotpruner.errors import InputError
 from rotpruner.families import LinearSpec, family_of
 
 
@@ -96,5 +97,15 @@ def module_at(model: nn.Module, path: str) -> Any:
 
 
 def linear_modules(model: nn.Module) -> dict[str, nn.Linear]:
-    """The decoder linears of a model, by name, in data-flow order."""
-    return {linear.name: module_at(model, linear.name) for linear in block_linears(model.config)}
+    """The decoder linears of a model, by name, in data-flow order.
+
+    Raises:
+        InputError: its family's table names one that the model does not have.
+    """
+    config: Any = model.config
+    try:
+        return {linear.name: module_at(model, linear.name) for linear in block_linears(config)}
+    except AttributeError as error:
+        raise InputError(
+            f"the family table of {config.model_type} does not describe this model: {error}; mend the table"
+        ) from None

@@ -157,9 +157,11 @@ def license_of(base_model: str, config: Any = None) -> dict[str, str]:
 
 
 def pruner_name(pruner: Pruner) -> str:
-    """Its short name, or the import path of its class."""
+    """Its short name, or the import path of its class, with the arguments that `resolve_pruner` was given."""
     path = f"{type(pruner).__module__}.{type(pruner).__qualname__}"
-    return next((name for name, known in PRUNERS.items() if known == path), path)
+    name = next((name for name, known in PRUNERS.items() if known == path), path)
+    arguments = ", ".join(f"{key}={value!r}" for key, value in pruner.arguments.items())
+    return f"{name}({arguments})" if arguments else name
 
 
 def model_card(
@@ -182,7 +184,7 @@ def model_card(
     """
     hub_name = embedded.ORIGINS.get(origin.base_model, (origin.base_model,))[0]
     kind = "sliced" if origin.pattern.startswith("slice") else "sparse"
-    tags = ["rotpruner", "pruning", kind, origin.pattern, *([origin.pruner] if origin.pruner else [])]
+    tags = ["rotpruner", "pruning", kind, origin.pattern, *([origin.pruner.partition("(")[0]] if origin.pruner else [])]
     matter = ModelCardData(
         base_model=hub_name if "/" in hub_name else None,  # the hub takes nothing else as a name
         library_name="transformers",

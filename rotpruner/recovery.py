@@ -36,7 +36,7 @@ class SparseRecovery(nn.Module):
             (`rotpruner.dense_cache`).
 
     Raises:
-        InputError: nothing was pruned, the vocabularies differ, or the objective compares states.
+        InputError: nothing was pruned, the teacher is another model, or the objective compares states.
     """
 
     def __init__(
@@ -101,6 +101,12 @@ def check_recovery(pruned: Any, teacher: Any, objective: Objective) -> None:
         raise InputError(
             f"the pruned model has {pruned.vocab_size} tokens, its teacher {teacher.vocab_size}; "
             "give the model that was pruned as the teacher"
+        )
+    forms = [(config.model_type.removeprefix("rotated_"), config.num_hidden_layers) for config in (pruned, teacher)]
+    if forms[0] != forms[1]:
+        raise InputError(
+            "the pruned model is a {} of {} blocks, its teacher a {} of {}; ".format(*forms[0], *forms[1])
+            + "give the model that was pruned as the teacher"
         )
     if objective.cosine or objective.needs_importance:
         raise InputError("recovery knows the objectives kl and cross_entropy only; set the others to 0")

@@ -116,6 +116,9 @@ def test_what_cannot_recover_is_refused(model_directory):
         SparseRecovery(model, tiny("llama-2"), Objective(cosine=1.0))
     with pytest.raises(InputError, match="as the teacher"):
         SparseRecovery(model, tiny("llama-2", vocab_size=32))
+    for other in (tiny("llama-2", num_hidden_layers=3), tiny("qwen2")):  # of the same tokens
+        with pytest.raises(InputError, match=r"llama of 2 blocks.* as the teacher"):
+            SparseRecovery(model, other)
     with pytest.raises(InputError, match="kl and cross_entropy only"):
         RecoveryModule(str(model_directory), str(model_directory), Objective(cosine=1.0))
     with pytest.raises(InputError, match="warmup_steps -1"):

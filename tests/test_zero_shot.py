@@ -87,7 +87,7 @@ def evaluate(speaker, task_data, capsys):
 def test_every_task_runs_on_rows_of_its_form(evaluate):
     status, out, err = evaluate(",".join(TASKS))
     assert status == 0, err
-    assert set(json.loads(out)) == {"tasks"}
+    assert set(json.loads(out)) == {"dtype", "tasks"}
     found = json.loads(out)["tasks"]
     assert tuple(found) == TASKS
     for name, values in found.items():
@@ -107,7 +107,7 @@ def test_examples_limit_and_texts(evaluate, test_text_file):
     status, out, err = evaluate("piqa,hellaswag", *shots, *text)
     assert status == 0, err
     result = json.loads(out)
-    assert set(result) == {"ppl", "tokens", "tasks"}
+    assert set(result) == {"dtype", "ppl", "tokens", "tasks"}
     for values in result["tasks"].values():
         assert (values["rows"], values["num_fewshot"], values["seed"]) == (2, 1, 3)
     assert json.loads(evaluate("piqa,hellaswag", *shots)[1])["tasks"] == result["tasks"]

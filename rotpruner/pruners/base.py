@@ -11,10 +11,12 @@ A new pruner is one file with one subclass of `Pruner`; it is named in a config 
 
 from __future__ import annotations
 
+import ast
 import importlib
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
-from typing import ClassVar, Literal
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
+from typing import Any, ClassVar, Literal
 
 from torch import Tensor
 
@@ -35,6 +37,8 @@ class Pruner(ABC):
 
     needs: ClassVar[Needs] = "diagonal"
     rebuilds: ClassVar[bool] = False
+    #: What `resolve_pruner` was given for the constructor, for cards and tables.
+    arguments: Mapping[str, Any] = MappingProxyType({})
 
     @abstractmethod
     def saliency(self, weight: Tensor, moment: Moment | None) -> Tensor:
@@ -101,15 +105,18 @@ PRUNERS = {
 
 
 def resolve_pruner(name: str | Pruner) -> Pruner:
-    """A pruner by its short name or by the import path of a `Pruner` subclass that needs no arguments.
+    """A pruner by its short name or by the import path of a `Pruner` subclass.
+
+    Arguments of its constructor may follow as in Python, `sparsegpt(damping=0.1)`: keywords, with plain values.
 
     Raises:
-        InputError: no such name, module or class, or the class is not a `Pruner`.
+        InputError: no such name, module or class, the class is not a `Pruner`, or it does not take the arguments.
     """
     if isinstance(name, Pruner):
         return name
     if not isinstance(name, str):
         raise InputError(f"pruner {name!r} is neither a name nor an object of a Pruner subclass; call the class")
+    given, (name, arguments) = name, _call(name)
     path = PRUNERS.get(name, name)
     module_name, _, class_name = path.rpartition(".")
     known = f"choose one of {', '.join(PRUNERS)}, or give the import path of a Pruner subclass"
@@ -122,6 +129,25 @@ def resolve_pruner(name: str | Pruner) -> Pruner:
     if not (isinstance(pruner_class, type) and issubclass(pruner_class, Pruner)):
         raise InputError(f"'{name}' is not a subclass of rotpruner.pruners.Pruner; {known}")
     try:
-        return pruner_class()
+        pruner = pruner_class(**arguments)
     except TypeError as error:  # abstract methods, or arguments
-        raise InputError(f"pruner '{name}' cannot be made without arguments: {error}") from None
+        raise InputError(f"pruner '{given}' cannot be made: {error}") from None
+    if arguments:
+        pruner.arguments = MappingProxyType(arguments)
+    return pruner
+
+
+def _call(text: str) -> tuple[str, dict[str, Any]]:
+    """The name and the keyword arguments of `name(key=value, …)`; a name alone has none."""
+    if "(" not in text:
+        return text, {}
+    try:
+        call = ast.parse(text.strip(), mode="eval").body
+        if not isinstance(call, ast.Call) or call.args:
+            raise ValueError("no call with keywords only")
+        arguments = {keyword.arg: ast.literal_eval(keyword.value) for keyword in call.keywords}
+    except (SyntaxError, ValueError) as error:
+        raise InputError(
+            f"pruner '{text}' is not of the form name(key=value, ...) with plain values: {error}"
+        ) from None
+    return ast.unparse(call.func), {str(key): value for key, value in arguments.items()}
