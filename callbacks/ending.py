@@ -70,13 +70,15 @@ class Ending(Callback, ABC):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Check the windows against the model before its weights are loaded, and that they outlive the export."""
-        export = Path(trainer.default_root_dir) / "export"
-        for name in (pl_module.model_name, getattr(pl_module, "teacher", "")):
-            if name and Path(name).resolve() == export.resolve():  # type: ignore[arg-type]
-                raise InputError(
-                    f"model '{name}' would be replaced by what this run exports to '{export}'; choose another "
-                    "--trainer.default_root_dir"
-                )
+        module: Any = pl_module
+        given = [getattr(module, name, None) for name in ("model_name", "teacher", "init_rotations")]
+        for written in (Path(trainer.default_root_dir) / name for name in ("export", "rotations")):
+            for name in filter(None, given):
+                if Path(name).resolve() == written.resolve():
+                    raise InputError(
+                        f"'{name}', which this run reads, would be replaced by what it writes to '{written}'; choose "
+                        "another --trainer.default_root_dir"
+                    )
         check_seq_len(load_config(pl_module.model_name), self.seq_len)  # type: ignore[arg-type]
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

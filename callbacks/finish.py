@@ -111,9 +111,10 @@ class Finish(Ending):
         Rotations.of(learned.rotations or {}, module.rotated.base).save_pretrained(run / "rotations", replace=True)
         rows = [self._kept(run, "dense", lambda: self._dense(name))]
         made = {
-            "pruner": (Learned(), module.compensate, 0.0),
-            "start": (Learned(started), module.compensate, 0.0),
-            "random_rotation": (Learned(drawn), module.compensate, 0.0),
+            # The controls have the same sparsity in each block, as OWL may have shared it out.
+            "pruner": (Learned(patterns=learned.patterns), module.compensate, 0.0),
+            "start": (Learned(started, patterns=learned.patterns), module.compensate, 0.0),
+            "random_rotation": (Learned(drawn, patterns=learned.patterns), module.compensate, 0.0),
             "no_update": (learned, 0, seconds),
             "rotpruner": (learned, module.compensate, seconds),
         }

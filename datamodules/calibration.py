@@ -79,6 +79,7 @@ class CalibrationDataModule(lightning.LightningDataModule):
 
     def setup(self, stage: str | None = None) -> None:
         """The other ranks read the cache; every rank checks that it holds a batch for each of them."""
+        self._batches = None  # of an earlier fit
         self._make_batches()
 
     def _make_batches(self) -> CalibrationBatches:
@@ -86,11 +87,11 @@ class CalibrationDataModule(lightning.LightningDataModule):
         return CalibrationBatches(self.tokens, self.batch_size, self.seed, rank, world_size)
 
     def train_dataloader(self) -> CalibrationBatches:
-        """This rank's batches."""
-        self._batches = self._make_batches()
-        if self._saved is not None:
-            self._batches.load_state_dict(self._saved)
-            self._saved = None
+        """This rank's batches; where Lightning asks for them again, they go on."""
+        saved = self._saved if self._batches is None else self._batches.state_dict()
+        self._batches, self._saved = self._make_batches(), None
+        if saved is not None:
+            self._batches.load_state_dict(saved)
         return self._batches
 
     @property

@@ -145,7 +145,7 @@ class RotationModule(LightningModule):
         self._base_dtype: DtypeName = base_dtype
         self.gradient_checkpointing, self.offload = gradient_checkpointing, offload
         self._optimizer, self._lr_scheduler = optimizer, lr_scheduler
-        self._restored_mask_rotations: dict[str, Tensor] | None = None
+        self._restored: dict[str, Any] | None = None
 
     @property
     def base_dtype(self) -> torch.dtype:
@@ -223,10 +223,16 @@ class RotationModule(LightningModule):
 
     def on_train_start(self) -> None:
         """Choose the first masks, or those of a checkpoint: some strategies read it only after `on_fit_start`."""
-        restored, self._restored_mask_rotations = self._restored_mask_rotations, None
-        if self.init_rotations is None and restored is None:
-            self.rotated.start_from_statistics(self.start)
-        self.rotated.refresh_masks(restored and {space: Q.to(self.device) for space, Q in restored.items()})
+        restored, self._restored = self._restored, None
+        if restored is None:
+            if self.init_rotations is None:
+                self.rotated.start_from_statistics(self.start)
+            self.rotated.refresh_masks()
+            return
+        # Calibration may have drawn numbers, too.
+        torch.set_rng_state(restored["mask_rng_state"])
+        self.rotated.refresh_masks({space: Q.to(self.device) for space, Q in restored["mask_rotations"].items()})
+        torch.set_rng_state(restored["rng_state"])
 
     def forward(self, input_ids: Tensor) -> Tensor:
         """Logits (B, T, V) of the pruned model, with the rotations and masks of the moment."""
@@ -269,13 +275,16 @@ class RotationModule(LightningModule):
         }
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Add what determines the masks, and the CPU's random state, for pruners of one's own that draw from it."""
+        """Add what determines the masks, and the CPU's random state, for pruners of one's own that draw from it:
+        that of now, and that in which the masks were chosen."""
         assert self.rotated.mask_rotations is not None, "masks are chosen before the first step"
         # On the CPU, so that no rank reads them into another's device.
         checkpoint["mask_rotations"] = {space: Q.cpu() for space, Q in self.rotated.mask_rotations.items()}
+        checkpoint["mask_rng_state"] = self.rotated.mask_rng_state
         checkpoint["rng_state"] = torch.get_rng_state()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Masks are chosen again once the statistics are there."""
-        self._restored_mask_rotations = checkpoint["mask_rotations"]
-        torch.set_rng_state(checkpoint["rng_state"])
+        kept = {key: checkpoint[key] for key in ("mask_rotations", "rng_state")}
+        # Those of earlier versions have one random state.
+        self._restored = {"mask_rng_state": checkpoint.get("mask_rng_state", checkpoint["rng_state"]), **kept}

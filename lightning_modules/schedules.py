@@ -34,6 +34,11 @@ def with_schedule(
     """
     if schedule == "constant" and not warmup_steps:
         return optimizer
+    if warmup_steps >= trainer.estimated_stepping_batches:
+        raise InputError(
+            f"warmup_steps {warmup_steps} leave none of the run's {trainer.estimated_stepping_batches:g} steps at the "
+            "full rate; give fewer"
+        )
     if schedule == "cosine":
         remaining = max(1, int(trainer.estimated_stepping_batches) - warmup_steps)
         scheduler: Any = CosineAnnealingLR(optimizer, remaining)

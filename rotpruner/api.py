@@ -130,8 +130,9 @@ def prune(
         compensate: on how many of the sequences the kept weights are fitted, in closed form, see
             `rotpruner.compensation`; 0 leaves them as they are.
         num_sequences, seq_len: size of the calibration set, taken from the texts by `seed`.
-        dtype: of the frozen weights while learning, and of the products that give statistics; weights are pruned in the
-            model's own dtype. None is bfloat16 where the model's device has instructions for it, else float32.
+        dtype: of the frozen weights while learning, and of the products that give a float32 model's statistics; weights
+            are pruned in the model's own dtype. None is bfloat16 where the model's device has instructions for it, else
+            float32.
         gradient_checkpointing: recompute each block in the backward pass; slower, much smaller.
         rotations_directory: where the learned rotations are written as well; must not exist yet.
         on_step: called with each step and its losses.

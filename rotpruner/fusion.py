@@ -37,9 +37,9 @@ def fuse_block_norms(model: nn.Module) -> None:
     Products are taken in float64 and rounded once. A second call changes nothing.
 
     Raises:
-        InputError: the final norm, which stays as it is here, could not be folded by `fuse_norms`.
+        InputError: a norm cannot be folded, or the final one, which stays as it is here, could not be by `fuse_norms`.
     """
-    final_bias(model)
+    check_foldable(model)
     for linear in block_linears(model.config):
         if linear.spec.norm is not None:
             module = module_at(model, linear.name)
@@ -56,11 +56,24 @@ def fuse_norms(model: nn.Module) -> None:
 
     The head has no bias that could take up the final norm's: b stays there, as b ⊘ g.
     """
-    bias = final_bias(model)  # which may refuse: first
+    check_foldable(model)  # which may refuse: first
+    bias = final_bias(model)
     untie(model)
     fuse_block_norms(model)
     module_at(model, family_of(model.config).head).weight.copy_(folded_head(model))
     reset_final_norm(model, bias)
+
+
+def check_foldable(model: nn.Module) -> None:
+    """Raise `InputError` if a norm cannot be folded into what reads it; nothing is changed."""
+    final_bias(model)
+    for linear in block_linears(model.config):
+        norm = _norm_before(model, linear)
+        if norm is not None and _norm_bias(norm) is not None and module_at(model, linear.name).bias is None:
+            raise InputError(
+                f"{linear.name} has no bias that could take up that of the norm in front of it, so the residual stream "
+                "cannot be rotated; leave the space 'residual' out"
+            )
 
 
 def folded(model: nn.Module, linear: BlockLinear, norms: bool = True) -> tuple[Tensor, Tensor | None]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -142,7 +143,7 @@ def prune_model(
         return
     if patterns is None:
         there = partial(moments_by_block, dtype=calibration_dtype, device=device, progress=progress)
-        patterns = layer_patterns(model, pattern, layer_sparsity, batches, there)
+        patterns = layer_patterns(model, pattern, layer_sparsity, batches, there, fused="residual" in rotations)
     if rotations:
         merge_rotations(model, rotations)
     if pattern.sparsity == 0:
@@ -232,6 +233,7 @@ def layer_patterns(
     layer_sparsity: LayerSparsity,
     batches: Sequence[Tensor],
     gather: Gather = gather_moments,
+    fused: bool = False,
 ) -> list[Pattern]:
     """One pattern a block: the same, or by the outlier ratios of Wanda's saliencies in the dense model (OWL).
 
@@ -241,11 +243,16 @@ def layer_patterns(
         layer_sparsity: how they share it.
         batches: calibration token ids, each (sequences, seq_len); read for `owl` only.
         gather: as in `gather_model_moments`.
+        fused: judge it with its block norms fused, as learning does where the residual stream rotates; norms with a
+            bias make a difference.
     """
     if layer_sparsity == "uniform":
         return [pattern] * len(module_at(model, family_of(model.config).blocks))
     assert isinstance(pattern, Unstructured)
     wanda = resolve_pruner("wanda")
+    if fused:
+        model = copy.deepcopy(model)
+        fuse_block_norms(model)
     moments = gather_model_moments(model, wanda, (), batches, gather)
 
     def saliency(linear: BlockLinear) -> Tensor:

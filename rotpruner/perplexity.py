@@ -21,12 +21,17 @@ def windows(input_ids: Tensor, seq_len: int, max_tokens: int | None = None) -> T
     """Cut ids (tokens,) into non-overlapping windows (count, seq_len); what does not fill one is dropped.
 
     Raises:
-        InputError: `seq_len` < 2, `max_tokens` < 1, or the text does not fill one window.
+        InputError: `seq_len` < 2, `max_tokens` < `seq_len`, or the text does not fill one window.
     """
+    if input_ids.ndim != 1:
+        raise InputError(f"input_ids of shape {tuple(input_ids.shape)} are not one text's (tokens,); take one row")
     if seq_len < 2:
         raise InputError(f"seq_len {seq_len} is too small; a window needs 2 tokens or more to have a target")
-    if max_tokens is not None and max_tokens < 1:
-        raise InputError(f"max_tokens {max_tokens} is not positive; leave it out to take the whole text")
+    if max_tokens is not None and max_tokens < seq_len:
+        raise InputError(
+            f"max_tokens {max_tokens} is less than one window of seq_len {seq_len}; give at least that, or leave it "
+            "out to take the whole text"
+        )
     used = input_ids[:max_tokens]
     count = len(used) // seq_len
     if count == 0:

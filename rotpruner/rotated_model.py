@@ -93,8 +93,10 @@ class RotatedModel(nn.Module):
         self.moments: dict[str, Moment] = {}
         #: One for each block; `calibrate` shares the sparsity out.
         self.patterns = [] if isinstance(pattern, Slice) else [pattern] * base.config.num_hidden_layers
-        #: The rotations in which the masks of the moment were chosen; they determine the masks.
+        #: The rotations in which the masks of the moment were chosen, and the CPU's random state then, from which
+        #: pruners of one's own may draw; they determine the masks.
         self.mask_rotations: RotationSet | None = None
+        self.mask_rng_state: Tensor | None = None
         #: The share of each block's mask entries that flipped at the last refresh.
         self.block_flips: list[float] = []
         self._dense_states = DenseStates(self._run_dense, self.ranks)
@@ -224,8 +226,13 @@ class RotatedModel(nn.Module):
         return groups
 
     def learned(self) -> Learned:
-        """What has been learned so far, for `prune_model`; without gradients."""
+        """What has been learned so far, for `prune_model`; without gradients.
+
+        Raises:
+            InputError: learning has diverged.
+        """
         rotations = {space: Q.detach() for space, Q in self.rotations().items()}
+        _check_finite(rotations)
         # Pruners that rebuild the outputs of what they have pruned get the statistics of pruned predecessors.
         moments = None if self.pruner.rebuilds else self.moments
         return Learned(rotations, moments, self.learned_masks(), self.patterns)
@@ -252,10 +259,9 @@ class RotatedModel(nn.Module):
         chosen_in = {
             space: Q.detach().clone() for space, Q in (self.rotations() if rotations is None else rotations).items()
         }
-        if not all(Q.isfinite().all() for Q in chosen_in.values()):
-            raise InputError("the rotations are NaN or infinite: learning has diverged, lower the optimiser's rate")
+        _check_finite(chosen_in)
         self._check_calibrated()
-        self.mask_rotations = chosen_in
+        self.mask_rotations, self.mask_rng_state = chosen_in, torch.get_rng_state()
         if isinstance(self.pattern, Slice):
             return 0.0
         flipped = [0] * self.base.config.num_hidden_layers
@@ -337,3 +343,8 @@ class RotatedModel(nn.Module):
     def _run_dense(self, input_ids: Tensor) -> Tensor:
         with self.dense():
             return self._states(input_ids)
+
+
+def _check_finite(rotations: RotationSet) -> None:
+    if not all(Q.isfinite().all() for Q in rotations.values()):
+        raise InputError("the rotations are NaN or infinite: learning has diverged, lower the optimiser's rate")

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from rotpruner.errors import InputError
 from rotpruner.families import family_of
-from rotpruner.fusion import final_bias, folded, folded_head, reset_block_norms, reset_final_norm, untie
+from rotpruner.fusion import check_foldable, final_bias, folded, folded_head, reset_block_norms, reset_final_norm, untie
 from rotpruner.layout import BlockLinear, block_linears, module_at, residual_boundaries
 from rotpruner.orthogonal import (
     Constraint,
@@ -263,7 +263,10 @@ def merge_rotations(model: nn.Module, rotations: Mapping[str, Tensor]) -> None:
     device = module_at(model, family.head).weight.device
     rotations = {space: (Q.double() if turns(space) else Q).to(device) for space, Q in rotations.items()}
     first, last = residual_at(model.config, rotations, 0), residual_at(model.config, rotations, -1)
-    final = None if first is None else final_bias(model)  # which may refuse: before anything is changed
+    final = None
+    if first is not None:
+        check_foldable(model)  # before anything is changed
+        final = final_bias(model)
     for linear in block_linears(model.config):
         module = module_at(model, linear.name)
         reads, writes = sides(model.config, rotations, linear)

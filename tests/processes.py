@@ -21,10 +21,20 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from rotpruner.distributed import Ranks
 from rotpruner.errors import InputError
 from rotpruner.oneshot import pattern_of, sparsity_of
+from rotpruner.pruners import Pruner
 
 # Children are forked from a server that has imported everything and computed nothing: starting one is cheap.
 PROCESSES = multiprocessing.get_context("forkserver")
 PROCESSES.set_forkserver_preload(["experiments.fit"])
+
+
+class Drawing(Pruner):
+    """Draws its masks from the CPU's random state."""
+
+    needs = "nothing"
+
+    def saliency(self, weight, moment):
+        return torch.rand(weight.shape)
 
 
 class SignalAt(Callback):

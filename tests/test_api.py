@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from importlib import import_module
 
 import pytest
@@ -168,6 +169,35 @@ def test_objectives_surrogates_and_layer_sparsity_reach_what_learns(tokenizer, t
         kept = [sum(int((w != 0).sum()) for w in block.parameters()) for block in shared_out.model.layers]
         assert kept[0] != kept[1]
         assert sparsity_of(shared_out) == pytest.approx(0.5, abs=0.01)
+
+
+def test_compensate_takes_the_first_sequences(tokenizer, texts, monkeypatch):
+    seen = []
+    monkeypatch.setattr("rotpruner.api.compensate_weights", lambda pruned, dense, fitted, **_: seen.extend(fitted))
+    settings = dict(num_sequences=4, seq_len=32, rotate="none", seed=3)
+    rotpruner.prune(tiny_llama(), tokenizer, texts, **settings, compensate=2)
+    rows = rotpruner.api._calibration_rows(tokenizer, texts, 4, 32, 3)
+    assert torch.equal(torch.cat(seen), rows[:2])
+
+
+def test_scope_reaches_the_masks(tokenizer, texts):
+    settings = dict(num_sequences=2, seq_len=32, pattern=0.5, steps=1)
+    for scope, alike in (("row", True), ("layer", False)):
+        pruned = rotpruner.prune(tiny_llama(), tokenizer, texts, **settings, scope=scope)
+        kept = (pruned.model.layers[0].mlp.up_proj.weight != 0).sum(1)
+        assert (len(kept.unique()) == 1) is alike
+
+
+def test_learning_that_diverges_at_its_last_step_leaves_no_rotations_behind(tokenizer, texts, tmp_path, monkeypatch):
+    def diverge(rotated, *_, **__):
+        for parameter in rotated.rotations.parameters():
+            parameter.data.fill_(math.nan)
+
+    monkeypatch.setattr("rotpruner.api.learn", diverge)
+    settings = dict(num_sequences=2, seq_len=32, steps=3, rotations_directory=tmp_path / "rotations")
+    with pytest.raises(rotpruner.InputError, match="learning has diverged"):
+        rotpruner.prune(tiny_llama(), tokenizer, texts, **settings)
+    assert not (tmp_path / "rotations").exists()
 
 
 def test_all_that_takes_long_shows_its_progress(tokenizer, texts):

@@ -89,6 +89,16 @@ def test_a_data_module_goes_on_whenever_its_checkpoint_is_read(made_before, text
     assert torch.equal(next(iter(loader))["index"], next(handed_out)["index"])
 
 
+def test_a_data_module_that_is_asked_again_goes_on_and_begins_anew_with_a_fit(text_file, model_directory):
+    module = CalibrationDataModule(str(text_file), 6, 8, 2, model=str(model_directory))
+    first = indices(module.train_dataloader())
+    again = indices(module.train_dataloader())
+    assert again != first
+    assert module.sequences_learned == 12
+    module.setup()
+    assert indices(module.train_dataloader()) == first
+
+
 def test_epochs_and_seeds_differ():
     batches = make(16, 4)
     epochs = [indices(batches) for _ in range(3)]

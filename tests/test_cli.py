@@ -85,6 +85,8 @@ def test_fit_of_the_papers_placement_counts_what_stays_online(fit, capsys):
     assert type(model).__name__ == "RotatedLlamaForCausalLM"
     changes = 2 * model.config.num_hidden_layers
     assert learned["online_flops"] == 2 * changes * model.config.hidden_size**2
+    drawn = json.loads((run / "results.json").read_text())["rows"][-2]
+    assert (drawn["name"], drawn["online_flops"]) == ("random_rotation", learned["online_flops"])
     assert "online" in capsys.readouterr().err
     assert "trust_remote_code=True" in (run / "export" / "README.md").read_text()
     assert (run / "export" / "modeling_rotated.py").is_file()
@@ -161,7 +163,7 @@ def test_pruner_row_equals_the_prune_command(fit, prune, capsys, test_text_file)
 
 @pytest.mark.parametrize(
     ("pruner", "statistics", "compensate"),
-    [("wanda", "dense", 0), ("sparsegpt", "sequential", 0), ("wanda", "dense", 3)],
+    [("wanda", "dense", 0), ("sparsegpt", "sequential", 0), ("wanda", "dense", 2)],
 )
 def test_the_export_is_what_the_prune_command_gives_on_the_first_sequences(pruner, statistics, compensate, fit, prune):
     """The pruner sees `statistics_sequences`, not all that is learned on; if it rebuilds, pruned predecessors."""
@@ -173,6 +175,21 @@ def test_the_export_is_what_the_prune_command_gives_on_the_first_sequences(prune
     for one, other in zip(*(load_model(path).parameters() for path in (run / "export", output)), strict=True):
         torch.testing.assert_close(one, other)
     assert row.get("step_length", 0) > 0 if compensate else "step_length" not in row
+
+
+def test_a_fit_prunes_in_the_scope_that_it_is_told(fit):
+    _, run = fit("--model.pattern", "0.5", "--model.scope", "layer", "--trainer.callbacks.init_args.controls", "[]")
+    kept = (load_model(run / "export").model.layers[0].self_attn.q_proj.weight != 0).sum(1)
+    assert len(kept.unique()) > 1
+
+
+def test_a_fit_does_not_write_over_the_rotations_that_it_starts_from(fit, prune, capsys, tmp_path):
+    _, run = fit()
+    (tmp_path / "again").mkdir()
+    shutil.move(run / "rotations", tmp_path / "again" / "rotations")
+    more = ["--trainer.default_root_dir", str(tmp_path / "again")]
+    assert fit(*more, "--model.init_rotations", str(tmp_path / "again" / "rotations"))[0] == 2
+    assert "would be replaced by what it writes" in " ".join(capsys.readouterr().err.split())
 
 
 def test_scope_update_and_seed_are_not_ignored(prune, tmp_path):

@@ -13,17 +13,18 @@ import pytest
 import torch
 import toy_family
 from tiny_models import GATED, tiny
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, OPTConfig, OPTForCausalLM
 
 from experiments.__main__ import PLUGINS
 from rotpruner.errors import InputError
-from rotpruner.families import LLAMA, LinearSpec, register_family
+from rotpruner.families import LLAMA, OPT, LinearSpec, register_family
 from rotpruner.layout import linear_modules
 from rotpruner.model_card import pruner_name
 from rotpruner.oneshot import prune_model
 from rotpruner.patterns import parse_pattern
 from rotpruner.pruners import resolve_pruner
 from rotpruner.pruners.sparsegpt import SparseGPT
+from rotpruner.rotations import merge_rotations, random_rotations
 
 q, k, v, o, gate, up, down = LLAMA.linears
 
@@ -57,6 +58,20 @@ def test_a_table_of_other_modules_is_named():
     register_family(replace(LLAMA, model_types=("elsewhere",), linears=linears))
     with pytest.raises(InputError, match=r"family table of elsewhere.*out.*mend the table"):
         linear_modules(LlamaForCausalLM(Elsewhere(**GATED)))
+
+
+def test_a_bias_that_no_linear_could_take_up_is_refused_before_anything_changes():
+    class Unbiased(OPTConfig):
+        model_type = "unbiased"
+
+    register_family(replace(OPT, model_types=("unbiased",), refusals={}))
+    settings = tiny("opt").config.to_dict() | {"model_type": "unbiased", "enable_bias": False}
+    unbiased = OPTForCausalLM(Unbiased(**settings))
+    before = {name: weight.clone() for name, weight in unbiased.state_dict().items()}
+    with pytest.raises(InputError, match=r"layers.0.self_attn.q_proj has no bias .* leave the space 'residual' out"):
+        merge_rotations(unbiased, random_rotations(unbiased.config, ["residual"], seed=0))
+    for name, weight in unbiased.state_dict().items():
+        assert torch.equal(weight, before[name]), name
 
 
 def test_a_pruner_takes_arguments_by_name():

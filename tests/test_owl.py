@@ -94,10 +94,11 @@ def test_a_spread_out_of_bounds_is_refused(sparsity: float, spread: float):
         outlier_sparsities([layer(1)], sparsity, spread=spread)
 
 
+@pytest.mark.parametrize("name", ["llama-2", "opt"])  # the latter's norms have biases
 @torch.no_grad()
-def test_learning_and_pruning_share_the_sparsity_out_alike():
+def test_learning_and_pruning_share_the_sparsity_out_alike(name):
     """Masks of a fit under OWL are those of one-shot pruning with the same statistics, in the learned basis."""
-    model = tiny("llama-2")
+    model = tiny(name)
     batches = torch.randint(0, 64, (4, 16), generator=torch.Generator().manual_seed(0)).split(1)
     pruner, pattern = resolve_pruner("wanda"), Unstructured(0.5)
     rotations = LearnedRotations(model.config, ["residual"], start="random")
@@ -107,9 +108,11 @@ def test_learning_and_pruning_share_the_sparsity_out_alike():
     sparsities = [each.sparsity for each in online.patterns]
     assert sum(sparsities) / 2 == pytest.approx(0.5)
     assert sparsities[0] != sparsities[1]
+    found = layer_patterns(model, pattern, "owl", batches, fused=True)
+    assert [each.sparsity for each in found] == sparsities
     prune_model(model, pruner, pattern, batches, rotations(), online.moments, layer_sparsity="owl")
     for linear in online.linears:
         kept = model.get_submodule(linear.place.name).weight != 0
         assert (kept == linear.mask).float().mean() > 0.995  # float32 products against float64 ones
     with pytest.raises(InputError, match="unstructured"):
-        RotatedModel(tiny("llama-2"), rotations, pruner, NM(2, 4), layer_sparsity="owl")
+        RotatedModel(tiny(name), rotations, pruner, NM(2, 4), layer_sparsity="owl")

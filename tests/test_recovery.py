@@ -7,9 +7,10 @@ import json
 import math
 import re
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -18,6 +19,7 @@ import wandb
 import yaml
 from huggingface_hub import metadata_load
 from lightning import Trainer
+from processes import command, start_ranks
 from safetensors.torch import load_file
 from tiny_models import exact, tiny, tiny_ids
 from wandb_file import OfflineRun
@@ -196,7 +198,7 @@ def recover(model_directory, text_file, test_text_file, tmp_path):
     config["trainer"]["callbacks"][2]["init_args"] = {"texts": [str(test_text_file)], "seq_len": 32, "max_tokens": 256}
     (tmp_path / "recovery.yaml").write_text(yaml.safe_dump(config))
 
-    def run(name: str, *overlays: Path, more: Sequence[str] = ()):
+    def run(name: str, *overlays: Path, more: Sequence[str] = (), by: Callable[[list[str]], Any] = main):
         settings = {
             "--model.model": pruned,
             "--model.teacher": model_directory,
@@ -210,7 +212,7 @@ def recover(model_directory, text_file, test_text_file, tmp_path):
         }
         given = [str(item) for pair in settings.items() for item in pair]
         files = [item for file in (tmp_path / "recovery.yaml", *overlays) for item in ("-c", str(file))]
-        return main(["recover", *files, *given, *more]), tmp_path / name
+        return by(["recover", *files, *given, *more]), tmp_path / name
 
     return run
 
@@ -319,6 +321,30 @@ def test_the_pattern_of_a_pruned_model_is_seen(pattern):
     model = tiny("smollm2")
     prune_model(model, resolve_pruner("magnitude"), parse_pattern(pattern))
     assert pattern_of(model) == pattern
+
+
+def test_two_ranks_recover_what_one_process_recovers(recover, tmp_path):
+    """By SGD, which unlike Adam does not blow up what float32 makes of another order of summation."""
+    more = ["--model.optimizer", "{class_path: torch.optim.SGD, init_args: {lr: 1.0}}"]
+    status, one = recover("one", more=[*more, "--data.batch_size", "4"])
+    assert status == 0
+    more += ["--trainer.devices", "2", "--trainer.strategy", "ddp", "--data.batch_size", "2"]
+    more += ["--model.gradient_checkpointing", "true"]
+    statuses, two = recover("two", more=more, by=lambda arguments: start_ranks(arguments, target=command))
+    assert statuses == [0, 0]
+    before, first, second = (load_model(path) for path in (tmp_path / "pruned", one / "export", two / "export"))
+    moved = 0.0
+    for start, weight, other in zip(before.parameters(), first.parameters(), second.parameters(), strict=True):
+        moved = max(moved, (weight - start).abs().max().item())
+        torch.testing.assert_close(other, weight, atol=1e-5, rtol=0)
+    assert moved > 1e-2
+    budgets = [json.loads((run / "results.json").read_text())["budget"] for run in (one, two)]
+    assert budgets[0] == budgets[1]
+
+
+def test_warming_up_for_the_whole_run_is_refused(recover, capsys):
+    assert recover("run", more=["--model.warmup_steps", "6"])[0] == 2
+    assert "warmup_steps 6 leave none of the run's 6 steps" in " ".join(capsys.readouterr().err.split())
 
 
 def test_an_interrupted_recovery_goes_on_to_the_same_weights(recover, monkeypatch):

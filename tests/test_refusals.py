@@ -107,7 +107,7 @@ def test_prune_refuses_rotations_of_another_model(prune, fit, capsys, tmp_path, 
 
 
 def test_prune_refuses_what_a_slice_or_masks_would_ignore(prune, capsys, tmp_path):
-    for changes in (dict(update="sparsegpt"), dict(statistics="dense"), dict(scope="layer")):
+    for changes in (dict(update="sparsegpt"), dict(statistics="dense")):
         # `pruner` has a default in the fixture, and comes first among what a slice refuses.
         arguments = ["prune", "--model", "smollm2-135m", "--pattern", "slice:0.3", "--output", str(tmp_path / "x")]
         assert main([*arguments, *(item for key, value in changes.items() for item in (f"--{key}", value))]) == 2
@@ -147,7 +147,8 @@ def test_a_full_disk_is_one_line(prune, capsys, tmp_path):
         (["--seq_len", "0"], ["0", "seq_len"]),
         (["--seq_len", "500"], ["500", "128"]),
         (["--max_tokens", "-1"], ["-1"]),
-        (["--max_tokens", "20"], ["20", "too short"]),
+        (["--max_tokens", "20"], ["max_tokens 20", "seq_len 32", "leave it out"]),
+        (["--limit", "2"], ["--limit", "--tasks"]),
         (["--banana"], ["banana"]),
     ],
     ids=lambda value: "".join(value[:2]),

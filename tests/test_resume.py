@@ -67,6 +67,19 @@ def test_killed_and_resumed_runs_end_bit_for_bit_alike(kills, config, tmp_path):
             assert not torch.equal(Q, rest.expand_as(Q)), "nothing was learned"
 
 
+def test_a_pruner_that_draws_its_masks_goes_on_with_those_that_it_drew(config, tmp_path):
+    """Killed behind a checkpoint of step 8, whose masks are those of step 5."""
+    config.write_text(config.read_text().replace("start: permutation", "start: random\n  pruner: processes.Drawing"))
+    found = []
+    for run, kills in (("whole", []), ("killed", [SignalAt(9, "on_before_optimizer_step")])):
+        arguments = ["-c", str(config), "--trainer.default_root_dir", str(tmp_path / run)]
+        assert [start(arguments, kill) for kill in kills] == [-signal.SIGKILL] * len(kills)
+        assert start(arguments) == 0
+        found.append(load_file(tmp_path / run / "rotations" / "rotations.safetensors"))
+    for space, Q in found[0].items():
+        assert torch.equal(found[1][space], Q), space
+
+
 @pytest.mark.parametrize("name", ["gumbel", pytest.param("sigmoid", marks=pytest.mark.slow)])
 def test_surrogates_that_anneal_go_on_bit_for_bit(name, config, tmp_path):
     config.write_text(config.read_text().replace("{name: sr_ste}", f"{{name: {name}, lr: 0.2}}"))
