@@ -70,7 +70,11 @@ class Finish(Ending):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Refuse a control that would be what it is a control of."""
         super().setup(trainer, pl_module, stage)
-        if "no_update" in self.controls and not pl_module.compensate:
+        self.check(pl_module)
+
+    def check(self, module: Any) -> None:
+        """Raise `InputError` if a control would be what it is a control of."""
+        if "no_update" in self.controls and not module.compensate:
             raise InputError("controls: no_update is rotpruner itself where compensate is 0: leave it out")
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:

@@ -15,6 +15,7 @@ import sys
 import uuid
 import warnings
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from pkgutil import resolve_name
 from typing import Any
@@ -166,14 +167,9 @@ class FitCLI(LightningCLI):
         return _filled(known, defaults)
 
     def instantiate_classes(self) -> None:
-        """Build everything; the parser wraps what a callback's constructor refuses, once for each type it tries."""
-        try:
+        """Build everything."""
+        with plain_refusals():
             super().instantiate_classes()
-        except ValueError as error:
-            cause: BaseException | None = error
-            while cause is not None and not isinstance(cause, InputError):
-                cause = cause.__cause__ or cause.__context__
-            raise cause or error from None
 
     def instantiate_trainer(self, **kwargs: Any) -> Any:
         """Log to CSV files in the run directory, from which reports are made, besides loggers that are asked for."""
@@ -192,6 +188,18 @@ class FitCLI(LightningCLI):
                 "under any number of processes"
             )
         return trainer
+
+
+@contextmanager
+def plain_refusals() -> Iterator[None]:
+    """For a `with` block: the parser wraps what a constructor refuses, once for each type it tries."""
+    try:
+        yield
+    except ValueError as error:
+        cause: BaseException | None = error
+        while cause is not None and not isinstance(cause, InputError):
+            cause = cause.__cause__ or cause.__context__
+        raise cause or error from None
 
 
 def check_limited(trainer: Any) -> None:
@@ -240,7 +248,7 @@ def _what_is_learned(config: dict[str, Any], finished: bool) -> dict[str, Any]:
         places["data"].add("batch_size")
     trainer = config.get("trainer", {})
     if isinstance(trainer.get("callbacks"), list):
-        others = [callback for callback in trainer["callbacks"] if not is_one_of(callback["class_path"], _WATCHING)]
+        others = [callback for callback in trainer["callbacks"] if not _is_one_of(callback["class_path"], _WATCHING)]
         config = {**config, "trainer": {**trainer, "callbacks": others}}
     return {
         part: {key: value for key, value in settings.items() if key not in places[part]} if part in places else settings
@@ -248,7 +256,7 @@ def _what_is_learned(config: dict[str, Any], finished: bool) -> dict[str, Any]:
     }
 
 
-def is_one_of(class_path: str, classes: type | tuple[type, ...]) -> bool:
+def _is_one_of(class_path: str, classes: type | tuple[type, ...]) -> bool:
     """Whether a class that a configuration names is one of some, or a subclass; one that is gone is none."""
     try:
         named = resolve_name(class_path)

@@ -2,40 +2,37 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
-from importlib import import_module
-from inspect import signature
 from typing import Any
 
 import torch
 from jsonargparse import Namespace
 
+from callbacks.ending import Ending
 from callbacks.finish import Finish
-from datamodules.calibration import CalibrationDataModule
-from experiments.fit import FitCLI, check_limited, is_one_of
+from experiments.fit import FitCLI, check_limited, plain_refusals
 from experiments.gpus import dtype_on
 from experiments.planning.sizes import Setup
-from rotpruner.basis import check_offload
+from lightning_modules.rotation_module import RotationModule
 from rotpruner.batches import CalibrationBatches
-from rotpruner.choices import Choices
-from rotpruner.compensation import check_compensation
 from rotpruner.errors import InputError
-from rotpruner.loading import check_pattern, check_seq_len, load_config, meta_model
-from rotpruner.objectives import Objective
-from rotpruner.patterns import parse_pattern
 from rotpruner.placements import turns
-from rotpruner.pruners import resolve_pruner
-from rotpruner.surrogates import Surrogate
+
+#: Tokens of WikiText-2's test split, about.
+_WHOLE_TEXT = 300_000
 
 
-class SettingsCLI(FitCLI):
-    """`fit`'s options, read and checked for their form; nothing is built and no run directory is looked at."""
+class PlanCLI(FitCLI):
+    """`fit`'s options, from which everything but the Trainer is built; no run directory is looked at."""
+
+    built: Any
 
     def before_instantiate_classes(self) -> None:
         """Leave the run directory alone."""
 
     def instantiate_classes(self) -> None:
-        """Build nothing."""
+        """Build what checks itself: the module, which loads no weights yet, its data, and the callbacks."""
+        with plain_refusals():
+            self.built = self.parser.instantiate_classes(self.config)
 
 
 def read_setup(arguments: list[str], gpu: str, count: int | None) -> tuple[Setup, Namespace]:
@@ -47,60 +44,48 @@ def read_setup(arguments: list[str], gpu: str, count: int | None) -> tuple[Setup
     Raises:
         InputError: as the fit would, before it loads weights.
     """
-    settings = SettingsCLI(arguments).config
-    model, data, trainer = settings.model, settings.data, settings.trainer
+    cli = PlanCLI(arguments)
+    trainer, data = cli.config.trainer, cli.built.data
+    module: RotationModule = cli.built.model
     count = count or _processes(trainer)
-    config, optimizer = load_config(model.model), _trial(model)
-    check_pattern(meta_model(config), parse_pattern(model.pattern, model.scope))
-    choices = Choices(
-        pattern=parse_pattern(model.pattern, model.scope),
-        pruner=resolve_pruner(model.pruner),
-        layer_sparsity=model.layer_sparsity,
-        objective=Objective(**_plain(model.objective)),
-        surrogate=Surrogate(**_plain(model.surrogate)),
-        spaces=model.spaces,
-        placement=model.placement,
-        orthogonal_map=model.orthogonal_map,
-        start=model.start if model.init_rotations is None else None,
-    )
-    choices.check(config, optimizer)
-    check_seq_len(config, data.seq_len)
-    CalibrationDataModule(**{name: data[name] for name in signature(CalibrationDataModule).parameters})
-    statistics_sequences = data.statistics_sequences or data.num_sequences
-    check_compensation(model.compensate, statistics_sequences, choices.pattern)
-    if choices.surrogate.anneals:
-        raise InputError(
-            f"plan knows no formulas of surrogate {choices.surrogate.name}; ask for sr_ste, which takes less"
-        )
     sharded = count > 1 and _shards(trainer.strategy)
-    check_offload(model.offload, model.gradient_checkpointing, sharded)
+    module.check(data.seq_len, data.statistics_sequences, sharded)
+    endings = [callback for callback in cli.built.trainer.callbacks or () if isinstance(callback, Ending)]
+    for ending in endings:
+        if isinstance(ending, Finish):
+            ending.check(module)
+    if module.surrogate.anneals:
+        raise InputError(
+            f"plan knows no formulas of surrogate {module.surrogate.name}; ask for sr_ste, which takes less"
+        )
     setup = Setup(
-        config=config,
-        pruner=choices.pruner,
-        pattern=choices.pattern,
-        spaces=tuple(space for space in model.spaces if turns(space)),  # orders take bytes, and no time to speak of
-        placement=model.placement,
-        orthogonal_map=model.orthogonal_map,
-        start=choices.start or "identity",
-        layer_sparsity=model.layer_sparsity,
-        compensate=model.compensate,
-        objective=choices.objective,
-        dtype=dtype_on(model.base_dtype, gpu),
+        config=module.model_config,
+        pruner=module.pruner,
+        pattern=module.pattern,
+        spaces=tuple(space for space in module.spaces if turns(space)),  # orders take bytes, and no time to speak of
+        placement=module.placement,
+        orthogonal_map=module.orthogonal_map,
+        start=module.start if module.init_rotations is None else "identity",
+        layer_sparsity=module.layer_sparsity,
+        compensate=module.compensate,
+        objective=module.objective,
+        dtype=dtype_on(cli.config.model.base_dtype, gpu),
         seq_len=data.seq_len,
         batch_size=data.batch_size,
         num_sequences=data.num_sequences,
-        statistics_sequences=statistics_sequences,
-        test_tokens=_test_tokens(trainer),
+        statistics_sequences=data.statistics_sequences,
+        # One that is used whole is taken for WikiText-2's test split.
+        test_tokens=max((ending.max_tokens or _WHOLE_TEXT for ending in endings), default=0),
         steps=_steps(trainer, data, count),
-        gradient_checkpointing=model.gradient_checkpointing,
-        offload=model.offload,
-        optimizer_states=_states(optimizer),
-        keeps_unmasked=choices.surrogate.keeps_unmasked,
+        gradient_checkpointing=module.gradient_checkpointing,
+        offload=module.offload,
+        optimizer_states=_states(module.optimizer_of([torch.nn.Parameter(torch.eye(4))])),
+        keeps_unmasked=module.surrogate.keeps_unmasked,
         ranks=count,
         sharded=sharded,
         device="cpu" if gpu == "cpu" else "gpu",
     )
-    return setup, model
+    return setup, cli.config.model
 
 
 def _processes(trainer: Any) -> int:
@@ -110,12 +95,6 @@ def _processes(trainer: Any) -> int:
     if isinstance(devices, list):
         return len(devices) * trainer.num_nodes
     return trainer.num_nodes * (max(1, int(devices)) if str(devices).isdigit() else 1)
-
-
-def _test_tokens(trainer: Any) -> int:
-    """Of the longest text at the end; one that is used whole is taken for WikiText-2's test split, of about 300,000."""
-    endings = [callback for callback in trainer.callbacks or () if is_one_of(callback.class_path, Finish)]
-    return max((callback.init_args.max_tokens or 300_000 for callback in endings), default=0)
 
 
 def _steps(trainer: Any, data: Any, ranks: int) -> int:
@@ -134,27 +113,10 @@ def _steps(trainer: Any, data: Any, ranks: int) -> int:
     return min(limits)
 
 
-def _plain(settings: Any) -> dict[str, Any]:
-    """A dataclass or what the parser made of its settings, as a dictionary."""
-    if hasattr(settings, "as_dict"):
-        settings = settings.as_dict()
-        return settings.get("init_args", settings)
-    return asdict(settings)
-
-
 def _shards(strategy: Any) -> bool:
     """Whether a Trainer's strategy spreads the weights."""
     name = strategy if isinstance(strategy, str) else getattr(strategy, "class_path", "")
     return "ModelParallel" in name
-
-
-def _trial(model: Any) -> torch.optim.Optimizer:
-    """The optimiser that a fit's settings name, of one orthogonal matrix."""
-    path, settings = "torch.optim.Adam", {}
-    if hasattr(model.optimizer, "class_path"):
-        path, settings = model.optimizer.class_path, dict(model.optimizer.get("init_args") or {})
-    module, _, name = path.rpartition(".")
-    return getattr(import_module(module), name)([torch.nn.Parameter(torch.eye(4))], **settings)
 
 
 def _states(optimizer: torch.optim.Optimizer) -> int:

@@ -115,8 +115,6 @@ class RotationModule(LightningModule):
         self.pruner = resolve_pruner(pruner)
         self.pattern = parse_pattern(pattern, scope)
         self.compensate = compensate
-        check_compensation(compensate, None, self.pattern)
-        check_offload(offload, gradient_checkpointing)
         self.layer_sparsity, self.cache_dense = layer_sparsity, cache_dense
         self.model_name, self.spaces = model, spaces
         config = load_config(model)
@@ -133,12 +131,14 @@ class RotationModule(LightningModule):
             start=start if init_rotations is None else None,
         )
         choices.check(config, optimizer([torch.nn.Parameter(torch.eye(2))]))
+        check_compensation(compensate, None, self.pattern)
+        check_offload(offload, gradient_checkpointing)
         self.placement: Placement = placement
         if init_rotations is not None:
             given = Rotations.from_pretrained(init_rotations)
             given.check_config(config)
             check_going_on(given, spaces, residual_sites(config, placement) if "residual" in spaces else 0)
-        self._config = config
+        self.model_config = config
         self.orthogonal_map, self.start, self.seed = orthogonal_map, start, seed
         self.init_rotations = init_rotations
         self.surrogate, self.objective = surrogate, objective
@@ -160,20 +160,28 @@ class RotationModule(LightningModule):
                 f"tensor_parallel_size {self.device_mesh['tensor_parallel'].size()} splits single weights; "
                 "set it to 1 and data_parallel_size to the number of processes"
             )
-        if self.device_mesh is not None and self.surrogate.learns_masks:
-            raise InputError("surrogate gumbel learns masks, which ModelParallelStrategy does not share out; use ddp")
-        if self.device_mesh is not None and self.orthogonal_map == "manifold":
-            raise InputError(
-                "CayleySGD moves whole matrices, which ModelParallelStrategy shards; use ddp, or Adam and "
-                "orthogonal_map cayley"
-            )
-        check_offload(self.offload, self.gradient_checkpointing, self.device_mesh is not None)
         check_schedule(self._lr_scheduler, self)
         if self.surrogate.anneals and endless(self):
             raise InputError(f"surrogate {self.surrogate.name} anneals over the run, which has no end; set max_steps")
         data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
-        check_compensation(self.compensate, data.statistics_sequences, self.pattern)
-        check_seq_len(self._config, data.seq_len)
+        self.check(data.seq_len, data.statistics_sequences, self.device_mesh is not None)
+
+    def check(self, seq_len: int, statistics_sequences: int, sharded: bool) -> None:
+        """Raise `InputError` if it cannot learn from such data, or with weights that are spread over processes."""
+        check_seq_len(self.model_config, seq_len)
+        check_compensation(self.compensate, statistics_sequences, self.pattern)
+        check_offload(self.offload, self.gradient_checkpointing, sharded)
+        if sharded and self.surrogate.learns_masks:
+            raise InputError("surrogate gumbel learns masks, which ModelParallelStrategy does not share out; use ddp")
+        if sharded and self.orthogonal_map == "manifold":
+            raise InputError(
+                "CayleySGD moves whole matrices, which ModelParallelStrategy shards; use ddp, or Adam and "
+                "orthogonal_map cayley"
+            )
+
+    def optimizer_of(self, parameters: list[Any]) -> torch.optim.Optimizer:
+        """The optimiser of some parameters or groups of them."""
+        return self._optimizer(parameters)
 
     def configure_model(self) -> None:
         """Load the base model and put it under rotations, once; sharded if the strategy has a device mesh."""
@@ -212,7 +220,7 @@ class RotationModule(LightningModule):
 
     def configure_optimizers(self) -> Any:
         """Only the rotations learn, and a surrogate's logits."""
-        return with_schedule(self._optimizer(self.rotated.parameter_groups()), self._lr_scheduler, self.trainer)
+        return with_schedule(self.optimizer_of(self.rotated.parameter_groups()), self._lr_scheduler, self.trainer)
 
     def on_fit_start(self) -> None:
         """Gather the calibration statistics, on all ranks together."""

@@ -9,6 +9,13 @@ import pytest
 from experiments.__main__ import main
 from experiments.plan_setup import read_setup
 from experiments.planning.memory import memory_plan
+from rotpruner.loading import load_model
+from rotpruner.rotation_artifact import Rotations
+from rotpruner.rotations import random_rotations
+
+FINISH = ["--trainer.callbacks+", "callbacks.finish.Finish"]
+SHARDED = ["--trainer.strategy", "lightning.pytorch.strategies.ModelParallelStrategy", "--count", "2"]
+ON_THE_MANIFOLD = ["--model.optimizer", "{class_path: rotpruner.optimizers.CayleySGD, init_args: {lr: 0.1}}"]
 
 
 @pytest.mark.parametrize(
@@ -37,6 +44,12 @@ def test_steps_are_those_of_whichever_limit_comes_first(options, count, steps, m
         (["--data.calibration", "nowhere.txt"], "nowhere.txt"),
         (["--trainer.max_steps", "-1", "--trainer.max_epochs", "-1"], "no last step"),
         ([], "nothing says how long to learn"),
+        (["--model.init_rotations", "nowhere"], "nowhere"),
+        (["--model.compensate", "11"], "compensate 11 is more than the 10"),
+        ([*FINISH, "--trainer.callbacks.controls", "[no_update]"], "no_update is rotpruner itself"),
+        ([*FINISH, "--trainer.callbacks.texts", "[nowhere.txt]"], "nowhere.txt"),
+        ([*SHARDED, "--model.surrogate.name", "gumbel"], "gumbel learns masks"),
+        ([*SHARDED, "--model.orthogonal_map", "manifold", *ON_THE_MANIFOLD], "CayleySGD moves whole matrices"),
     ],
 )
 def test_plan_refuses_the_data_that_a_fit_refuses(options, mention, model_directory, text_file, capsys):
@@ -53,7 +66,7 @@ def test_orders_of_features_are_reckoned_with(model_directory, text_file):
     assert term.amount == 12 * 48 * 32 + 16 * 2 * (32 + 16 + 16 + 48 + 48) * 32
 
 
-def test_given_rotations_need_no_orders_of_features(model_directory):
+def test_given_rotations_need_no_orders_of_features(model_directory, tmp_path):
     """The shipped config starts from permutations, which learning that goes on leaves out."""
     given = [
         "-c",
@@ -63,5 +76,9 @@ def test_given_rotations_need_no_orders_of_features(model_directory):
         "--data.seq_len",
         "32",
     ]
-    (begun, _), (gone_on, _) = (read_setup([*given, *more], "cpu", 1) for more in ([], ["--model.init_rotations", "r"]))
+    model = load_model(model_directory)
+    drawn = random_rotations(model.config, ["residual", "value_heads", "mlp"], seed=0)
+    Rotations.of(drawn, model).save_pretrained(tmp_path / "drawn")
+    going_on = ["--model.init_rotations", str(tmp_path / "drawn")]
+    (begun, _), (gone_on, _) = (read_setup([*given, *more], "cpu", 1) for more in ([], going_on))
     assert (begun.start, gone_on.start) == ("permutation", "identity")
