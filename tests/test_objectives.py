@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import Tensor
@@ -21,7 +23,7 @@ def drawn() -> tuple[Tensor, Tensor, torch.nn.Linear]:
     return student.requires_grad_(), teacher, head
 
 
-def defined(student: Tensor, teacher: Tensor, ids: Tensor, head: torch.nn.Linear) -> dict[str, Tensor]:
+def defined(student: Tensor, teacher: Tensor, ids: Tensor, head: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:
     """The terms by their definitions, of all logits at once."""
     log_p, log_q = (head(states[:, :-1]).log_softmax(-1) for states in (teacher, student))
     log_p = log_p.detach()
@@ -47,6 +49,18 @@ def test_terms_and_their_gradients_equal_their_definitions(chunk, ids, monkeypat
     gradients = torch.autograd.grad(found["loss"], learning)
     for gradient, wanted in zip(gradients, torch.autograd.grad(total, learning), strict=True):
         torch.testing.assert_close(gradient, wanted)
+
+
+def test_terms_of_16_bit_states_are_those_of_the_same_numbers_in_float64(ids):
+    """Logits are rounded by the head; nothing behind it is."""
+    student, teacher, head = drawn()
+    narrow = [each.detach().bfloat16() for each in (student, teacher)]
+    head.bfloat16()
+    found = Objective(cross_entropy=1.0, kl=1.0, cosine=1.0)(*narrow, ids, head)
+    expected = defined(*(each.double() for each in narrow), ids, lambda states: head(states.bfloat16()).double())
+    for name, value in expected.items():
+        assert found[name].dtype == torch.float32
+        torch.testing.assert_close(found[name].double(), value, rtol=1e-5, atol=0)
 
 
 def test_the_logits_of_a_chunk_are_made_once(ids, monkeypatch):

@@ -10,6 +10,7 @@ from lightning_modules.rotation_module import RotationModule
 from rotpruner.errors import InputError
 from rotpruner.optimizers import CayleySGD, nearest_orthogonal
 from rotpruner.orthogonal import OrthogonalMatrices, constraint_error, orthogonality_error, random_orthogonal
+from rotpruner.rotations import random_rotations
 
 
 def drawn(n: int, seed: int, dtype=torch.float64) -> torch.Tensor:
@@ -105,3 +106,14 @@ def test_what_does_not_fit_is_refused(model_directory):
     with pytest.raises(InputError, match="need each other"):
         RotationModule(str(model_directory), optimizer=lambda parameters: CayleySGD(parameters))
     RotationModule(str(model_directory), orthogonal_map="manifold", optimizer=lambda parameters: CayleySGD(parameters))
+
+
+@pytest.mark.parametrize("name", ["cayley", "exponential", "manifold"])
+def test_a_fits_rotations_are_of_the_map_the_start_and_the_seed_that_it_names(name, model_directory):
+    rule = (lambda parameters: CayleySGD(parameters)) if name == "manifold" else torch.optim.Adam
+    module = RotationModule(str(model_directory), orthogonal_map=name, optimizer=rule, start="random", seed=5)
+    module.configure_model()
+    rotations = module.rotated.rotations
+    assert {matrices.map_name for matrices in rotations.spaces.values()} == {name}
+    for space, Q in random_rotations(module.model_config, ["residual", "value_heads"], seed=5).items():
+        torch.testing.assert_close(rotations()[space].detach().to(Q), Q, atol=1e-5, rtol=0)

@@ -43,7 +43,8 @@ def logged(run: Path) -> dict[str, list[float]]:
     ("pruner", "offload"), [("wanda", True), pytest.param("sparsegpt", False, marks=pytest.mark.slow)]
 )
 def test_two_ranks_learn_what_one_process_learns(pruner, offload, parallel_config, tmp_path):
-    choice = ["--model.pruner", pruner]
+    choice = ["--model.pruner", pruner, "--model.start", "permutation"]
+    choice += ["--model.spaces", "[residual, value_heads, mlp]"]
     waiting = ["--model.gradient_checkpointing", "true", "--model.offload", "true"] if offload else []
     assert start([*alone(parallel_config, tmp_path / "one"), *choice], exact=True) == 0
     assert start_ranks([*together(parallel_config, tmp_path / "two"), *choice, *waiting], exact=True) == [0, 0]

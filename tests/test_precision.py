@@ -17,11 +17,29 @@ from rotpruner.errors import InputError
 from rotpruner.loading import load_model
 from rotpruner.oneshot import prune_model, sparsity_of
 from rotpruner.patterns import parse_pattern
+from rotpruner.perplexity import summed_nll
 from rotpruner.precision import fast_dtype, resolve_dtype
 from rotpruner.pruners import resolve_pruner
 from rotpruner.recovery import SparseRecovery
+from rotpruner.statistics import gather_moments
 
 CPU = torch.device("cpu")
+
+
+@torch.no_grad()
+def test_moments_and_likelihoods_of_16_bit_models_are_summed_up_in_more():
+    model, ids = tiny("llama-2").bfloat16(), torch.arange(64).view(2, 32)
+    name, seen = "model.layers.0.mlp.down_proj", []
+    linear = model.get_submodule(name)
+    linear.register_forward_pre_hook(lambda module, args: seen.append(args[0].double().flatten(0, 1)))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = gather_moments(model, {name: linear}, {name: linear.in_features}, ids.split(1))[name].full()
+    x = torch.cat(seen)
+    torch.testing.assert_close(found.double(), x.mT @ x / len(x), rtol=1e-5, atol=1e-6)
+    logits = model(input_ids=ids).logits
+    assert logits.dtype == torch.bfloat16
+    expected = -logits[:, :-1].double().log_softmax(-1).gather(-1, ids[:, 1:, None]).sum()
+    torch.testing.assert_close(summed_nll(logits, ids)[0], expected, rtol=1e-6, atol=0)
 
 
 @pytest.mark.parametrize(
