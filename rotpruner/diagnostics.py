@@ -99,7 +99,7 @@ def layer_table(
     rows = []
     for members in progress(by_group(block_linears(model.config)), "layer diagnostics"):
         # Once for the group, whose linears share what a pruner derives from it.
-        known = _passing(moments, members[0].group)
+        known = _apart(moments, members[0].group)
         moment, turned = known.get(members[0].group), rotated_moment(model.config, rotations, known, members[0])
         for place in members:
             weight, found = module_at(model, place.name).weight.float(), module_at(pruned, place.name).weight
@@ -138,7 +138,7 @@ def masked_share(rotated: RotatedModel) -> list[dict[str, Any]]:
     rotations = {space: Q.detach() for space, Q in rotated.rotations().items()}
     config, rows = rotated.base.config, []
     for linears in rotated.groups():
-        known = _passing(rotated.moments, linears[0].place.group)
+        known = _apart(rotated.moments, linears[0].place.group)
         turned = rotated_moment(config, rotations, known, linears[0].place)
         for linear in linears:
             mask = linear.mask
@@ -151,9 +151,8 @@ def masked_share(rotated: RotatedModel) -> list[dict[str, Any]]:
     return rows
 
 
-def _passing(moments: Mapping[str, Moment], group: str) -> dict[str, Moment]:
-    """The moment of a group apart from the one that stays, for what is derived from it, an inverse, is as large."""
-    return {group: Moment(moments[group].blocks)} if group in moments else {}
+def _apart(moments: Mapping[str, Moment], group: str) -> dict[str, Moment]:
+    return {group: moments[group].apart()} if group in moments else {}
 
 
 def block_means(rows: Iterable[Mapping[str, Any]], value: Callable[[Mapping[str, Any]], float]) -> dict[int, float]:

@@ -123,24 +123,21 @@ def prune_model(
     check_layer_sparsity(pattern, layer_sparsity)
     check_update(update)
     rotations = rotations or {}
-    # What each block's statistics are gathered for, if anything.
-    needs = "nothing" if moments is not None else pruner.needs
-    if update is not None:
-        needs = max(needs, update.needs, key=get_args(Needs).index)
-    reader = None
-    if isinstance(pattern, Slice):
-        reader = None if "residual" in rotations else f"pattern {pattern}"
-    elif pattern.sparsity and needs != "nothing":
-        reader = type(update or pruner).__name__
-    elif layer_sparsity == "owl" and patterns is None:
-        reader = "layer_sparsity owl"
-    if reader and not batches:
-        raise InputError(f"{reader} needs statistics, and no calibration batches are given")
     if isinstance(pattern, Slice):
         if update is not None or masks is not None or patterns:
             raise InputError(f"pattern {pattern} removes directions: leave out update, masks and patterns of weights")
+        if "residual" not in rotations:
+            _check_batches(batches, f"pattern {pattern}")
         _slice(model, pattern, batches, rotations, calibration_dtype, device, progress)
         return
+    # What is gathered of each block as its pruned predecessors leave it.
+    needs = "nothing" if moments is not None else pruner.needs
+    if update is not None:
+        needs = max(needs, update.needs, key=get_args(Needs).index)
+    if pattern.sparsity and needs != "nothing":
+        _check_batches(batches, type(update or pruner).__name__)
+    if layer_sparsity == "owl" and patterns is None:
+        _check_batches(batches, "layer_sparsity owl")
     if patterns is None:
         there = partial(moments_by_block, dtype=calibration_dtype, device=device, progress=progress)
         patterns = layer_patterns(model, pattern, layer_sparsity, batches, there, fused="residual" in rotations)
@@ -165,6 +162,12 @@ def prune_model(
             _prune_block(model, members, pruner, patterns[layer], statistics, masks, update, seen)
             if replay is not None:
                 replay.advance(layer)
+
+
+def _check_batches(batches: Sequence[Tensor], reader: str) -> None:
+    """Raise `InputError` if there are none for somebody to gather statistics from."""
+    if not batches:
+        raise InputError(f"{reader} needs statistics, and no calibration batches are given")
 
 
 def _slice(

@@ -83,8 +83,7 @@ def _importances(
 ) -> Iterator[Tensor]:
     for members in by_group(places):
         group = members[0].group
-        # Apart from the one that stays: what is derived from it, an inverse, is as large.
-        moment = Moment(moments[group].blocks) if group in moments else None
+        moment = moments[group].apart() if group in moments else None
         for place in members:
             yield pruner.importance(whole(weights[place], device).float(), moment)
 

@@ -45,6 +45,10 @@ class Moment:
         assert self.rotation is None, "moments are rotated from the basis in which they were gathered"
         return Moment(self.blocks, Q, self)
 
+    def apart(self) -> Moment:
+        """The same, not rotated, for who looks once: what is derived from it, such as an inverse, is gone with it."""
+        return Moment(self.blocks)
+
     def to(self, device: torch.device | str) -> Moment:
         """The same moment on another device."""
         moved = Moment(self.blocks.to(device))
