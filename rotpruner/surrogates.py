@@ -199,7 +199,15 @@ class Surrogate:
         return self.temperature * (self.final_temperature / self.temperature) ** progress
 
     def __call__(self, weight: Tensor, mask: Tensor) -> Tensor:
-        """W' ⊙ M with the gradient of one of `SURROGATES`; both (O, I)."""
+        """W' ⊙ M with the gradient of one of `SURROGATES`; both (O, I).
+
+        Raises:
+            InputError: it needs more than these two.
+        """
+        if self.name not in SURROGATES:
+            raise InputError(
+                f"surrogate {self.name} needs more than weight and mask: call rotpruner.surrogates.{self.name}"
+            )
         return SURROGATES[self.name](weight, mask, self.decay)
 
 

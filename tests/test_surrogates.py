@@ -342,3 +342,9 @@ def test_combinations_that_cannot_work_are_refused(name, pattern, pruner, object
     with pytest.raises(InputError, match=mention):
         check_surrogate(Surrogate(name), parse_pattern(pattern), resolve_pruner(pruner), Objective(**objective))
     check_surrogate(Surrogate(name), parse_pattern("2:4"), resolve_pruner("magnitude"), Objective())
+
+
+@pytest.mark.parametrize("name", ["sigmoid", "gumbel"])
+def test_surrogates_that_need_more_than_weight_and_mask_say_so(name):
+    with pytest.raises(InputError, match=f"call rotpruner.surrogates.{name}"):
+        Surrogate(name)(torch.ones(4, 8), torch.ones(4, 8, dtype=torch.bool))
