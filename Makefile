@@ -37,7 +37,7 @@ format: $(STAMP)
 	$(PY) -m ruff format .
 
 docs: $(STAMP)
-	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --quiet --strict --site-dir site
+	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict --site-dir site
 
 clean:
 	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache dist site

@@ -69,17 +69,12 @@ class Ending(Callback, ABC):
         return self._training_seconds + (time.perf_counter() - self._started if self._started else 0.0)
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Check the windows against the model before its weights are loaded, and that they outlive the export."""
-        module: Any = pl_module
-        given = [getattr(module, name, None) for name in ("model_name", "teacher", "init_rotations")]
-        for written in (Path(trainer.default_root_dir) / name for name in ("export", "rotations")):
-            for name in filter(None, given):
-                if Path(name).resolve() == written.resolve():
-                    raise InputError(
-                        f"'{name}', which this run reads, would be replaced by what it writes to '{written}'; choose "
-                        "another --trainer.default_root_dir"
-                    )
-        check_seq_len(load_config(pl_module.model_name), self.seq_len)  # type: ignore[arg-type]
+        """Check it before the model's weights are loaded."""
+        self.check(pl_module)
+
+    def check(self, module: Any) -> None:
+        """Raise `InputError` if it cannot be the ending of a run of this module."""
+        check_seq_len(load_config(module.model_name), self.seq_len)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Read the test texts before anything long begins; on every rank, so that all of them stop at a bad one."""

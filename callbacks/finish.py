@@ -67,13 +67,9 @@ class Finish(Ending):
         self.controls = controls
         self._learned = Learned()
 
-    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Refuse a control that would be what it is a control of."""
-        super().setup(trainer, pl_module, stage)
-        self.check(pl_module)
-
     def check(self, module: Any) -> None:
-        """Raise `InputError` if a control would be what it is a control of."""
+        """Refuse also a control that would be what it is a control of."""
+        super().check(module)
         if "no_update" in self.controls and not module.compensate:
             raise InputError("controls: no_update is rotpruner itself where compensate is 0: leave it out")
 

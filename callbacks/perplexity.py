@@ -64,8 +64,12 @@ class Perplexity(Callback):
         self._windows: dict[str, Tensor] = {}
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Check the windows against the model before its weights are loaded."""
-        check_seq_len(load_config(pl_module.model_name), self.seq_len)  # type: ignore[arg-type]
+        """Check it before the model's weights are loaded."""
+        self.check(pl_module)
+
+    def check(self, module: Any) -> None:
+        """Raise `InputError` if the windows are too long for the model."""
+        check_seq_len(load_config(module.model_name), self.seq_len)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Tokenise the texts before anything long begins."""

@@ -35,7 +35,7 @@ _HUB_NAME = re.compile(r"(?P<path>[\w-][\w.-]*/[\w-][\w.-]*)(?::(?P<config>[\w.-
 _SHUFFLE_BUFFER = 10_000  # documents
 _PIECE = 1_000_000  # characters
 _BETWEEN_WORDS = re.compile(r"(?<=[^\W\d_]) (?=[^\W\d_])")
-_BLANK_LINE = re.compile(r"(?<=[^\W\d_])\n\n")  # behind punctuation it is one token with it
+_BLANK_LINE = re.compile(r"(?<=\S)\n\n")
 
 
 @dataclass(frozen=True)
@@ -104,8 +104,9 @@ def pieces(parts: Iterable[str], limit: int = _PIECE) -> Iterator[str]:
 
     The pieces' tokens, one after another, are those of the whole text for byte-level tokenisers (GPT-2,
     SmolLM2, Llama 3, Qwen): they split a text in front of a space between two letters, which is where it is
-    cut here. Sentencepiece ones may add a word mark at each cut. Text without such a place is cut between a
-    letter and a blank line, or else not at all.
+    cut here. Sentencepiece ones may add a word mark at each cut. Text without such a place is cut before a
+    blank line, or else not at all; there Llama 3 and Qwen may differ by a token, which can hold punctuation and line
+    ends.
     """
     held = ""
     for part in parts:

@@ -16,6 +16,13 @@ from rotpruner.errors import InputError
 #: Modules to import before a command runs: those that call `register_family`, for instance.
 PLUGINS = "ROTPRUNER_PLUGINS"
 
+#: What each command can do where the device's memory is full.
+_SAVINGS = {
+    "fit": "--model.gradient_checkpointing true, --model.offload true (see plan), or --trainer.accelerator cpu",
+    "recover": "--model.gradient_checkpointing true, or --trainer.accelerator cpu",
+    "evaluate": "--dtype bfloat16, or --device cpu",
+}
+
 #: Command → (module with a `main(arguments)`, what it does).
 COMMANDS = {
     "fit": ("experiments.fit", "learn rotations, prune, export and compare: fit -c CONFIG.yaml"),
@@ -60,10 +67,8 @@ def main(arguments: list[str]) -> int:
     except InputError as error:
         return _refuse(str(error))
     except torch.OutOfMemoryError as error:
-        return _refuse(
-            f"{str(error).partition('. ')[0]}: a fit takes less with --model.gradient_checkpointing true and "
-            "--model.offload true (see plan), evaluate with --dtype bfloat16, every command with --device cpu"
-        )
+        error.add_note(f"To take less of the device's memory: {_SAVINGS.get(arguments[0], '--device cpu')}.")
+        raise
     except (OSError, RuntimeError, SafetensorError) as error:
         # Three libraries write files, each with its own way to say this.
         if getattr(error, "errno", None) != errno.ENOSPC and "No space left" not in str(error):

@@ -34,7 +34,8 @@ def main(arguments: list[str]) -> None:
 
     if not options.text and not options.tasks:
         raise InputError("nothing to evaluate: give --text, --tasks, or both")
-    for kind, names in (("text", ("seq_len", "max_tokens")), ("tasks", ("task_data", "limit", "num_fewshot"))):
+    of_tasks = ("task_data", "limit", "num_fewshot", "seed", "batch_size")
+    for kind, names in (("text", ("seq_len", "max_tokens")), ("tasks", of_tasks)):
         set_here = [name for name in names if getattr(options, name) != parser.get_default(name)]
         if set_here and not getattr(options, kind):
             raise InputError(f"--{set_here[0]} means nothing without --{kind}: leave it out, or give --{kind}")

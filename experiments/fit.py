@@ -17,7 +17,6 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from pkgutil import resolve_name
 from typing import Any
 
 import torch
@@ -31,8 +30,6 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 from callbacks.dashboard import Dashboard
 from callbacks.ending import Ending
-from callbacks.perplexity import Perplexity
-from callbacks.progress import StepProgress
 from callbacks.rotation_checkpoint import RotationCheckpoint, last_checkpoint
 from callbacks.terminal import console, results_table
 from datamodules.calibration import CalibrationDataModule
@@ -226,7 +223,7 @@ def _wandb_settings(config: Any) -> list[Any]:
 
 
 #: Callbacks that change nothing of what a run writes but its logs.
-_WATCHING = (Dashboard, Perplexity, StepProgress)
+_WATCHING = ("callbacks.dashboard.Dashboard", "callbacks.perplexity.Perplexity", "callbacks.progress.StepProgress")
 
 
 def _what_is_learned(config: dict[str, Any], finished: bool) -> dict[str, Any]:
@@ -248,21 +245,12 @@ def _what_is_learned(config: dict[str, Any], finished: bool) -> dict[str, Any]:
         places["data"].add("batch_size")
     trainer = config.get("trainer", {})
     if isinstance(trainer.get("callbacks"), list):
-        others = [callback for callback in trainer["callbacks"] if not _is_one_of(callback["class_path"], _WATCHING)]
+        others = [callback for callback in trainer["callbacks"] if callback["class_path"] not in _WATCHING]
         config = {**config, "trainer": {**trainer, "callbacks": others}}
     return {
         part: {key: value for key, value in settings.items() if key not in places[part]} if part in places else settings
         for part, settings in config.items()
     }
-
-
-def _is_one_of(class_path: str, classes: type | tuple[type, ...]) -> bool:
-    """Whether a class that a configuration names is one of some, or a subclass; one that is gone is none."""
-    try:
-        named = resolve_name(class_path)
-    except (ImportError, AttributeError, ValueError):
-        return False
-    return isinstance(named, type) and issubclass(named, classes)
 
 
 def _filled(known: Any, defaults: Any) -> Any:

@@ -6,9 +6,10 @@ from typing import Any
 
 import torch
 from jsonargparse import Namespace
+from lightning import Callback
 
 from callbacks.ending import Ending
-from callbacks.finish import Finish
+from callbacks.perplexity import Perplexity
 from experiments.fit import FitCLI, check_limited, plain_refusals
 from experiments.gpus import dtype_on
 from experiments.planning.sizes import Setup
@@ -50,10 +51,11 @@ def read_setup(arguments: list[str], gpu: str, count: int | None) -> tuple[Setup
     count = count or _processes(trainer)
     sharded = count > 1 and _shards(trainer.strategy)
     module.check(data.seq_len, data.statistics_sequences, sharded)
-    endings = [callback for callback in cli.built.trainer.callbacks or () if isinstance(callback, Ending)]
-    for ending in endings:
-        if isinstance(ending, Finish):
-            ending.check(module)
+    callbacks = cli.built.trainer.callbacks or ()
+    callbacks = [callbacks] if isinstance(callbacks, Callback) else callbacks
+    for callback in callbacks:
+        if isinstance(callback, (Ending, Perplexity)):
+            callback.check(module)
     if module.surrogate.anneals:
         raise InputError(
             f"plan knows no formulas of surrogate {module.surrogate.name}; ask for sr_ste, which takes less"
@@ -75,7 +77,7 @@ def read_setup(arguments: list[str], gpu: str, count: int | None) -> tuple[Setup
         num_sequences=data.num_sequences,
         statistics_sequences=data.statistics_sequences,
         # One that is used whole is taken for WikiText-2's test split.
-        test_tokens=max((ending.max_tokens or _WHOLE_TEXT for ending in endings), default=0),
+        test_tokens=max((each.max_tokens or _WHOLE_TEXT for each in callbacks if isinstance(each, Ending)), default=0),
         steps=_steps(trainer, data, count),
         gradient_checkpointing=module.gradient_checkpointing,
         offload=module.offload,

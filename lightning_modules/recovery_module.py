@@ -84,7 +84,7 @@ class RecoveryModule(LightningModule):
     def setup(self, stage: str) -> None:
         """Check the data against the model, and the strategy, before its weights are loaded."""
         check_trainer(self)
-        check_schedule(self._lr_scheduler, self)
+        check_schedule(self._lr_scheduler, self, self.warmup_steps)
         if self.device_mesh is not None:
             raise InputError("recovery trains whole copies of the model, which ModelParallelStrategy shards: use ddp")
         data: Any = self.trainer.datamodule  # type: ignore[attr-defined]

@@ -296,3 +296,4 @@ class RotationModule(LightningModule):
         kept = {key: checkpoint[key] for key in ("mask_rotations", "rng_state")}
         # Those of earlier versions have one random state.
         self._restored = {"mask_rng_state": checkpoint.get("mask_rng_state", checkpoint["rng_state"]), **kept}
+        torch.set_rng_state(checkpoint["rng_state"])  # a run that has only its end before it never starts to train

@@ -13,8 +13,13 @@ from lightning_modules.trainers import endless
 from rotpruner.errors import InputError
 
 
-def check_schedule(schedule: Any, module: LightningModule) -> None:
-    """Raise `InputError` if a schedule needs to know the last step of a run that has none."""
+def check_schedule(schedule: Any, module: LightningModule, warmup_steps: int = 0) -> None:
+    """Raise `InputError` if a schedule needs to know the last step of a run that has none, or only ever warms up."""
+    if warmup_steps and 0 < module.trainer.max_steps <= warmup_steps:
+        raise InputError(
+            f"warmup_steps {warmup_steps} leave none of the run's {module.trainer.max_steps} steps at the full rate; "
+            "give fewer"
+        )
     if schedule == "cosine" and endless(module):
         raise InputError(
             "lr_scheduler cosine falls to zero at the run's last step, and this run has none: set trainer.max_steps, "
@@ -34,11 +39,6 @@ def with_schedule(
     """
     if schedule == "constant" and not warmup_steps:
         return optimizer
-    if warmup_steps >= trainer.estimated_stepping_batches:
-        raise InputError(
-            f"warmup_steps {warmup_steps} leave none of the run's {trainer.estimated_stepping_batches:g} steps at the "
-            "full rate; give fewer"
-        )
     if schedule == "cosine":
         remaining = max(1, int(trainer.estimated_stepping_batches) - warmup_steps)
         scheduler: Any = CosineAnnealingLR(optimizer, remaining)

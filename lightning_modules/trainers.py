@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 
 from lightning import LightningModule
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy
@@ -13,7 +14,17 @@ from rotpruner.errors import InputError
 
 
 def check_trainer(module: LightningModule) -> None:
-    """Raise `InputError` if a module's trainer has a device, a precision or a strategy that this code does not know."""
+    """Raise `InputError` if a module's trainer has a device, a precision or a strategy that this code does not know, or
+    would write over what the module reads."""
+    run = Path(module.trainer.default_root_dir)
+    read = [getattr(module, name, None) for name in ("model_name", "teacher", "init_rotations")]
+    for written in (run / "export", run / "rotations"):
+        for name in map(str, filter(None, read)):
+            if Path(name).resolve() == written.resolve():
+                raise InputError(
+                    f"'{name}', which this run reads, would be replaced by what it writes to '{written}'; choose "
+                    "another --trainer.default_root_dir"
+                )
     device, strategy = root_device(module), module.trainer.strategy
     if device.type == "mps":
         raise InputError("accelerator mps has no float64, in which errors are measured: set trainer.accelerator to cpu")

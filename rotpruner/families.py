@@ -94,8 +94,9 @@ class Family:
             )
         groups = [key for key, _ in groupby((spec.reads, spec.norm) for spec in self.linears)]
         if apart := [key for key in groups if groups.count(key) > 1]:
+            where = "without a norm" if apart[0][1] is None else f"behind {apart[0][1]}"
             raise InputError(
-                f"{table} has linears that read {apart[0][0]} behind {apart[0][1]} apart from each other: put rows "
+                f"{table} has linears that read {apart[0][0]} {where} apart from each other: put rows "
                 "that read one tensor next to each other, and give readers of others another norm"
             )
 

@@ -72,7 +72,7 @@ def check_foldable(model: nn.Module) -> None:
         if norm is not None and _norm_bias(norm) is not None and module_at(model, linear.name).bias is None:
             raise InputError(
                 f"{linear.name} has no bias that could take up that of the norm in front of it, so the residual stream "
-                "cannot be rotated; leave the space 'residual' out"
+                "cannot be rotated or sliced; give the family a refusal of the space 'residual'"
             )
 
 

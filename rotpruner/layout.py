@@ -97,14 +97,19 @@ def module_at(model: nn.Module, path: str) -> Any:
 
 
 def linear_modules(model: nn.Module) -> dict[str, nn.Linear]:
-    """The decoder linears of a model, by name, in data-flow order.
+    """The decoder linears of a model, by name, in data-flow order."""
+    return {linear.name: module_at(model, linear.name) for linear in block_linears(model.config)}
 
-    Raises:
-        InputError: its family's table names one that the model does not have.
-    """
+
+def check_described(model: nn.Module) -> None:
+    """Raise `InputError` if the table of a model's family names a module that the model does not have."""
     config: Any = model.config
+    family = family_of(config)
+    ends = [*family.embeddings, family.blocks, family.final_norm, family.head]
+    norms = [f"{family.blocks}.{place.layer}.{place.spec.norm}" for place in block_linears(config) if place.spec.norm]
     try:
-        return {linear.name: module_at(model, linear.name) for linear in block_linears(config)}
+        for path in [*ends, *norms, *(place.name for place in block_linears(config))]:
+            module_at(model, path)
     except AttributeError as error:
         raise InputError(
             f"the family table of {config.model_type} does not describe this model: {error}; mend the table"

@@ -19,7 +19,7 @@ from transformers import (
 from rotpruner import embedded
 from rotpruner.errors import InputError, explained
 from rotpruner.families import family_of
-from rotpruner.layout import linear_modules
+from rotpruner.layout import check_described, linear_modules
 from rotpruner.packed import is_packed, read_packed
 from rotpruner.patterns import Pattern, Slice
 from rotpruner.slicing import sliced_width
@@ -134,7 +134,8 @@ def check_seq_len(config: Any, seq_len: int) -> None:
 
 
 def check_pattern(model: nn.Module, pattern: Pattern | Slice) -> None:
-    """Raise `InputError` if the model cannot take the pattern; one on the meta device will do."""
+    """Raise `InputError` if the model (on the meta device will do) cannot take the pattern, or its table is wrong."""
+    check_described(model)
     if isinstance(pattern, Slice):
         sliced_width(model.config, pattern)
         return

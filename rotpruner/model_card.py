@@ -160,7 +160,7 @@ def pruner_name(pruner: Pruner) -> str:
     """Its short name, or the import path of its class, with the arguments that `resolve_pruner` was given."""
     path = f"{type(pruner).__module__}.{type(pruner).__qualname__}"
     name = next((name for name, known in PRUNERS.items() if known == path), path)
-    arguments = ", ".join(f"{key}={value!r}" for key, value in pruner.arguments.items())
+    arguments = ", ".join(f"{key}={value!r}" for key, value in pruner.given_arguments.items())
     return f"{name}({arguments})" if arguments else name
 
 

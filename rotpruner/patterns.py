@@ -147,18 +147,11 @@ def parse_pattern(text: str | float, scope: Scope = "row") -> Pattern | Slice:
 
     Args:
         text: `"2:4"`, `"0.5"`, `0.5` or `"slice:0.3"`.
-        scope: where an unstructured sparsity is counted.
+        scope: where an unstructured sparsity is counted; N:M has a scope of its own and ignores it.
 
     Raises:
-        InputError: for anything else, or a scope of another pattern.
+        InputError: for anything else.
     """
-    pattern = _parsed(text, scope)
-    if scope != "row" and not isinstance(pattern, Unstructured):
-        raise InputError(f"scope {scope} is for a sparsity such as 0.5, not for pattern {pattern}: leave it out")
-    return pattern
-
-
-def _parsed(text: str | float, scope: Scope) -> Pattern | Slice:
     if match := re.fullmatch(r"\s*(\d+)\s*:\s*(\d+)\s*", str(text)):
         return NM(int(match[1]), int(match[2]))
     if match := re.fullmatch(r"\s*slice:(\d*\.?\d+)\s*", str(text)):

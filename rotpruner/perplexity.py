@@ -21,7 +21,7 @@ def windows(input_ids: Tensor, seq_len: int, max_tokens: int | None = None) -> T
     """Cut ids (tokens,) into non-overlapping windows (count, seq_len); what does not fill one is dropped.
 
     Raises:
-        InputError: `seq_len` < 2, `max_tokens` < `seq_len`, or the text does not fill one window.
+        InputError: `input_ids` has another shape, `seq_len` < 2, `max_tokens` < `seq_len`, or the text fills no window.
     """
     if input_ids.ndim != 1:
         raise InputError(f"input_ids of shape {tuple(input_ids.shape)} are not one text's (tokens,); take one row")

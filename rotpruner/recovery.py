@@ -27,7 +27,7 @@ class SparseRecovery(nn.Module):
 
     Args:
         pruned: with the zeros that pruning left in its decoder linears; taken over, only those weights learn.
-        teacher: dense, of the same vocabulary; frozen, and kept out of the module's parameters.
+        teacher: dense, of the same type, depth and vocabulary; frozen, and kept out of the module's parameters.
         objective: its KL and cross-entropy; the two models' states may be in different bases.
         compute_dtype: of the pruned model's products; its weights keep their own dtype. None is the device's fast one.
         gradient_checkpointing: recompute each block in the backward pass.

@@ -47,6 +47,7 @@ class Moment:
 
     def apart(self) -> Moment:
         """The same, not rotated, for who looks once: what is derived from it, such as an inverse, is gone with it."""
+        assert self.rotation is None
         return Moment(self.blocks)
 
     def to(self, device: torch.device | str) -> Moment:

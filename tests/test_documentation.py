@@ -65,7 +65,7 @@ def test_every_file_that_is_named_exists():
 
 @pytest.mark.slow
 def test_the_site_builds_and_fetches_nothing_from_elsewhere(tmp_path):
-    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(tmp_path / "site")]
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(tmp_path / "site")]
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert result.returncode == 0, result.stdout + result.stderr
     reference = (tmp_path / "site" / "reference" / "python" / "index.html").read_text()

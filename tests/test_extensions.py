@@ -18,7 +18,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, OPTConfig, OPTForCausalL
 from experiments.__main__ import PLUGINS
 from rotpruner.errors import InputError
 from rotpruner.families import LLAMA, OPT, LinearSpec, register_family
-from rotpruner.layout import linear_modules
+from rotpruner.loading import check_pattern
 from rotpruner.model_card import pruner_name
 from rotpruner.oneshot import prune_model
 from rotpruner.patterns import parse_pattern
@@ -54,10 +54,16 @@ def test_a_table_of_other_modules_is_named():
     class Elsewhere(LlamaConfig):
         model_type = "elsewhere"
 
-    linears = (*LLAMA.linears[:-1], replace(down, path="mlp.out"))
-    register_family(replace(LLAMA, model_types=("elsewhere",), linears=linears))
-    with pytest.raises(InputError, match=r"family table of elsewhere.*out.*mend the table"):
-        linear_modules(LlamaForCausalLM(Elsewhere(**GATED)))
+    model = LlamaForCausalLM(Elsewhere(**GATED))
+    for name, changes in (
+        ("out", {"linears": (*LLAMA.linears[:-1], replace(down, path="mlp.out"))}),
+        ("norm_out", {"linears": (*LLAMA.linears[:4], *(replace(spec, norm="norm_out") for spec in (gate, up)), down)}),
+        ("ln_f", {"final_norm": "model.ln_f"}),
+        ("wte", {"embeddings": ("model.wte",)}),
+    ):
+        register_family(replace(LLAMA, model_types=("elsewhere",), **changes))
+        with pytest.raises(InputError, match=f"family table of elsewhere.*{name}.*mend the table"):
+            check_pattern(model, parse_pattern("2:4"))
 
 
 def test_a_bias_that_no_linear_could_take_up_is_refused_before_anything_changes():
@@ -68,7 +74,7 @@ def test_a_bias_that_no_linear_could_take_up_is_refused_before_anything_changes(
     settings = tiny("opt").config.to_dict() | {"model_type": "unbiased", "enable_bias": False}
     unbiased = OPTForCausalLM(Unbiased(**settings))
     before = {name: weight.clone() for name, weight in unbiased.state_dict().items()}
-    with pytest.raises(InputError, match=r"layers.0.self_attn.q_proj has no bias .* leave the space 'residual' out"):
+    with pytest.raises(InputError, match=r"layers.0.self_attn.q_proj has no bias .* give the family a refusal"):
         merge_rotations(unbiased, random_rotations(unbiased.config, ["residual"], seed=0))
     for name, weight in unbiased.state_dict().items():
         assert torch.equal(weight, before[name]), name

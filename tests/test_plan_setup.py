@@ -13,7 +13,7 @@ from rotpruner.loading import load_model
 from rotpruner.rotation_artifact import Rotations
 from rotpruner.rotations import random_rotations
 
-FINISH = ["--trainer.callbacks+", "callbacks.finish.Finish"]
+FINISH = ["--trainer.callbacks+", "callbacks.finish.Finish", "--trainer.callbacks.seq_len", "32"]
 SHARDED = ["--trainer.strategy", "lightning.pytorch.strategies.ModelParallelStrategy", "--count", "2"]
 ON_THE_MANIFOLD = ["--model.optimizer", "{class_path: rotpruner.optimizers.CayleySGD, init_args: {lr: 0.1}}"]
 
@@ -48,6 +48,7 @@ def test_steps_are_those_of_whichever_limit_comes_first(options, count, steps, m
         (["--model.compensate", "11"], "compensate 11 is more than the 10"),
         ([*FINISH, "--trainer.callbacks.controls", "[no_update]"], "no_update is rotpruner itself"),
         ([*FINISH, "--trainer.callbacks.texts", "[nowhere.txt]"], "nowhere.txt"),
+        ([*FINISH, "--trainer.callbacks.seq_len", "4096"], "seq_len 4096"),
         ([*SHARDED, "--model.surrogate.name", "gumbel"], "gumbel learns masks"),
         ([*SHARDED, "--model.orthogonal_map", "manifold", *ON_THE_MANIFOLD], "CayleySGD moves whole matrices"),
     ],
@@ -75,6 +76,8 @@ def test_given_rotations_need_no_orders_of_features(model_directory, tmp_path):
         str(model_directory),
         "--data.seq_len",
         "32",
+        "--trainer.callbacks",
+        "[]",
     ]
     model = load_model(model_directory)
     drawn = random_rotations(model.config, ["residual", "value_heads", "mlp"], seed=0)

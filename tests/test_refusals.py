@@ -107,7 +107,7 @@ def test_prune_refuses_rotations_of_another_model(prune, fit, capsys, tmp_path, 
 
 
 def test_prune_refuses_what_a_slice_or_masks_would_ignore(prune, capsys, tmp_path):
-    for changes in (dict(update="sparsegpt"), dict(statistics="dense")):
+    for changes in (dict(update="sparsegpt"), dict(statistics="dense"), dict(scope="layer")):
         # `pruner` has a default in the fixture, and comes first among what a slice refuses.
         arguments = ["prune", "--model", "smollm2-135m", "--pattern", "slice:0.3", "--output", str(tmp_path / "x")]
         assert main([*arguments, *(item for key, value in changes.items() for item in (f"--{key}", value))]) == 2

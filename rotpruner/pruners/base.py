@@ -38,7 +38,7 @@ class Pruner(ABC):
     needs: ClassVar[Needs] = "diagonal"
     rebuilds: ClassVar[bool] = False
     #: What `resolve_pruner` was given for the constructor, for cards and tables.
-    arguments: Mapping[str, Any] = MappingProxyType({})
+    given_arguments: ClassVar[Mapping[str, Any]] = MappingProxyType({})
 
     @abstractmethod
     def saliency(self, weight: Tensor, moment: Moment | None) -> Tensor:
@@ -133,7 +133,7 @@ def resolve_pruner(name: str | Pruner) -> Pruner:
     except TypeError as error:  # abstract methods, or arguments
         raise InputError(f"pruner '{given}' cannot be made: {error}") from None
     if arguments:
-        pruner.arguments = MappingProxyType(arguments)
+        object.__setattr__(pruner, "given_arguments", arguments)  # it may be frozen
     return pruner
 
 
