@@ -32,8 +32,11 @@ class PlanCLI(FitCLI):
 
     def instantiate_classes(self) -> None:
         """Build what checks itself: the module, which loads no weights yet, its data, and the callbacks."""
+        settings = self.config.clone()
+        settings.trainer.logger = settings.trainer.profiler = None
+        settings.trainer.strategy = "auto"
         with plain_refusals():
-            self.built = self.parser.instantiate_classes(self.config)
+            self.built = self.parser.instantiate_classes(settings)
 
 
 def read_setup(arguments: list[str], gpu: str, count: int | None) -> tuple[Setup, Namespace]:

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 from torch import nn
 
 from rotpruner.errors import InputError
-from rotpruner.families import LinearSpec, family_of
+from rotpruner.families import LinearSpec, available_spaces, family_of
 
 
 @dataclass(frozen=True)
@@ -105,7 +105,9 @@ def check_described(model: nn.Module) -> None:
     """Raise `InputError` if the table of a model's family names a module that the model does not have."""
     config: Any = model.config
     family = family_of(config)
-    ends = [*family.embeddings, family.blocks, family.final_norm, family.head]
+    ends = [*family.embeddings, family.blocks, family.head]
+    if "residual" in available_spaces(config):  # only where the stream rotates is there anything to fold
+        ends.append(family.final_norm)
     norms = [f"{family.blocks}.{place.layer}.{place.spec.norm}" for place in block_linears(config) if place.spec.norm]
     try:
         for path in [*ends, *norms, *(place.name for place in block_linears(config))]:

@@ -22,7 +22,7 @@ from wandb_file import OfflineRun
 from callbacks.dashboard import Dashboard, without_secrets
 from experiments.__main__ import main
 from experiments.fit import FitCLI
-from experiments.plan_setup import SettingsCLI
+from experiments.plan_setup import PlanCLI
 from rotpruner.errors import InputError
 
 SWEEPS = sorted(Path("experiments/sweeps/wandb").glob("*.yaml"))
@@ -191,7 +191,7 @@ def test_sweeps_start_fits(path, tmp_path):
         subprocess.run(agent_command(sweep, choice), env={**environment, "ASKED": str(tmp_path / "asked")}, check=True)
         module, name, command, *arguments = (tmp_path / "asked").read_text().splitlines()
         assert (module, name, command) == ("-m", "experiments", "fit")
-        config = SettingsCLI(arguments).config
+        config = PlanCLI(arguments).config
         assert config.trainer.default_root_dir == "runs/sweeps/a1b2"
         callbacks = {each.class_path.split(".")[-1]: each.get("init_args") for each in config.trainer.callbacks}
         assert list(callbacks)[-1] == "Dashboard"
