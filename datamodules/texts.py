@@ -15,6 +15,7 @@ A path always gives the same text. Embedded texts and local files have one split
 
 import gzip
 import json
+import os
 import re
 import zlib
 from collections.abc import Iterable, Iterator
@@ -154,10 +155,10 @@ def hub_text(source: str) -> HubText | None:
     """The hub data set that `source` names; None for an embedded text or a path that exists."""
     if source in HUB:
         return HUB[source]
-    if source in TEXTS or (source and Path(source).exists()):
+    if source in TEXTS or (source and os.path.exists(source)):
         return None
     name = _HUB_NAME.fullmatch(source)
-    if name and not _suffix(Path(source)) and not Path(source).parent.is_dir():
+    if name and not _suffix(Path(source)) and not os.path.isdir(Path(source).parent):
         return HubText(name["path"], name["config"])
     known = ", ".join((*TEXTS, *HUB))
     raise InputError(f"no text {source!r}: pass a file that exists, owner/name on the hub, or one of {known}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -34,11 +35,11 @@ def _resolve(name: str) -> str:
         return str(embedded.model_directory(name))
     path = Path(name).expanduser()
     looks_local = path.is_absolute() or name.startswith((".", "~")) or name.count("/") != 1
-    if path.is_dir():
+    if os.path.isdir(path):
         if not (path / "config.json").is_file():
             raise InputError(f"model directory '{name}' has no config.json; give a directory in Hugging Face form")
         return str(path)
-    if path.exists() or looks_local:
+    if os.path.exists(path) or looks_local:
         raise InputError(
             f"model '{name}' is neither a directory, nor an embedded name ({', '.join(embedded.MODELS)}), "
             "nor a hub name (owner/name)"
@@ -48,7 +49,7 @@ def _resolve(name: str) -> str:
 
 def _pretrained(loader: Any, name: str, **kwargs: Any) -> Any:
     source = _resolve(name)
-    local = Path(source).is_dir()
+    local = os.path.isdir(source)
     mend = (
         "see that its files are whole" if local else "check the name, the network and, if it is gated, `hf auth login`"
     )

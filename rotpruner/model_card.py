@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -127,7 +128,7 @@ def public(value: Any) -> Any:
     if not isinstance(value, str) or "\n" in value or "://" in value or "/" not in value:
         return value
     begins = value.startswith(("/", "./", "../", "~"))
-    if begins or Path(value).exists():
+    if begins or os.path.exists(value):  # which says no to what is too long for a path, as commands can be
         return Path(value).name
     if " " in value:  # a command or a sentence
         return " ".join(public(word) for word in value.split(" "))

@@ -98,6 +98,7 @@ def test_embedded_model_names_its_original():
         ("callbacks.finish.Finish", "callbacks.finish.Finish"),
         ("https://example.org/a/b", "https://example.org/a/b"),
         ("prune --output /home/ann/x --pattern 2:4", "prune --output x --pattern 2:4"),
+        ("prune --output /home/ann/x" + " --pattern 2:4" * 30, "prune --output x" + " --pattern 2:4" * 30),
         ({"a": ["/x/y", 3, None]}, {"a": ["y", 3, None]}),
     ],
     ids=str,

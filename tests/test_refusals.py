@@ -49,6 +49,7 @@ def test_commands_compute_in_true_float32():
         (dict(calibration="/no/such.txt"), ["/no/such.txt"]),
         (dict(rotations="/no/rotations"), ["/no/rotations"]),
         (dict(model="/no/model"), ["/no/model"]),
+        (dict(model="no" * 200 + "/model"), ["cannot load", "check the name"]),
         (dict(scope="column"), ["column", "row"]),
         (dict(layer_sparsity="owl"), ["owl", "2:4"]),
         (dict(layer_sparsity="owl", pattern="0.95"), ["0.95"]),

@@ -179,7 +179,7 @@ def test_parquet_without_text_is_refused(tmp_path):
         text_of(str(write_parquet(tmp_path / "a.parquet", ["x"], column="body")), "test")
 
 
-@pytest.mark.parametrize("name", ["missing.txt", "/no/such/file", "", "wikipedia", "here/missing.raw"])
+@pytest.mark.parametrize("name", ["missing.txt", "/no/such/file", "", "wikipedia", "here/missing.raw", "a text " * 50])
 def test_unknown_names_are_refused_before_anything_is_read(tmp_path, monkeypatch, name):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "here").mkdir()
