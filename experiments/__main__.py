@@ -31,7 +31,7 @@ COMMANDS = {
         "train the weights that survived pruning: recover -c CONFIG.yaml --model.model RUN/export",
     ),
     "prune": ("experiments.prune", "prune a model once, in its own basis or a rotated one"),
-    "sweep": ("experiments.sweep", "run every row of a table of experiments: sweep experiments/sweeps/pruners.yaml"),
+    "sweep": ("experiments.sweep", "run every row of a table: sweep experiments/sweeps/pruners.yaml --results DIR"),
     "results": ("experiments.results", "write experiments/RESULTS.md from what sweeps have kept"),
     "benchmark": (
         "experiments.benchmark",

@@ -303,7 +303,10 @@ def _inference(result: Row) -> str:
 def _shown(value: Any) -> str:
     if isinstance(value, dict):
         return ", ".join(f"{key} {_shown(each)}" for key, each in value.items())
-    return ", ".join(map(_shown, value)) if isinstance(value, list) else str(value)
+    if isinstance(value, list):
+        return ", ".join(map(_shown, value))
+    # A row reads the run of its own seed in another table; seeds share the template, not the name that it becomes.
+    return str(value).replace("{runs}/", "").replace("{seed_everything}", "SEED")
 
 
 def _pool(values: list[float], form: str) -> str:

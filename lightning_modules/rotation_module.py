@@ -171,6 +171,10 @@ class RotationModule(LightningModule):
         check_seq_len(self.model_config, seq_len)
         check_compensation(self.compensate, statistics_sequences, self.pattern)
         check_offload(self.offload, self.gradient_checkpointing, sharded)
+        if sharded and torch.__version__ < "2.7":
+            raise InputError(
+                f"ModelParallelStrategy needs torch 2.7 or newer, this is {torch.__version__}; update it, or use ddp"
+            )
         if sharded and self.surrogate.learns_masks:
             raise InputError("surrogate gumbel learns masks, which ModelParallelStrategy does not share out; use ddp")
         if sharded and self.orthogonal_map == "manifold":

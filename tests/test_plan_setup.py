@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
+import torch
+from torch.torch_version import TorchVersion
 
 from experiments.__main__ import main
 from experiments.plan_setup import read_setup
@@ -57,6 +59,13 @@ def test_plan_refuses_the_data_that_a_fit_refuses(options, mention, model_direct
     given = ["--model.model", str(model_directory), "--data.calibration", str(text_file), "--data.seq_len", "32"]
     assert main(["plan", *given, "--data.num_sequences", "10", *options]) == 2
     assert mention in capsys.readouterr().err
+
+
+def test_shards_need_a_torch_that_can_leave_parameters_out(model_directory, text_file, capsys, monkeypatch):
+    monkeypatch.setattr(torch, "__version__", TorchVersion("2.6.1+cu124"))
+    given = ["--model.model", str(model_directory), "--data.calibration", str(text_file), "--data.seq_len", "32"]
+    assert main(["plan", *given, "--data.num_sequences", "10", "--trainer.max_steps", "2", *SHARDED]) == 2
+    assert "torch 2.7 or newer, this is 2.6.1" in capsys.readouterr().err
 
 
 def test_orders_of_features_are_reckoned_with(model_directory, text_file):
