@@ -91,6 +91,8 @@ class Finish(Ending):
         learned = self._learned
         name, pruner, pattern, dtype = module.model_name, module.pruner, module.pattern, module.base_dtype
         tokenizer, tokens = load_tokenizer(name), trainer.datamodule.statistics_tokens  # type: ignore[attr-defined]
+        for left in (*run.glob(".export.*"), *run.glob(".rotations.*")):  # by an ending that was killed
+            shutil.rmtree(left, ignore_errors=True)
         started = {space: Q.cpu() for space, Q in module.rotated.rotations.started().items()}
         drawn = random_rotations(module.rotated.base.config, module.spaces, module.seed, placement=module.placement)
         running: dict[str, Any] = {"calibration_dtype": dtype, "device": self._device, "progress": track}
@@ -122,7 +124,12 @@ class Finish(Ending):
             if row in (*self.controls, "rotpruner"):
                 row = "pca" if row == "pruner" and isinstance(pattern, Slice) else row
                 build = partial(self._pruned, run, row, pattern, partial(pruned, basis, updated), spent)
-                rows.append(self._kept(run, row, build))
+                try:
+                    rows.append(self._kept(run, row, build))
+                except InputError as error:
+                    if row == "rotpruner":
+                        raise
+                    console.print(f"{row}: {error}")  # a control must not cost what was learned
         exported = AutoModelForCausalLM.from_pretrained(run / "export")
         known = learned.rotations or {}, module.rotated.moments, pruner, module.rotated.patterns
         write_diagnostics(run, load_model(name), exported, *known, track)
@@ -153,7 +160,8 @@ class Finish(Ending):
     def _pruned(self, run: Path, name: str, pattern: Any, build: Callable[[Path], Row], learning_seconds: float) -> Row:
         """Build, reload, evaluate; `build` may add to the row."""
         started = time.perf_counter()
-        with tempfile.TemporaryDirectory(dir=run) as scratch:
+        (run / "rows").mkdir(exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=run / "rows") as scratch:
             directory = run / "export" if name == "rotpruner" else Path(scratch) / name
             console.print(f"{name}: prune, save, load again")
             found = build(directory)

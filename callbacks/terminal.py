@@ -11,8 +11,8 @@ from rich.table import Table
 
 T = TypeVar("T")
 
-#: Standard output belongs to `--json`.
-console = Console(stderr=True)
+#: Standard output belongs to `--json`. Names of files may look like markup.
+console = Console(stderr=True, markup=False)
 
 
 def track(items: Sequence[T], description: str) -> Iterable[T]:

@@ -68,4 +68,5 @@ def _print(name: str, value: Any) -> None:
         for key, item in value.items():
             _print(f"{name} {key}".strip(), item)
     else:
-        print(name, f"{value:,.4f}".rstrip("0").rstrip(".") if isinstance(value, float) else value)
+        shown = f"{value:,.4f}".rstrip("0").rstrip(".") if isinstance(value, float) else value
+        print(f"{name} {shown}".encode(errors="backslashreplace").decode())

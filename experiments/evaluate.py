@@ -53,15 +53,20 @@ def main(arguments: list[str]) -> None:
         result["ppl"] = perplexities(model, texts, track, device=options.device)
         result["tokens"] = {name: cut.numel() for name, cut in texts.items()}
     if tasks:
-        result["tasks"] = evaluate_tasks(
-            model.to(options.device),
-            tokenizer,
-            tasks,
-            limit=options.limit,
-            num_fewshot=options.num_fewshot,
-            seed=options.seed,
-            batch_size=options.batch_size,
-        )
+        try:
+            result["tasks"] = evaluate_tasks(
+                model.to(options.device),
+                tokenizer,
+                tasks,
+                limit=options.limit,
+                num_fewshot=options.num_fewshot,
+                seed=options.seed,
+                batch_size=options.batch_size,
+            )
+        except BaseException:
+            if texts:
+                report(result, options.json)  # tasks that fail must not cost the perplexities
+            raise
     report(result, options.json)
 
 

@@ -115,6 +115,8 @@ class FitCLI(LightningCLI):
     def before_instantiate_classes(self) -> None:
         """Look at the run directory before anything is built."""
         check_limited(self.config.trainer)
+        # Lightning writes to what `~` stands for, and there the run has to be found again.
+        self.config.trainer.default_root_dir = os.path.expanduser(self.config.trainer.default_root_dir)
         self.run_directory = Path(self.config.trainer.default_root_dir)
         if self.config.trainer.accelerator == "auto" and torch.backends.mps.is_available():
             self.config.trainer.accelerator = "cpu"  # `check_trainer` would refuse what Lightning takes
@@ -200,10 +202,13 @@ def plain_refusals() -> Iterator[None]:
 
 
 def check_limited(trainer: Any) -> None:
-    """Raise `InputError` if nothing in a Trainer's settings says how long it trains.
+    """Raise `InputError` if nothing in a Trainer's settings says how long it trains, or if that is no step at all.
 
-    Lightning would go on for 1000 epochs.
+    Lightning would go on for 1000 epochs; without a step it does not even come to where learning starts from.
     """
+    for name in ("max_steps", "max_epochs"):
+        if getattr(trainer, name) == 0:
+            raise InputError(f"trainer.{name} 0 learns nothing; give 1 or more, or use prune")
     if trainer.max_steps < 0 and trainer.max_epochs is None and trainer.max_time is None and not trainer.fast_dev_run:
         raise InputError(
             "nothing says how long to learn: give a config with -c, as those in experiments/configs, or "

@@ -7,6 +7,7 @@ import json
 import math
 import shlex
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -108,8 +109,9 @@ def read_curves(directory: Path) -> dict[str, Curve]:
         with path.open(encoding="utf-8", newline="") as file:
             for line in csv.DictReader(file):
                 for name, value in line.items():
-                    if value and name not in ("epoch", "step"):
-                        found.setdefault(name, {})[int(line["step"])] = float(value)
+                    with suppress(TypeError, ValueError):  # a line that was cut, by a full disk perhaps
+                        if value and name not in ("epoch", "step"):
+                            found.setdefault(name, {})[int(line["step"])] = float(value)
     return {name: sorted(points.items()) for name, points in found.items()}
 
 

@@ -313,4 +313,5 @@ def _pool(values: list[float], form: str) -> str:
     if not values:
         return ""
     shown = form.format(mean(values))
-    return shown if len(values) == 1 else f"{shown} ± {form.format(stdev(values))}"
+    known = len(values) > 1 and all(map(math.isfinite, values))
+    return f"{shown} ± {form.format(stdev(values))}" if known else shown

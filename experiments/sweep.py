@@ -27,6 +27,7 @@ from experiments.report_runs import read_curves
 from experiments.sweep_file import Planned, check_overlays, model_of, on_another, read_sweep, rows, table_of
 from rotpruner.artifacts import write_json
 from rotpruner.errors import InputError
+from rotpruner.model_card import CARD, public
 from rotpruner.provenance import commit, public_command
 
 
@@ -54,7 +55,7 @@ def main(arguments: list[str]) -> None:
         help="rows at a time, all on the same device; what each says goes into files beside its runs then",
     )
     options = parser.parse_args(arguments)
-
+    options.results, options.runs = options.results.expanduser(), options.runs.expanduser()
     sweep, settings = read_sweep(options.file), _settings(options.set)
     if options.config is not None:
         sweep["config"] = on_another(sweep, options.config)
@@ -175,7 +176,7 @@ class _Runner:
         try:
             kept = self._runs / name
             if command[0] == "prune" and str(kept) in command and kept.is_dir():
-                shutil.rmtree(kept)  # what an interrupted row of `keep` has left; no finished one comes here
+                _clear(kept, command)
             status, output = self._ended(name, command)
             if status == 0:
                 record = {"row": row, "command": public_command(command), "commit": begun_at}
@@ -203,6 +204,19 @@ class _Runner:
         return path.open("a", encoding="utf-8")
 
 
+def _clear(kept: Path, command: list[str]) -> None:
+    """Remove what an interrupted row of `keep` has left.
+
+    Raises:
+        InputError: it is a model that another command has made, for a table under another `--results`.
+    """
+    card = kept / CARD
+    made_alike = f"```\n{public(f'python -m experiments {public_command(command)}')}\n```"
+    if card.is_file() and made_alike not in card.read_text(encoding="utf-8"):
+        raise InputError(f"'{kept}' is a model that another command has made; choose another --runs, or remove it")
+    shutil.rmtree(kept)
+
+
 def _say(text: str) -> None:
     console.print(text, markup=False, highlight=False)
 
@@ -218,7 +232,8 @@ def _found(command: list[str], output: str) -> dict[str, Any]:
     """`result`, without a local path; of a training also the `curves` of losses and perplexity that it has logged, its
     `budget`, `dtype` and `device`, and its own `commit`, since it may have been finished before."""
     if command[0] not in ("fit", "recover"):
-        return {"result": {name: value for name, value in json.loads(output).items() if name != "output"}}
+        last = output.strip().rpartition("\n")[2]  # pruners of one's own may print, too
+        return {"result": {name: value for name, value in json.loads(last).items() if name != "output"}}
     run = Path(command[command.index("--trainer.default_root_dir") + 1])
     found = json.loads((run / "results.json").read_text(encoding="utf-8"))
     curves = {name: points for name, points in read_curves(run).items() if name.startswith(("ppl/", "train/"))}

@@ -20,7 +20,7 @@ def check_trainer(module: LightningModule) -> None:
     read = [getattr(module, name, None) for name in ("model_name", "teacher", "init_rotations")]
     for written in (run / "export", run / "rotations"):
         for name in map(str, filter(None, read)):
-            if Path(name).resolve() == written.resolve():
+            if Path(name).expanduser().resolve() == written.resolve():
                 raise InputError(
                     f"'{name}', which this run reads, would be replaced by what it writes to '{written}'; choose "
                     "another --trainer.default_root_dir"

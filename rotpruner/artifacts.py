@@ -16,15 +16,18 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from rotpruner.errors import InputError
 from rotpruner.shortcuts import exportable
 
+#: Bytes of a directory's name: file systems take 255, and a temporary name has some more.
+_LONGEST = 230
+
 
 @contextmanager
 def new_directory(path: str | Path, replace: bool = False) -> Iterator[Path]:
     """A directory that appears under `path` only when the block has ended well.
 
     Raises:
-        InputError: `path` exists and is not an empty directory, and `replace` is false.
+        InputError: `path` cannot be made, or is not an empty directory and `replace` is false.
     """
-    path = Path(path)
+    path = Path(path).resolve()  # links stay, and what they lead to is made or replaced
     check_new_directory(path, replace)
     path.parent.mkdir(parents=True, exist_ok=True)
     scratch = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
@@ -44,10 +47,14 @@ def new_directory(path: str | Path, replace: bool = False) -> Iterator[Path]:
 
 def check_new_directory(path: str | Path, replace: bool = False) -> None:
     """Raise `InputError` if `path` cannot be made, or holds something already and is not to be replaced."""
-    path = Path(path)
+    path = Path(path).resolve()
+    if os.path.ismount(path) or path == Path.cwd():  # which cannot be renamed, or not without harm
+        raise InputError(f"output '{path}' is a mount point or the current directory; choose a new directory in it")
+    if len(os.fsencode(path.name)) > _LONGEST:
+        raise InputError(f"output '{path.name}' is longer than {_LONGEST} bytes; choose a shorter name")
     if path.exists() and not replace and (not path.is_dir() or any(path.iterdir())):
         raise InputError(f"output '{path}' exists already; choose another directory or remove it")
-    above = next(parent for parent in path.absolute().parents if parent.exists())
+    above = next(parent for parent in path.parents if parent.exists())
     if not above.is_dir() or not os.access(above, os.W_OK | os.X_OK):
         raise InputError(f"output '{path}' cannot be made in '{above}'; choose another directory")
 
@@ -72,8 +79,8 @@ def write_bytes(content: bytes, path: str | Path) -> None:
 
 
 def write_text(text: str, path: str | Path) -> None:
-    """Write a file in UTF-8, whole or not at all."""
-    write_bytes(text.encode(), path)
+    """Write a file in UTF-8, whole or not at all; bytes of names that are no UTF-8 are spelt out."""
+    write_bytes(text.encode(errors="backslashreplace"), path)
 
 
 def write_json(value: Any, path: str | Path) -> None:

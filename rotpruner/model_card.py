@@ -143,10 +143,10 @@ def license_of(base_model: str, config: Any = None) -> dict[str, str]:
     if base_model in embedded.ORIGINS:
         return {"license": embedded.ORIGINS[base_model][1]}
     readme = Path(base_model).expanduser() / CARD
-    if not Path(base_model).expanduser().is_dir() and base_model.count("/") == 1:
-        cached = try_to_load_from_cache(base_model, CARD)
-        readme = Path(cached) if isinstance(cached, str) else readme
     try:
+        if not Path(base_model).expanduser().is_dir() and base_model.count("/") == 1:
+            cached = try_to_load_from_cache(base_model, CARD)
+            readme = Path(cached) if isinstance(cached, str) else readme
         matter = metadata_load(readme) if readme.is_file() else None
     except (ValueError, OSError, yaml.YAMLError):
         matter = None

@@ -11,7 +11,8 @@ import pytest
 from tiny_models import MODELS, tiny
 from transformers import AutoConfig, AutoTokenizer
 
-from rotpruner.artifacts import new_directory, save_model
+from rotpruner.artifacts import check_new_directory, new_directory, save_model, write_text
+from rotpruner.errors import InputError
 
 
 def test_a_directory_is_replaced_whole(tmp_path):
@@ -41,6 +42,33 @@ def test_what_was_there_stays_if_its_successor_cannot_take_its_place(tmp_path, m
         (scratch / "file").write_text("new")
     assert (target / "file").read_text() == "old"
     assert list(tmp_path.iterdir()) == [target]
+
+
+@pytest.mark.parametrize("there", [False, True])
+def test_a_link_stays_and_what_it_leads_to_is_made(there, tmp_path):
+    (tmp_path / "other").mkdir()
+    target = tmp_path / "other" / "model"
+    if there:
+        target.mkdir()
+    (tmp_path / "link").symlink_to(target)
+    with new_directory(tmp_path / "link") as scratch:
+        assert scratch.parent == target.parent, "on the disk that the link leads to"
+        (scratch / "file").write_text("new")
+    assert (tmp_path / "link").is_symlink()
+    assert (target / "file").read_text() == "new"
+    assert {path.name for path in tmp_path.iterdir()} == {"other", "link"}
+
+
+def test_places_that_nothing_can_take_are_refused_before_the_work(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for place, mention in ((".", "current directory"), ("/", "mount point"), ("a" * 240, "longer than 230 bytes")):
+        with pytest.raises(InputError, match=mention):
+            check_new_directory(place)
+
+
+def test_names_of_other_encodings_are_spelt_out(tmp_path):
+    write_text(os.fsdecode(b"caf\xe9.txt"), tmp_path / "card")
+    assert (tmp_path / "card").read_text(encoding="utf-8") == "caf\\udce9.txt"
 
 
 @pytest.mark.parametrize("name", MODELS)

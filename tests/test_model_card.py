@@ -107,6 +107,10 @@ def test_paths_shrink_to_their_last_part(given, expected):
     assert public(given) == expected
 
 
+def test_a_base_that_is_neither_here_nor_a_hub_name_has_no_licence():
+    assert license_of("my models/llama") == {}
+
+
 def test_licence_is_what_the_checkpoint_says(tmp_path):
     readme = tmp_path / "README.md"
     assert license_of(str(tmp_path)) == {}

@@ -187,6 +187,7 @@ def test_evaluate_refuses(changes, mentions, model_directory, test_text_file, ca
         (["--trainer.callbacks.init_args.texts", "[/no/such.txt]"], ["/no/such.txt"]),
         (["--trainer.callbacks.init_args.seq_len", "300"], ["300", "128"]),
         (["--model.base_dtype", "float16"], ["float16"]),
+        (["--trainer.max_steps", "0"], ["max_steps 0"]),
         (["--trainer.precision", "bf16-true"], ["bf16-true", "model.base_dtype"]),
         (["--model.start", "pca", "--model.pruner", "magnitude"], ["pca", "Magnitude", "wanda"]),
     ],

@@ -180,4 +180,7 @@ def test_later_logs_win_where_a_resumed_run_has_repeated_a_step(tmp_path):
         path.parent.mkdir(parents=True)
         path.write_text(f"epoch,step,train/loss\n0,{version},1.0\n0,5,{loss}\n")
         os.utime(path, (made, made))
+    cut = tmp_path / "logs" / "version_0" / "metrics.csv"
+    cut.write_text(cut.read_text() + "0,9,-\n0\n")
+    os.utime(cut, (200, 200))
     assert read_curves(tmp_path) == {"train/loss": [(0, 1.0), (1, 1.0), (5, 3.0)]}

@@ -12,6 +12,7 @@ from command_line import learning_arguments
 
 from experiments.__main__ import main
 from rotpruner.errors import InputError
+from rotpruner.oneshot import prune_model
 
 
 def test_a_fit_does_not_write_over_the_rotations_that_it_starts_from(fit, prune, capsys, tmp_path):
@@ -41,6 +42,32 @@ def test_an_end_that_was_cut_short_goes_on_with_its_rows(fit, monkeypatch, tmp_p
     assert {row["name"]: row for row in json.loads((run / "results.json").read_text())["rows"]} == kept
     assert json.loads((run / "results.json").read_text())["commit"] == "where it began"
     assert "commit where it began" in (run / "export" / "README.md").read_text()
+
+
+def test_a_run_at_home_is_found_again(fit, monkeypatch, capsys, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert fit("--trainer.default_root_dir=~/mine")[0] == 0
+    assert (tmp_path / "mine" / "results.json").is_file()
+    with pytest.raises(SystemExit) as ended:
+        fit("--trainer.default_root_dir=~/mine")
+    assert ended.value.code == 0
+    assert "mine is finished" in " ".join(capsys.readouterr().err.split())
+
+
+def test_a_control_that_cannot_be_made_does_not_cost_what_was_learned(fit, monkeypatch, capsys):
+    def overflows(model, *arguments, rotations=None, moments=None, **settings):
+        if moments is None:
+            raise InputError("inputs overflow float16")
+        return prune_model(model, *arguments, rotations=rotations, moments=moments, **settings)
+
+    monkeypatch.setattr("callbacks.finish.prune_model", overflows)
+    status, run = fit()
+    assert status == 0
+    assert "pruner: inputs overflow float16" in capsys.readouterr().err
+    rows = json.loads((run / "results.json").read_text())["rows"]
+    assert [row["name"] for row in rows] == ["dense", "rotpruner"]
+    assert (run / "export" / "model.safetensors").is_file()
+    assert not (run / "rows").exists()
 
 
 @pytest.mark.parametrize("late", [False, True])

@@ -62,6 +62,32 @@ def test_a_sweep_runs_its_rows_once_and_results_become_a_table(
     assert " ± " in line
 
 
+def test_models_of_another_table_stay(tmp_path, capsys):
+    file = tmp_path / "one.yaml"
+    sweep = {
+        "title": "One",
+        "command": "prune",
+        "arguments": {"model": "of nobody", "text": ["a"]},
+        "rows": [{"seed": 0}],
+        "keep": True,
+    }
+    file.write_text(yaml.safe_dump(sweep))
+    kept = tmp_path / "runs" / "one" / "0"
+    kept.mkdir(parents=True)
+    (kept / "README.md").write_text(
+        "```\npython -m experiments prune --model 'of nobody' --text a --seed 1 --output 0 --json\n```"
+    )
+    for results in ("results", "more_results"):
+        assert main(["sweep", str(file), "--results", str(tmp_path / results), "--runs", str(tmp_path / "runs")]) == 2
+        assert "another command has made; choose another --runs" in " ".join(capsys.readouterr().err.split())
+    assert (kept / "README.md").is_file()
+    (kept / "README.md").write_text(
+        "```\npython -m experiments prune --model 'of nobody' --text a --seed 0 --output 0 --json\n```"
+    )
+    assert main(["sweep", str(file), "--results", str(tmp_path / "results"), "--runs", str(tmp_path / "runs")]) == 2
+    assert not kept.exists(), "this command's own, cut short"
+
+
 def test_a_row_that_another_command_has_made_is_kept_and_named(tmp_path, capsys):
     file = tmp_path / "one.yaml"
     file.write_text("{title: One, command: prune, arguments: {model: of nobody, text: [a]}, rows: [{seed: 0}]}")

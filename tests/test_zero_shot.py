@@ -113,6 +113,16 @@ def test_examples_limit_and_texts(evaluate, test_text_file):
     assert json.loads(evaluate("piqa,hellaswag", *shots)[1])["tasks"] == result["tasks"]
 
 
+def test_tasks_that_fail_do_not_cost_the_perplexities(evaluate, test_text_file, monkeypatch, capsys):
+    def fails(*_, **__):
+        raise MemoryError("full")
+
+    monkeypatch.setattr("experiments.evaluate.evaluate_tasks", fails)
+    with pytest.raises(MemoryError):
+        evaluate("piqa", "--text", str(test_text_file), "--seq_len", "32", "--max_tokens", "64")
+    assert set(json.loads(capsys.readouterr().out)) == {"dtype", "ppl", "tokens"}
+
+
 @pytest.mark.parametrize(
     ("content", "mention"),
     [
