@@ -27,7 +27,7 @@ from experiments.report_runs import read_curves
 from experiments.sweep_file import Planned, check_overlays, model_of, on_another, read_sweep, rows, table_of
 from rotpruner.artifacts import write_json
 from rotpruner.errors import InputError
-from rotpruner.model_card import CARD, public
+from rotpruner.model_card import CARD, made_by
 from rotpruner.provenance import commit, public_command
 
 
@@ -210,9 +210,7 @@ def _clear(kept: Path, command: list[str]) -> None:
     Raises:
         InputError: it is a model that another command has made, for a table under another `--results`.
     """
-    card = kept / CARD
-    made_alike = f"```\n{public(f'python -m experiments {public_command(command)}')}\n```"
-    if card.is_file() and made_alike not in card.read_text(encoding="utf-8"):
+    if (kept / CARD).is_file() and not made_by(f"python -m experiments {public_command(command)}", kept):
         raise InputError(f"'{kept}' is a model that another command has made; choose another --runs, or remove it")
     shutil.rmtree(kept)
 

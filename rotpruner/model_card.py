@@ -108,6 +108,15 @@ def write_card(directory: str | Path, origin: Origin, base_config: Any = None, m
     write_text(text, Path(directory) / CARD)
 
 
+def made_by(command: str, directory: str | Path) -> bool:
+    """Whether the card in a directory says that this command has made the model."""
+    return _fenced(public(command)) in (Path(directory) / CARD).read_text(encoding="utf-8")
+
+
+def _fenced(command: str) -> str:
+    return f"```\n{command}\n```"
+
+
 def _is_online(directory: str | Path) -> bool:
     """Whether products of rotations run with the model of a checkpoint, as its config says."""
     config = Path(directory) / "config.json"
@@ -290,7 +299,7 @@ def _use(name: str, kind: str, online: bool) -> str:
 
 
 def _made(origin: Origin, commit: str | None, versions: Mapping[str, str]) -> list[str]:
-    parts = [f"```\n{origin.command}\n```" if origin.command else "With RotPruner's Python interface."]
+    parts = [_fenced(origin.command) if origin.command else "With RotPruner's Python interface."]
     if origin.config:
         config = yaml.safe_dump(dict(origin.config), sort_keys=False)
         parts.append(f"`config.yaml` (of local paths the last part only):\n\n```yaml\n{config}```")
