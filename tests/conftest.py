@@ -183,3 +183,9 @@ def fit(model_directory, text_file, test_text_file, tmp_path):
         return main(["fit", *files, *given, *changes]), directory
 
     return run
+
+
+@pytest.fixture
+def texts() -> list[str]:
+    """Documents to calibrate on from Python."""
+    return [sample_text(400, seed) for seed in range(4)]
