@@ -104,7 +104,8 @@ def _json(path: Path) -> Any:
 def read_curves(directory: Path) -> dict[str, Curve]:
     """Metric → points of a run's CSV logs; later logs win where a resumed run has repeated a step."""
     found: dict[str, dict[int, float]] = {}
-    logs = sorted((directory / "logs").glob("version_*/metrics.csv"), key=lambda path: path.stat().st_mtime_ns)
+    # Lightning counts them up; times of files do not survive every copy.
+    logs = sorted((directory / "logs").glob("version_*/metrics.csv"), key=lambda path: (len(str(path)), path))
     for path in logs:
         with path.open(encoding="utf-8", newline="") as file:
             for line in csv.DictReader(file):
