@@ -132,7 +132,7 @@ class Finish(Ending):
                     console.print(f"{row}: {error}")  # a control must not cost what was learned
         exported = AutoModelForCausalLM.from_pretrained(run / "export")
         known = learned.rotations or {}, module.rotated.moments, pruner, module.rotated.patterns
-        write_diagnostics(run, load_model(name), exported, *known, track)
+        write_diagnostics(run, load_model(name), exported, *known, track, self._device)
         write_card(run / "export", self._origin(trainer, module, rows), module.rotated.base.config, self._commit)
         self.record(run, rows, trainer)
         shutil.rmtree(run / "rows")

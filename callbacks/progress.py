@@ -52,11 +52,14 @@ class StepProgress(ProgressBar):
             console.print(f"{learned:,} parameters learn, {frozen:,} stay frozen")
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Draw the bar where it can be redrawn."""
+        """Decide how often there is a line where no bar can be redrawn."""
         total = _total(trainer)
         self._lines = EverySteps(max(1, total // _LINES) if total else _ENDLESS, "StepProgress")
         self._lines.go_on_from(trainer.global_step)
-        if not (self._enabled and console.is_terminal):
+
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Draw the bar where it can be; only now, as a module's start of training may show bars of its own."""
+        if not (self._enabled and console.is_terminal) or self._bar is not None:
             return
         self._bar = Progress(
             TextColumn("learning  {task.description}"),
@@ -67,7 +70,7 @@ class StepProgress(ProgressBar):
             TimeRemainingColumn(),
             console=console,
         )
-        self._task = self._bar.add_task("", total=total, completed=trainer.global_step)
+        self._task = self._bar.add_task("", total=_total(trainer), completed=trainer.global_step)
         self._bar.start()
 
     def on_train_batch_end(

@@ -27,7 +27,7 @@ from rotpruner.orthogonal import MapName, orthogonality_error
 from rotpruner.patterns import Scope, parse_pattern
 from rotpruner.placements import Placement, residual_sites
 from rotpruner.precision import DtypeName, resolve_dtype
-from rotpruner.progress import unseen
+from rotpruner.progress import Progress, unseen
 from rotpruner.pruners import resolve_pruner
 from rotpruner.rotated_model import RotatedModel
 from rotpruner.rotation_artifact import Rotations
@@ -229,16 +229,18 @@ class RotationModule(LightningModule):
     def on_fit_start(self) -> None:
         """Gather the calibration statistics, on all ranks together."""
         tokens = self.trainer.datamodule.statistics_tokens  # type: ignore[attr-defined]
+        self.rotated.calibrate(tokens.to(self.device).split(1), self._progress(), self.cache_dense)
+
+    def _progress(self) -> Progress:
         silent = self.trainer.progress_bar_callback is None or not self.trainer.is_global_zero
-        progress = unseen if silent else track
-        self.rotated.calibrate(tokens.to(self.device).split(1), progress, self.cache_dense)
+        return unseen if silent else track
 
     def on_train_start(self) -> None:
         """Choose the first masks, or those of a checkpoint: some strategies read it only after `on_fit_start`."""
         restored, self._restored = self._restored, None
         if restored is None:
             if self.init_rotations is None:
-                self.rotated.start_from_statistics(self.start)
+                self.rotated.start_from_statistics(self.start, self._progress())
             self.rotated.refresh_masks()
             return
         # Calibration may have drawn numbers, too.

@@ -205,7 +205,7 @@ def prune(
             seed=seed,
         )
         rotated.calibrate(rows.split(1), progress)
-        rotated.start_from_statistics(rotating.start)
+        rotated.start_from_statistics(rotating.start, progress)
         with torch.enable_grad():
             learn(rotated, _passes(rows, seed), steps=steps, lr=lr, on_step=on_step, progress=progress)
         found = rotated.learned()

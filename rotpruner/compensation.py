@@ -74,7 +74,7 @@ def compensate(
     if len(batches) < 2:
         raise InputError(f"{len(batches)} batches: an update needs one to fit and one to try, give 2 or more")
     if rotations is not None:
-        merge_rotations(dense, rotations)
+        merge_rotations(dense, rotations, device)
     tried = max(1, int(_HELD_OUT * len(batches)))
     fitted, held_out = batches[:-tried], batches[-tried:]
     linears = {place.name: module_at(pruned, place.name) for place in block_linears(pruned.config)}
@@ -230,9 +230,10 @@ def _fit_group(
     H = cross = torch.zeros((), device=V.device)
     tokens = 0
     for (x, s), found in batches:
-        x_pruned = found[0].flatten(0, -2).to(V)
+        # Over there first: they travel in their own dtype, which may be half as wide.
+        x_pruned = found[0].to(V.device).flatten(0, -2).to(V)
         H = H + x_pruned.mT @ x_pruned
-        wanted = s - found[-1] if group.writes else x
+        wanted = s.to(V.device) - found[-1].to(V.device) if group.writes else x.to(V.device)
         cross = cross + wanted.flatten(0, -2).to(V).mT @ x_pruned
         tokens += len(x_pruned)
     H, cross = H / tokens, cross / tokens

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from rotpruner.artifacts import write_bytes, write_json
 from rotpruner.distributed import whole
+from rotpruner.families import family_of
 from rotpruner.fusion import fuse_block_norms
 from rotpruner.layout import BlockLinear, block_linears, by_group, module_at
 from rotpruner.orthogonal import rotate_weight
@@ -53,7 +54,7 @@ def relative_error(weight: Tensor, pruned: Tensor, moment: Moment | None) -> flo
     def energy(W: Tensor) -> Tensor:
         if moment is None:
             return W.square().sum()
-        H = moment.seen_blocks()
+        H = moment.derive("seen", Moment.seen_blocks)  # for both energies, and for all linears of a group
         heads = W.to(H.dtype).unflatten(-1, (len(H), -1)).transpose(0, 1)  # (B, O, n)
         return ((heads @ H) * heads).sum()
 
@@ -78,6 +79,7 @@ def layer_table(
     pruner: Pruner,
     patterns: Sequence[Pattern],
     progress: Progress = unseen,
+    device: torch.device | None = None,
 ) -> list[dict[str, Any]]:
     """One row a decoder linear: how sparse it is, how wrong its output, and how much saliency each basis keeps.
 
@@ -89,6 +91,7 @@ def layer_table(
         pruner: as it was pruned.
         patterns: one a block, as it was pruned; none for a slice, which has no masks, so no kept mass and no error.
         progress: wraps the iteration over groups of linears, for a progress bar.
+        device: where one linear after the other is looked at; None is where the model is.
 
     Returns:
         `[{"name", "layer", "weights": count, "sparsity", "error", "kept_mass": {"own", "learned"} or None}, …]` in
@@ -96,13 +99,16 @@ def layer_table(
     """
     if "residual" in rotations:
         fuse_block_norms(model)
+    there = device or module_at(model, family_of(model.config).head).weight.device
+    rotations = {space: Q.to(there) for space, Q in rotations.items()}
     rows = []
     for members in progress(by_group(block_linears(model.config)), "layer diagnostics"):
         # Once for the group, whose linears share what a pruner derives from it.
-        known = _apart(moments, members[0].group)
+        known = {group: moment.to(there) for group, moment in _apart(moments, members[0].group).items()}
         moment, turned = known.get(members[0].group), rotated_moment(model.config, rotations, known, members[0])
         for place in members:
-            weight, found = module_at(model, place.name).weight.float(), module_at(pruned, place.name).weight
+            weight, found = (module_at(each, place.name).weight.to(there) for each in (model, pruned))
+            weight = weight.float()
             row: dict[str, Any] = {
                 "name": place.name,
                 "layer": place.layer,
@@ -194,9 +200,10 @@ def write_diagnostics(
     pruner: Pruner,
     patterns: Sequence[Pattern],
     progress: Progress = unseen,
+    device: torch.device | None = None,
 ) -> None:
     """Write `layers.json` and `heatmap.safetensors` into a run directory; the arguments are those of `layer_table`."""
-    rows = layer_table(model, pruned, rotations, moments, pruner, patterns, progress)
+    rows = layer_table(model, pruned, rotations, moments, pruner, patterns, progress, device)
     name, maps = heat_maps(model, rotations)
     write_bytes(save({basis: found.contiguous() for basis, found in maps.items()}, {"linear": name}), run / HEAT_MAP)
     write_json({"linears": rows}, run / LAYERS)

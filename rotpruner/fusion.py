@@ -139,8 +139,8 @@ def _norm_before(model: nn.Module, linear: BlockLinear) -> Any:
 
 
 def _scaled(weight: Tensor, norm: Any, gain_offset: float) -> Tensor:
-    """W diag(g) for W (O, I), g (I,)."""
-    return weight if norm.weight is None else weight * (norm.weight.double() + gain_offset)
+    """W diag(g) for W (O, I), g (I,), where W is."""
+    return weight if norm.weight is None else weight * (norm.weight.double() + gain_offset).to(weight.device)
 
 
 def _reset(norm: Any, gain_offset: float, bias: Tensor | None = None) -> None:

@@ -142,7 +142,7 @@ def prune_model(
         there = partial(moments_by_block, dtype=calibration_dtype, device=device, progress=progress)
         patterns = layer_patterns(model, pattern, layer_sparsity, batches, there, fused="residual" in rotations)
     if rotations:
-        merge_rotations(model, rotations)
+        merge_rotations(model, rotations, device)
     if pattern.sparsity == 0:
         return
     known = {
@@ -185,7 +185,7 @@ def _slice(
         fuse_block_norms(model)
         moments = moments_by_block(model, *residual_readers(model), batches, dtype, device, progress)
         rotations = {**rotations, "residual": residual_pca(model.config, moments)}
-    merge_rotations(model, rotations)
+    merge_rotations(model, rotations, device)
     slice_residual(model, width)
 
 

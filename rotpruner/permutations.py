@@ -21,6 +21,9 @@ from rotpruner.patterns import NM
 #: Rows that an order is judged by, evenly spaced among all: enough to tell features apart, and soon done.
 MOST_ROWS = 8192
 
+#: Groups among which one assignment deals features out. Its cost grows with their cube: a LLaMA-3-8B has 3,584.
+MOST_GROUPS = 512
+
 
 def channel_permutation(importance: Tensor, pattern: NM, rounds: int = 5) -> Tensor:
     """The order (C,) int64 of features in which N:M keeps more importance; the new feature j is the old `order[j]`.
@@ -28,7 +31,8 @@ def channel_permutation(importance: Tensor, pattern: NM, rounds: int = 5) -> Ten
     Take one feature out of each group. With t(r, g) the N-th largest importance of what is left of group g in row r, a
     feature c that joins the group adds max(t(r, g), s(r, c)) to a sum that does not depend on c. Since
     2 max(t, s) = t + s + |t − s|, the best assignment of the features that were taken out is the one with the largest
-    sum of L1 distances between them and the thresholds. So no step loses importance.
+    sum of L1 distances between them and the thresholds. So no step loses importance. Where there are more groups than
+    one assignment can take, each is among every k-th of them.
 
     Args:
         importance: of every weight, (R, C), nonnegative.
@@ -39,18 +43,25 @@ def channel_permutation(importance: Tensor, pattern: NM, rounds: int = 5) -> Ten
     if pattern.sparsity == 0:
         return groups.flatten()
     kept = _kept(importance, groups, pattern)
+    parts = -(-len(groups) // MOST_GROUPS)
     for _ in range(rounds):
-        for place in range(pattern.m):
-            others = torch.cat([groups[:, :place], groups[:, place + 1 :]], dim=1)
-            thresholds = importance[:, others].topk(pattern.n, dim=-1).values[..., -1]
-            moved = groups[:, place].clone()
-            gain = torch.cdist(thresholds.mT, importance[:, moved].mT, p=1)
-            _, chosen = linear_sum_assignment(gain.cpu().numpy(), maximize=True)
-            groups[:, place] = moved[torch.from_numpy(chosen).to(moved.device)]
+        for part in range(parts):
+            _reassign(importance, groups[part::parts], pattern)
         before, kept = kept, _kept(importance, groups, pattern)
         if kept <= before * (1 + 1e-6):
             break
     return groups.flatten()
+
+
+def _reassign(importance: Tensor, groups: Tensor, pattern: NM) -> None:
+    """Deal one feature of every place in some groups (G, M) out anew among them, in place."""
+    for place in range(pattern.m):
+        others = torch.cat([groups[:, :place], groups[:, place + 1 :]], dim=1)
+        thresholds = importance[:, others].topk(pattern.n, dim=-1).values[..., -1]
+        moved = groups[:, place].clone()
+        gain = torch.cdist(thresholds.mT, importance[:, moved].mT, p=1)
+        _, chosen = linear_sum_assignment(gain.cpu().numpy(), maximize=True)
+        groups[:, place] = moved[torch.from_numpy(chosen).to(moved.device)]
 
 
 def _kept(importance: Tensor, groups: Tensor, pattern: NM) -> float:

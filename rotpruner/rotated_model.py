@@ -181,8 +181,12 @@ class RotatedModel(nn.Module):
             self._dense_states.cache = cache = DenseCache(base, weights, self.ranks)
             self.moments = cache.moments(gather, widths, batches) if linears else {}
 
-    def start_from_statistics(self, start: Start) -> None:
+    def start_from_statistics(self, start: Start, progress: Progress = unseen) -> None:
         """After `calibrate`: put the rotations where a start that hangs on statistics has them.
+
+        Args:
+            start: any; `identity` and `random` hang on none and leave them where they are.
+            progress: wraps the iteration over places that have an order, for a progress bar.
 
         Raises:
             InputError: there is no such start, or it does not go with the spaces, the pattern or the pruner.
@@ -200,11 +204,8 @@ class RotatedModel(nn.Module):
             assert isinstance(self.pattern, NM), "checked above"
             self._check_calibrated()
             weights = {linear.place: linear.weight for linear in self.linears}
-            self.rotations.restart(
-                permuted_start(
-                    self.base.config, weights, self.moments, self.pruner, self.pattern, rotations, self.ranks
-                )
-            )
+            judged = weights, self.moments, self.pruner, self.pattern
+            self.rotations.restart(permuted_start(self.base.config, *judged, rotations, self.ranks, progress))
 
     def leave(self) -> None:
         """Let go of the last step's rotations and of their graph."""

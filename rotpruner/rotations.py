@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from rotpruner.errors import InputError
 from rotpruner.families import family_of
 from rotpruner.fusion import check_foldable, final_bias, folded, folded_head, reset_block_norms, reset_final_norm, untie
-from rotpruner.layout import BlockLinear, block_linears, module_at, residual_boundaries
+from rotpruner.layout import BlockLinear, block_linears, by_block, module_at, residual_boundaries
 from rotpruner.orthogonal import (
     Constraint,
     MapName,
@@ -34,6 +34,7 @@ from rotpruner.orthogonal import (
 )
 from rotpruner.patterns import NM, Pattern, Slice
 from rotpruner.placements import Placement, basis_changes, rotation_shape, site_at, space_shape, turns
+from rotpruner.replay import visiting
 from rotpruner.shortcuts import insert_shortcuts
 from rotpruner.statistics import Moment
 
@@ -248,11 +249,17 @@ def basis_change(config: Any, rotations: Sites, number: int) -> Tensor | None:
 
 
 @torch.no_grad()
-def merge_rotations(model: nn.Module, rotations: Mapping[str, Tensor]) -> None:
+def merge_rotations(model: nn.Module, rotations: Mapping[str, Tensor], device: torch.device | None = None) -> None:
     """Move a plain model into the rotated basis, in place; it computes the same function.
 
     Fuses norms if the residual stream rotates, and inserts shortcuts where that changes its basis on the way. Products
     are taken in float64, and every weight is rounded once.
+
+    Args:
+        model: plain.
+        rotations: of its spaces.
+        device: where products are taken, one block after the other, then the head and the embeddings; None is where the
+            model is, and stays.
 
     Raises:
         InputError: they are not rotations of this model; it is as it was.
@@ -260,28 +267,34 @@ def merge_rotations(model: nn.Module, rotations: Mapping[str, Tensor]) -> None:
     for space, Q in rotations.items():
         check_rotation(model.config, space, Q)
     family = family_of(model.config)
-    device = module_at(model, family.head).weight.device
-    rotations = {space: (Q.double() if turns(space) else Q).to(device) for space, Q in rotations.items()}
+    there = device or module_at(model, family.head).weight.device
+    rotations = {space: (Q.double() if turns(space) else Q).to(there) for space, Q in rotations.items()}
     first, last = residual_at(model.config, rotations, 0), residual_at(model.config, rotations, -1)
     final = None
     if first is not None:
         check_foldable(model)  # before anything is changed
         final = final_bias(model)
-    for linear in block_linears(model.config):
-        module = module_at(model, linear.name)
-        reads, writes = sides(model.config, rotations, linear)
-        weight, bias = folded(model, linear, norms=first is not None)
-        module.weight.copy_(rotate_weight(weight, reads, writes))
-        if bias is not None:
-            module.bias.copy_(rotate_bias(bias, writes))
+    blocks = module_at(model, family.blocks)
+    for layer, members in by_block(block_linears(model.config)):
+        with visiting(blocks[layer], there):
+            for linear in members:
+                module = module_at(model, linear.name)
+                reads, writes = sides(model.config, rotations, linear)
+                weight, bias = folded(model, linear, norms=first is not None)
+                module.weight.copy_(rotate_weight(weight, reads, writes))
+                if bias is not None:
+                    module.bias.copy_(rotate_bias(bias, writes))
     if first is not None and last is not None:
         untie(model)
         reset_block_norms(model)
-        module_at(model, family.head).weight.copy_(rotate_features(folded_head(model), last))
-        reset_final_norm(model, None if final is None else rotate_features(final, last))
+        head = module_at(model, family.head)
+        with visiting(head, there):
+            head.weight.copy_(rotate_features(folded_head(model), last))
+        reset_final_norm(model, None if final is None else rotate_features(final.to(there), last))
         for path in family.embeddings:
-            features = module_at(model, path).weight
-            features.copy_(rotate_features(features.double(), first))
+            embedding = module_at(model, path)
+            with visiting(embedding, there):
+                embedding.weight.copy_(rotate_features(embedding.weight.double(), first))
         changes = basis_changes(model.config, len(rotations["residual"]))
         if changes:
             found = {number: basis_change(model.config, rotations, number) for number in changes}

@@ -14,6 +14,7 @@ from rotpruner.orthogonal import is_order, permutation_matrix
 from rotpruner.patterns import NM
 from rotpruner.permutations import block_orders
 from rotpruner.placements import site_at
+from rotpruner.progress import Progress, unseen
 from rotpruner.pruners import Pruner
 from rotpruner.rotations import RotationSet
 from rotpruner.slicing import residual_pca
@@ -43,6 +44,7 @@ def permuted_start(
     pattern: NM,
     rotations: RotationSet,
     ranks: Ranks,
+    progress: Progress = unseen,
 ) -> RotationSet:
     """Orders of the features of every space, of which N:M keeps more than of the model's own; nothing else turns.
 
@@ -56,21 +58,23 @@ def permuted_start(
         pruner, pattern: of what is kept.
         rotations: as they were; they give the spaces and the shapes.
         ranks: agree on what the first one finds.
+        progress: wraps the iteration over places that have an order, for a progress bar.
     """
     found = {space: Q.clone() for space, Q in rotations.items()}
+    ordered: list[tuple[Tensor, int, list[BlockLinear]]] = []
     for space, Q in found.items():
         readers: dict[int, list[BlockLinear]] = {}
         for place in weights:
             if place.spec.reads == space:
                 readers.setdefault(_site(config, place, len(Q)), []).append(place)
+        if Q.shape[-1] % pattern.m == 0:
+            ordered += [(Q, site, places) for site, places in readers.items()]
+    for Q, site, places in progress(ordered, "ordering features"):
         blocks, n = (1, Q.shape[-1]) if is_order(Q) else Q.shape[1:3]
-        if n % pattern.m:
-            continue
-        for site, places in readers.items():
-            importances = _importances(places, weights, moments, pruner, Q.device)
-            rows = sum(weights[place].numel() for place in places) // (blocks * n)
-            orders = ranks.broadcast(block_orders(importances, rows, blocks, n, pattern), 0)
-            Q[site] = orders[0] if is_order(Q) else permutation_matrix(orders)
+        importances = _importances(places, weights, moments, pruner, Q.device)
+        rows = sum(weights[place].numel() for place in places) // (blocks * n)
+        orders = ranks.broadcast(block_orders(importances, rows, blocks, n, pattern), 0)
+        Q[site] = orders[0] if is_order(Q) else permutation_matrix(orders)
     return found
 
 

@@ -157,14 +157,17 @@ class MomentSums:
     def means(self, ranks: Ranks | None = None) -> dict[str, Moment]:
         """The moments, averaged over all tokens that any of the ranks has seen; alike on all of them.
 
+        Each sum becomes its mean in place, as all of them together may be as large as the model; there are none left.
+
         Raises:
             InputError: some are not finite.
         """
         ranks = ranks or Ranks()
         moments = {}
-        for name, total in self._sums.items():
+        for name in list(self._sums):
+            total = self._sums.pop(name)
             tokens = ranks.sum(torch.tensor(self._tokens[name], device=total.device))
-            mean = ranks.sum(total) / tokens
+            mean = ranks.sum(total).div_(tokens)
             if not mean.isfinite().all():  # pruners would choose by comparisons with NaN, and nobody would see it
                 raise InputError(
                     f"inputs of {name} overflow {str(self._dtypes[name]).removeprefix('torch.')}, or are NaN; "

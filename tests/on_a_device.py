@@ -14,6 +14,7 @@ from tiny_models import exact, rotated_model, tiny
 from experiments.__main__ import main
 from rotpruner.api import learn
 from rotpruner.compensation import compensate
+from rotpruner.diagnostics import layer_table
 from rotpruner.objectives import Objective
 from rotpruner.oneshot import gather_model_moments, prune_model
 from rotpruner.patterns import parse_pattern
@@ -159,6 +160,37 @@ def test_rotations_follow_the_model_there():
         there = copy.deepcopy(model).to(device)
         merge_rotations(there, random_rotations(model.config, ["residual", "value_heads", "mlp"], 0))
         assert_same([expected], [there(input_ids=IDS.to(device)).logits.cpu()], tolerance=1e-5)
+
+
+@pytest.mark.parametrize(("name", "placement"), [("llama-3", "shared"), ("opt", "shared"), ("llama-2", "per_layer")])
+@torch.no_grad()
+def test_a_model_that_stays_here_is_merged_there(name, placement):
+    found = []
+    with elsewhere():
+        for device in (None, *DEVICES):
+            model = exact(tiny(name))
+            spaces = ["residual", "value_heads", "mlp"]
+            merge_rotations(model, random_rotations(model.config, spaces, 0, placement=placement), device)
+            found.append(weights(model))
+    assert_same(found[0], found[1], 0)
+    assert_same(found[0], found[2], 1e-12)
+
+
+@torch.no_grad()
+def test_layers_are_looked_at_there():
+    rows = []
+    with elsewhere():
+        for device in (None, *DEVICES):
+            rotated = rotated_model(exact(tiny("llama-3")))
+            rotated.calibrate(IDS.split(1))
+            pruned = exact(tiny("llama-3"))
+            judged = rotated.rotations(), rotated.moments, rotated.pruner, rotated.patterns
+            prune_model(pruned, rotated.pruner, rotated.pattern, rotations=judged[0], moments=rotated.moments)
+            rows.append(layer_table(exact(tiny("llama-3")), pruned, *judged, device=device))
+    assert rows[0] == rows[1]
+    for one, other in zip(rows[0], rows[2], strict=True):
+        assert one["kept_mass"] == pytest.approx(other["kept_mass"])
+        assert one["error"] == pytest.approx(other["error"], rel=1e-5)
 
 
 def test_models_are_made_there():

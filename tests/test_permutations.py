@@ -58,6 +58,19 @@ def test_an_order_that_loses_nothing_to_dealing_out(seed, numbers, groups):
     assert kept(importance[:, order], pattern) >= kept(importance[:, dealt], pattern) * (1 - 1e-5)
 
 
+def test_many_groups_are_dealt_out_in_parts(monkeypatch):
+    """No place is left out, none moves to another part, and most of what can be gained is."""
+    importance = torch.rand(40, 4 * 29, generator=torch.Generator().manual_seed(0)).pow(4)
+    pattern = NM(2, 4)
+    whole, dealt = (channel_permutation(importance, pattern, rounds) for rounds in (5, 0))
+    monkeypatch.setattr(permutations, "MOST_GROUPS", 10)
+    order = channel_permutation(importance, pattern)
+    members = [[set(each.view(-1, 4)[part::3].flatten().tolist()) for part in range(3)] for each in (dealt, order)]
+    assert members[0] == members[1]
+    least, found, most = (kept(importance[:, choice], pattern) for choice in (dealt, order, whole))
+    assert found - least > (most - least) / 2
+
+
 def test_features_that_crowd_one_group_are_parted():
     importance = torch.tensor([[9.0, 9, 9, 9, 0, 0, 0, 0]]).repeat(3, 1)
     order = channel_permutation(importance, NM(2, 4))
