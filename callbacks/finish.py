@@ -99,7 +99,7 @@ class Finish(Ending):
 
         def pruned(basis: Learned, updated: int, directory: Path) -> Row:
             model, found = load_model(name), Row()
-            home = home_of(model, self._device, copies=5, tokens=tokens.numel())
+            home = home_of(model, self._device, tokens.numel(), tokens[:updated].numel())
             model.to(home)  # type: ignore[arg-type]
             batches = tokens.to(home).split(1)
             sharing = {"layer_sparsity": module.layer_sparsity}

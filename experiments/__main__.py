@@ -19,7 +19,8 @@ PLUGINS = "ROTPRUNER_PLUGINS"
 #: What each command can do where the device's memory is full.
 _SAVINGS = {
     "fit": "--model.gradient_checkpointing true, --model.offload true (see plan), or --trainer.accelerator cpu",
-    "recover": "--model.gradient_checkpointing true, or --trainer.accelerator cpu",
+    "recover": "--model.gradient_checkpointing true, or --trainer.accelerator cpu; a decoder weight takes 16 bytes "
+    "beside the teacher all the same: itself, its gradient, and two states of Adam",
     "evaluate": "--dtype bfloat16, or --device cpu",
 }
 

@@ -172,7 +172,7 @@ def _show(result: dict[str, Any], setup: Setup, memory: MemoryPlan, rates: str) 
     else:
         dearest = largest(memory.host_phases)
         print(f"\nmain memory that it takes besides: {memory.host / _GIB:.2f} GiB, most of it when: {dearest};")
-        print("less if five copies of the model and its states fit into half of what the GPU has free at the end")
+        print("less if the model, its copies and its states fit into half of what the GPU has free at the end")
     print(f"\npeak {memory.peak / _GIB:.2f} GiB of {hardware['bytes'] / _GIB:.0f} GiB: {verdict}")
     for change in result["changes"]:
         print(f"  {change['peak'] / _GIB:8.2f} GiB {'fits' if change['fits'] else 'too large':10} {change['change']}")

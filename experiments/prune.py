@@ -65,7 +65,7 @@ def main(arguments: list[str]) -> None:
     )
     model = load_model(options.model)
     rotations = _rotations(options, model)
-    home = home_of(model, options.device, copies=5, tokens=tokens.numel())
+    home = home_of(model, options.device, tokens.numel(), tokens[: options.compensate].numel())
     model.to(home)  # type: ignore[arg-type]
     result = _prune(model, pattern, rotations, tokens.to(home).split(1), options)
 

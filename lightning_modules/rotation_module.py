@@ -261,7 +261,7 @@ class RotationModule(LightningModule):
         return logged(self, self.rotated.loss(batch["input_ids"], batch["index"]))
 
     def on_train_end(self) -> None:
-        """Nothing of the last step's graph is needed any more."""
+        """What only learning needs, its end has memory to use for."""
         self.rotated.leave()
 
     @property

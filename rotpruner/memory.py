@@ -11,19 +11,20 @@ from functools import cache
 import torch
 from torch import nn
 
-#: What a pass block by block holds at most, in tensors as large as the final states of all tokens: what goes into and
-#: comes out of two models' blocks, and inside of them into the last linear of an MLP, the widest.
-_STATES = 24
+#: What a pass block by block holds at most, in tensors as large as the final states of its tokens: what goes into and
+#: comes out of a block; for the update of kept weights, of two models' blocks, and what goes into the linears inside of
+#: one, the last of its MLP the widest.
+_STATES, _STATES_OF_UPDATE = 4, 24
 
 
-def home_of(model: nn.Module, device: torch.device, copies: int = 1, tokens: int = 0) -> torch.device:
+def home_of(model: nn.Module, device: torch.device, calibrated: int = 0, fitted: int = 0) -> torch.device:
     """Where a model waits whose blocks run on a device: there as well, if that is a GPU with room, else where it is.
 
     Args:
         model: as it came, on the CPU.
         device: where its blocks run.
-        copies: of its weights that are there at a time.
-        tokens: whose states wait with it.
+        calibrated: tokens that it is pruned with, if it is; their states wait with it, and another copy of it.
+        fitted: tokens that kept weights are then fitted on, if they are, with four other copies of the model.
 
     Returns:
         The device, if all of it would take less than half of the GPU's free memory, or of this process's share where
@@ -33,7 +34,9 @@ def home_of(model: nn.Module, device: torch.device, copies: int = 1, tokens: int
     if device.type != "cuda":
         return here
     weights = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
-    states = _STATES * 4 * tokens * getattr(model, "config").hidden_size  # noqa: B009 - nn.Module knows no config
+    copies = 5 if fitted else 2 if calibrated else 1
+    states = max(_STATES * calibrated, _STATES_OF_UPDATE * fitted) * next(model.parameters()).element_size()
+    states *= getattr(model, "config").hidden_size  # noqa: B009 - nn.Module knows no config
     free, _ = torch.cuda.mem_get_info(device)
     free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # held for this process to use
     jobs = int(os.environ.get("ROTPRUNER_JOBS", 1))

@@ -208,8 +208,9 @@ class RotatedModel(nn.Module):
             self.rotations.restart(permuted_start(self.base.config, *judged, rotations, self.ranks, progress))
 
     def leave(self) -> None:
-        """Let go of the last step's rotations and of their graph."""
+        """Let go of what only learning needs: the last step's rotations and their graph, the dense model's states."""
         self.basis.rotations = {}
+        self._dense_states.forget()
         self.relaxation.leave()
 
     def groups(self) -> list[list[RotatedLinear]]:

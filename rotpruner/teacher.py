@@ -74,6 +74,10 @@ class DenseStates:
             states.append(state)
         return torch.stack(states)
 
+    def forget(self) -> None:
+        """Let go of what is kept; it is computed again if it is asked for."""
+        self.kept.clear()
+
 
 class _LanguageHead:
     def __init__(self, model: PreTrainedModel) -> None:

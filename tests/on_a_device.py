@@ -131,7 +131,7 @@ def test_the_command_prunes_a_model_that_waits_there(
     given = ["--model", tmp_path / "model", "--calibration", text_file, "--text", test_text_file]
     sizes = ["--num_sequences", "4", "--seq_len", "32", "--max_tokens", "256", "--json"]
     for module in ("experiments.prune", "datamodules.evaluation"):
-        monkeypatch.setattr(f"{module}.home_of", lambda model, device, **_: device)
+        monkeypatch.setattr(f"{module}.home_of", lambda model, device, *_: device)
     with elsewhere():
         for device in DEVICES:
             assert main(["prune", *map(str, given), *options, *sizes, "--device", str(device)]) == 0

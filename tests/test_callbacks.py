@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
 import os
@@ -12,10 +13,13 @@ from importlib import import_module
 from pathlib import Path
 
 import pytest
+import rich.progress
 import torch
 from conftest import tiny_llama
 from lightning import Callback, Trainer
 from lightning.pytorch.loggers import CSVLogger, WandbLogger
+from rich.console import Console
+from rich.live import Live
 from transformers import AutoModelForCausalLM
 
 from callbacks.finish import Finish
@@ -288,6 +292,29 @@ def test_nothing_is_saved_between_batches_whose_gradients_accumulate(fit, monkey
 def test_any_scheduler_steps_once_an_optimiser_step(fit):
     trainer, _ = fit([], lr_scheduler=lambda optimizer: torch.optim.lr_scheduler.StepLR(optimizer, 1, 0.5))
     assert trainer.optimizers[0].param_groups[0]["lr"] == pytest.approx(2e-3 * 0.5**6)
+
+
+def test_on_a_terminal_one_bar_follows_the_other(fit, monkeypatch):
+    """Features are put in order when training starts; two bars at once are an error in older versions of rich."""
+    screen = Console(file=io.StringIO(), force_terminal=True, width=120)
+    live: list[object] = []
+
+    class One(Live):
+        def start(self, *given, **named):
+            live.append(self)
+            assert len(live) == 1
+            super().start(*given, **named)
+
+        def stop(self):
+            live.clear()
+            super().stop()
+
+    monkeypatch.setattr(rich.progress, "Live", One)
+    for module in ("callbacks.progress", "callbacks.terminal"):
+        monkeypatch.setattr(f"{module}.console", screen)
+    fit([StepProgress()], start="permutation", spaces=["residual", "value_heads", "mlp"])
+    said = screen.file.getvalue()
+    assert said.index("calibration") < said.index("ordering features") < said.index("6/6")
 
 
 def test_a_log_file_is_told_what_learns_and_how_far_it_has_come(fit, capsys):

@@ -26,15 +26,16 @@ def freed_but_held() -> torch.Tensor:
 def test_a_model_waits_on_a_gpu_with_room_for_its_copies_and_states(monkeypatch):
     model, gpu = tiny("llama-2"), torch.device("cuda:0")
     weights = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
-    states = 24 * 4 * 1000 * model.config.hidden_size
+    state = 4 * model.config.hidden_size
     monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 1000)
     monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 400)
-    for needed, given in ((weights, {}), (5 * weights + states, {"copies": 5, "tokens": 1000})):
+    pruned, updated = 2 * weights + 4 * 1000 * state, 5 * weights + 24 * 300 * state
+    for needed, given in ((weights, ()), (pruned, (1000, 0)), (updated, (1000, 300))):
         for jobs in (1, 3):
             monkeypatch.setenv("ROTPRUNER_JOBS", str(jobs))
             for free, expected in ((2 * jobs * needed + 6, gpu), (2 * jobs * needed, CPU)):
                 monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device, free=free: (free - 600, 10**12))
-                assert home_of(model, gpu, **given) == expected
+                assert home_of(model, gpu, *given) == expected
     assert home_of(model, torch.device("meta")) == CPU
 
 

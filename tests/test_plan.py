@@ -119,7 +119,8 @@ def test_resident_terms_are_what_the_model_holds(pruner, pattern, orthogonal_map
     states = 1 if orthogonal_map == "manifold" else 2
     choices = dict(pattern=rotated.pattern, orthogonal_map=orthogonal_map, optimizer_states=states)
     plan = memory_plan(setup_of(rotated, spaces, 64, num_sequences=9, steps=1, **choices, **waiting))
-    terms = {term.name: term.amount for term in (*plan.resident, *plan.kept_by_host)}
+    parts = *plan.resident, *plan.kept_by_host, *plan.host_phases["learning"]
+    terms = {term.name: term.amount for term in parts}
     held = {
         "frozen weights": list(rotated.base.parameters()),
         "decoder weights": [linear.weight for linear in rotated.linears if offload],
@@ -247,5 +248,6 @@ def test_operations_are_those_that_torch_counts(objective, checkpointing, placem
 def test_totals_add_up():
     rotated = ready(model_of("llama"), torch.bfloat16, ("residual",))
     plan = memory_plan(setup_of(rotated, ("residual",), 64))
-    assert plan.learning == total([*plan.resident, *plan.kept_by_host]) + max(map(total, plan.phases.values()))
+    held = [*plan.resident, *plan.kept_by_host, *plan.host_phases["learning"]]
+    assert plan.learning == total(held) + max(map(total, plan.phases.values()))
     assert plan.peak >= plan.host

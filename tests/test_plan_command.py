@@ -249,7 +249,7 @@ def test_bases_between_layers_are_not_dropped_to_save_memory(plan):
 
 def test_epochs_count_as_steps(plan):
     def rows(*options: str) -> str:
-        return plan("llama3-8b", *options)["memory"]["kept_by_host"][0]["formula"]
+        return plan("llama3-8b", *options)["memory"]["host_phases"]["learning"][0]["formula"]
 
     assert rows("--trainer.max_steps", "5").startswith("rows · T · d · s = 5 ·")
     assert rows("--trainer.max_steps", "-1", "--trainer.max_epochs", "2").startswith("rows · T · d · s = 640 ·")

@@ -40,7 +40,8 @@ class MemoryPlan:
         resident: what stays on the device.
         phases: what comes and goes there, by phase of learning.
         kept_by_host: what stays on the host.
-        host_phases: what comes and goes there: loading, and the end of the run, which is reckoned but not measured.
+        host_phases: what comes and goes there: loading, what learning keeps there, and the end of the run, which is
+            reckoned but not measured.
         device: `cpu` or `gpu`.
     """
 
@@ -53,12 +54,12 @@ class MemoryPlan:
     @property
     def learning(self) -> int:
         """The peak on the device while it learns."""
-        beside = total(self.kept_by_host) if self.device == "cpu" else 0
+        beside = total(self.kept_by_host) + total(self.host_phases["learning"]) if self.device == "cpu" else 0
         return total(self.resident) + beside + total(self.phases[largest(self.phases)])
 
     @property
     def host(self) -> int:
-        """The peak on the host, at the beginning or the end; a CPU's resident parts are there at the end too."""
+        """The peak on the host, from beginning to end; a CPU's resident parts are there at the end too."""
         peaks = [total(terms) for name, terms in self.host_phases.items() if name != "loading"]
         kept = total(self.kept_by_host) + (total(self.resident) if self.device == "cpu" else 0)
         return max(total(self.host_phases["loading"]), kept + max(peaks))
@@ -95,9 +96,7 @@ def memory_plan(setup: Setup) -> MemoryPlan:
         phases["orders of features"] = [_orders(setup), *_fetched_linear(setup)]
     if setup.layer_sparsity == "owl":
         phases["outlier ratios"] = [_outliers(setup), *_fetched_linear(setup)]
-    kept_by_host = [_teacher_states(setup)] if setup.objective.needs_teacher else []
-    if setup.offload:
-        kept_by_host.append(_offloaded(setup))
+    kept_by_host = [_offloaded(setup)] if setup.offload else []
     return MemoryPlan(resident, phases, kept_by_host, _host_phases(setup), setup.device)
 
 
@@ -113,6 +112,7 @@ def _host_phases(setup: Setup) -> Phases:
                  f"ranks · P · s = {setup.ranks} · {P:,} · {setup.s}: each rank loads them, here all on one host"),
             Term("checkpoint file, mapped", P * c, f"P · {c} = {P:,} · {c}"),
         ],
+        "learning": [_teacher_states(setup)] if setup.objective.needs_teacher else [],
         "controls pruned": [
             *back,
             Term("model", P * c, f"P · {c} = {P:,} · {c}"),
