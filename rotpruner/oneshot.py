@@ -156,7 +156,7 @@ def prune_model(
             seen: dict[str, Moment] = {}
             if replay is not None:
                 with watch_inputs(*linears_to_watch(model, members, needs, ())) as sums:
-                    replay.run(layer)
+                    replay.pass_by(layer)
                 seen = sums.means()
             statistics = seen if moments is None else known
             _prune_block(model, members, pruner, patterns[layer], statistics, masks, update, seen)

@@ -124,12 +124,20 @@ class BlockReplay:
     def run(self, layer: int) -> list[Tensor]:
         """The outputs of a block for every batch, (sequences, seq_len, d) each."""
         with self._autocast:  # around the loop: it casts each weight once
-            return [self._run_one(layer, batch) for batch in range(len(self.states))]
+            return [self._output(layer, batch).to(self._home) for batch in range(len(self.states))]
 
-    def _run_one(self, layer: int, batch: int) -> Tensor:
+    @torch.no_grad()
+    def pass_by(self, layer: int) -> None:
+        """Run a block for every batch, for hooks that look on; its outputs go nowhere."""
+        with self._autocast:
+            for batch in range(len(self.states)):
+                self._output(layer, batch)
+
+    def _output(self, layer: int, batch: int) -> Tensor:
+        """What a block gives for a batch, where it is run."""
         arguments = _moved(self._arguments[layer][batch], self._device)
         output = self.blocks[layer](self.states[batch].to(self._device), **arguments)
-        return (output[0] if isinstance(output, tuple) else output).to(self._home)
+        return output[0] if isinstance(output, tuple) else output
 
     @torch.no_grad()
     def watch(self, layer: int, modules: Sequence[nn.Module], with_output: bool = False) -> Iterator[list[Tensor]]:
@@ -156,7 +164,7 @@ class BlockReplay:
             for batch in range(len(self.states)):
                 found.clear()
                 with suppress(_Reached), self._autocast:
-                    found.append(self._run_one(layer, batch))
+                    found.append(self._output(layer, batch).to(self._home))
                 yield list(found)
         finally:
             for handle in handles:

@@ -58,7 +58,7 @@ def slice_per_block(
             for previous, sublayer in zip([None, *sublayers], sublayers, strict=False):
                 reader = next(spec.path for spec in family.linears if spec.norm == sublayer.norm)
                 with watch_inputs({reader: block.get_submodule(reader)}, {reader: d}) as sums:
-                    replay.run(layer)
+                    replay.pass_by(layer)
                 P = _projection(sums.means()[reader].full(), width)
                 if previous is None:
                     _project_input(block, P)
