@@ -21,6 +21,7 @@ from rotpruner.artifacts import save_model, write_json
 from rotpruner.compensation import compensate
 from rotpruner.diagnostics import write_diagnostics
 from rotpruner.errors import InputError
+from rotpruner.kept_weights import take_kept_weights
 from rotpruner.learned import Learned
 from rotpruner.loading import load_model, load_tokenizer
 from rotpruner.memory import home_of
@@ -99,6 +100,8 @@ class Finish(Ending):
 
         def pruned(basis: Learned, updated: int, directory: Path) -> Row:
             model, found = load_model(name), Row()
+            if basis is learned and module.init_weights is not None:
+                take_kept_weights(model, *module.kept_weights())
             home = home_of(model, self._device, tokens.numel(), tokens[:updated].numel())
             model.to(home)  # type: ignore[arg-type]
             batches = tokens.to(home).split(1)

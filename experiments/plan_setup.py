@@ -84,6 +84,7 @@ def read_setup(arguments: list[str], gpu: str, count: int | None) -> tuple[Setup
         steps=_steps(trainer, data, count),
         gradient_checkpointing=module.gradient_checkpointing,
         offload=module.offload,
+        second_teacher=module.init_weights is not None,
         optimizer_states=_states(module.optimizer_of([torch.nn.Parameter(torch.eye(4))])),
         keeps_unmasked=module.surrogate.keeps_unmasked,
         ranks=count,

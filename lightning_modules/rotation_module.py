@@ -20,6 +20,7 @@ from rotpruner.choices import Choices
 from rotpruner.compensation import check_compensation
 from rotpruner.distributed import Ranks
 from rotpruner.errors import InputError
+from rotpruner.kept_weights import check_kept_weights
 from rotpruner.loading import check_pattern, check_seq_len, load_config, load_model, meta_model
 from rotpruner.objectives import Objective
 from rotpruner.oneshot import LayerSparsity
@@ -68,6 +69,8 @@ class RotationModule(LightningModule):
         start: rotations at the first step; `pca` turns the residual stream to its principal directions, `permutation`
             puts the features of every space in an order of which N:M keeps more.
         init_rotations: saved rotations to start from instead, a directory or hub name.
+        init_weights: the model that was pruned in them, updated or recovered perhaps: its kept weights take the place
+            of the model's own, which stays the teacher, a second copy of the weights.
         surrogate: how the gradient passes the mask; `gumbel` learns the mask too.
         objective: what is minimised.
         base_dtype: of the frozen weights and the activations; rotations are float32 (float64 with float64). `auto` is
@@ -100,6 +103,7 @@ class RotationModule(LightningModule):
         orthogonal_map: MapName = "cayley",
         start: Start = "identity",
         init_rotations: str | None = None,
+        init_weights: str | None = None,
         surrogate: Surrogate = Surrogate(),  # noqa: B008 - frozen
         objective: Objective = Objective(),  # noqa: B008 - frozen
         base_dtype: DtypeName = "auto",
@@ -138,9 +142,13 @@ class RotationModule(LightningModule):
             given = Rotations.from_pretrained(init_rotations)
             given.check_config(config)
             check_going_on(given, spaces, residual_sites(config, placement) if "residual" in spaces else 0)
+        if init_weights is not None:
+            if init_rotations is None:
+                raise InputError("init_weights are of a model that was pruned in a basis: give its init_rotations, too")
+            check_kept_weights(config, load_config(init_weights))
         self.model_config = config
         self.orthogonal_map, self.start, self.seed = orthogonal_map, start, seed
-        self.init_rotations = init_rotations
+        self.init_rotations, self.init_weights = init_rotations, init_weights
         self.surrogate, self.objective = surrogate, objective
         self._base_dtype: DtypeName = base_dtype
         self.gradient_checkpointing, self.offload = gradient_checkpointing, offload
@@ -175,6 +183,8 @@ class RotationModule(LightningModule):
             raise InputError(
                 f"ModelParallelStrategy needs torch 2.7 or newer, this is {torch.__version__}; update it, or use ddp"
             )
+        if sharded and self.init_weights is not None:
+            raise InputError("init_weights go into whole weights, which ModelParallelStrategy shards: use ddp")
         if sharded and self.surrogate.learns_masks:
             raise InputError("surrogate gumbel learns masks, which ModelParallelStrategy does not share out; use ddp")
         if sharded and self.orthogonal_map == "manifold":
@@ -230,6 +240,15 @@ class RotationModule(LightningModule):
         """Gather the calibration statistics, on all ranks together."""
         tokens = self.trainer.datamodule.statistics_tokens  # type: ignore[attr-defined]
         self.rotated.calibrate(tokens.to(self.device).split(1), self._progress(), self.cache_dense)
+        if self.init_weights is not None:
+            teacher = load_model(self.model_name, self.base_dtype).to(self.device)  # type: ignore[arg-type]
+            self.rotated.go_on_from(teacher, *self.kept_weights())
+
+    def kept_weights(self) -> tuple[Any, Rotations]:
+        """The pruned model whose kept weights the model takes over, and the rotations that it was pruned in."""
+        assert self.init_weights is not None
+        assert self.init_rotations is not None
+        return load_model(self.init_weights), Rotations.from_pretrained(self.init_rotations)
 
     def _progress(self) -> Progress:
         silent = self.trainer.progress_bar_callback is None or not self.trainer.is_global_zero

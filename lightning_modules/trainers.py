@@ -17,7 +17,7 @@ def check_trainer(module: LightningModule) -> None:
     """Raise `InputError` if a module's trainer has a device, a precision or a strategy that this code does not know, or
     would write over what the module reads."""
     run = Path(module.trainer.default_root_dir)
-    read = [getattr(module, name, None) for name in ("model_name", "teacher", "init_rotations")]
+    read = [getattr(module, name, None) for name in ("model_name", "teacher", "init_rotations", "init_weights")]
     for written in (run / "export", run / "rotations"):
         for name in map(str, filter(None, read)):
             if Path(name).expanduser().resolve() == written.resolve():

@@ -9,7 +9,7 @@ that. Without rotations the same modules are the dense model, the teacher.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -24,6 +24,7 @@ from rotpruner.dense_cache import DenseCache
 from rotpruner.distributed import Ranks
 from rotpruner.errors import InputError
 from rotpruner.fusion import fuse_block_norms
+from rotpruner.kept_weights import take_kept_weights
 from rotpruner.layout import block_linears, by_group, module_at
 from rotpruner.learned import Learned
 from rotpruner.mask_choice import choose_masks
@@ -100,6 +101,7 @@ class RotatedModel(nn.Module):
         #: The share of each block's mask entries that flipped at the last refresh.
         self.block_flips: list[float] = []
         self._dense_states = DenseStates(self._run_dense, self.ranks)
+        self._teacher: list[PreTrainedModel] = []
 
         if "residual" in rotations.spaces:
             fuse_block_norms(base)
@@ -207,10 +209,25 @@ class RotatedModel(nn.Module):
             judged = weights, self.moments, self.pruner, self.pattern
             self.rotations.restart(permuted_start(self.base.config, *judged, rotations, self.ranks, progress))
 
+    def go_on_from(self, teacher: PreTrainedModel, pruned: PreTrainedModel, rotations: Mapping[str, Tensor]) -> None:
+        """After `calibrate`: take over the weights that a pruned model has kept (`rotpruner.kept_weights`).
+
+        Args:
+            teacher: the dense model, which the base is no longer from here on; taken over.
+            pruned: that came of it.
+            rotations: that it was pruned in.
+
+        Raises:
+            InputError: as `take_kept_weights`.
+        """
+        take_kept_weights(self.base, pruned, rotations)
+        self._teacher = [teacher.requires_grad_(False).eval()]  # in a list: no part of this module
+
     def leave(self) -> None:
         """Let go of what only learning needs: the last step's rotations and their graph, the dense model's states."""
         self.basis.rotations = {}
         self._dense_states.forget()
+        self._teacher.clear()
         self.relaxation.leave()
 
     def groups(self) -> list[list[RotatedLinear]]:
@@ -343,6 +360,9 @@ class RotatedModel(nn.Module):
         return self.base.base_model(input_ids=input_ids, use_cache=False).last_hidden_state
 
     def _run_dense(self, input_ids: Tensor) -> Tensor:
+        if self._teacher:
+            with torch.no_grad():
+                return self._teacher[0].base_model(input_ids=input_ids, use_cache=False).last_hidden_state
         with self.dense():
             return self._states(input_ids)
 

@@ -94,3 +94,7 @@ def test_given_rotations_need_no_orders_of_features(model_directory, tmp_path):
     going_on = ["--model.init_rotations", str(tmp_path / "drawn")]
     (begun, _), (gone_on, _) = (read_setup([*given, *more], "cpu", 1) for more in ([], going_on))
     assert (begun.start, gone_on.start) == ("permutation", "identity")
+    again = read_setup([*given, *going_on, "--model.init_weights", str(model_directory)], "cpu", 1)[0]
+    held, once = ({term.name: term.amount for term in memory_plan(each).resident} for each in (again, gone_on))
+    assert held.pop("teacher weights") == held["frozen weights"]
+    assert held == once

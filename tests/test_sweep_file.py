@@ -100,6 +100,7 @@ def test_settings_of_every_shipped_fit_go_together(file, config, kind, tokenizer
     settings = {
         "model.model": tmp_path / "model",
         "model.init_rotations": "null",
+        "model.init_weights": "null",
         "data.calibration": text_file,
         "data.seq_len": 32,
         "trainer.accelerator": "cpu",

@@ -75,6 +75,7 @@ def memory_plan(setup: Setup) -> MemoryPlan:
     k, r = setup.trainable, setup.r
     resident = [
         *_weights(setup),
+        *_second_teacher(setup),
         *_masks(setup),
         _statistics(setup),
         *_inverses(setup),
@@ -195,6 +196,11 @@ def _weights(setup: Setup) -> list[Term]:
         Term("gathered blocks", 2 * block,
              f"2 P_blocks s / L = 2 · {blocks:,} · {s} / {setup.layers}: this one and the next"),
     ]  # fmt: skip
+
+
+def _second_teacher(setup: Setup) -> list[Term]:
+    P, s = setup.parameters, setup.s
+    return [Term("teacher weights", P * s, f"P · s = {P:,} · {s}")] if setup.second_teacher else []
 
 
 def _offloaded(setup: Setup) -> Term:

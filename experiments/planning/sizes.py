@@ -69,6 +69,7 @@ class Setup:
         test_tokens: of the longest text on which perplexity is measured at the end.
         gradient_checkpointing: whether blocks are recomputed in the backward pass.
         offload: whether the decoder linears' weights wait in main memory; with gradient checkpointing, unsharded.
+        second_teacher: whether the dense model is there besides a base that has taken over other weights.
         optimizer_states: tensors that the optimiser keeps for each parameter; Adam has 2.
         keeps_unmasked: whether the surrogate keeps W' besides the masked weight (SR-STE does).
         ranks: GPUs that share the work.
@@ -96,6 +97,7 @@ class Setup:
     steps: int = 100
     gradient_checkpointing: bool = False
     offload: bool = False
+    second_teacher: bool = False
     optimizer_states: int = 2
     keeps_unmasked: bool = False
     ranks: int = 1

@@ -1,0 +1,81 @@
+"""Going on after an update: a dense model takes over the weights that a pruned one has kept.
+
+An update of kept weights (`rotpruner.compensation`) makes up for the weights that are gone, and rotations that were
+learned before it are no longer the best ones. To learn them on, the model gets a weight that is, in the basis in which
+it was pruned, what the pruned model keeps, and its own where that has zeros. Under the same mask it is the pruned
+model; under others it lends what is its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from rotpruner.errors import InputError
+from rotpruner.fusion import check_foldable, folded, reset_block_norms
+from rotpruner.layout import block_linears, module_at
+from rotpruner.orthogonal import is_order, rotate_weight
+from rotpruner.rotations import check_rotation, sides
+
+
+@torch.no_grad()
+def take_kept_weights(model: nn.Module, pruned: nn.Module, rotations: Mapping[str, Tensor]) -> None:
+    """Give a dense model, in its own basis, the weights that a pruned one has kept; in place.
+
+    The norms of its blocks are fused if the residual stream rotates. Products are taken in float64, and every weight is
+    rounded once.
+
+    Args:
+        model: dense.
+        pruned: that came of it in the rotated basis; a weight that is zero there counts as pruned.
+        rotations: of that basis.
+
+    Raises:
+        InputError: the pruned model did not come of this one, or has no zeros; the model is as it was.
+    """
+    check_kept_weights(model.config, pruned.config)
+    for space, Q in rotations.items():
+        check_rotation(model.config, space, Q)
+    places = block_linears(model.config)
+    if not any((module_at(pruned, place.name).weight == 0).any() for place in places):
+        raise InputError("no decoder weight of the pruned model is zero, so nothing tells what it has kept")
+    turned = "residual" in rotations
+    if turned:
+        check_foldable(model)
+    for place in places:
+        module = module_at(model, place.name)
+        weight, bias = folded(model, place, norms=turned)
+        device = weight.device
+        reads, writes = (
+            None if Q is None else Q.to(device) if is_order(Q) else Q.to(device, torch.float64)
+            for Q in sides(model.config, rotations, place)
+        )
+        kept = module_at(pruned, place.name).weight.to(device, torch.float64)
+        weight = torch.where(kept != 0, kept, rotate_weight(weight, reads, writes))
+        module.weight.copy_(rotate_weight(weight, _back(reads), _back(writes)))
+        if bias is not None:
+            module.bias.copy_(bias)
+    if turned:
+        reset_block_norms(model)
+
+
+def check_kept_weights(config: Any, pruned: Any) -> None:
+    """Raise `InputError` if a pruned model, by its config, did not come of the model of another config."""
+    names = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
+    for name in names:
+        own, given = getattr(config, name, None), getattr(pruned, name, None)
+        if own != given:
+            raise InputError(
+                f"the pruned model has a {name} of {given}, the model one of {own}; "
+                "give the export of a fit or prune of this model"
+            )
+
+
+def _back(Q: Tensor | None) -> Tensor | None:
+    """The rotation that undoes one."""
+    if Q is None:
+        return None
+    return Q.argsort() if is_order(Q) else Q.mT
