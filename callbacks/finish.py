@@ -146,6 +146,7 @@ class Finish(Ending):
             pattern=str(module.pattern),
             pruner=None if isinstance(module.pattern, Slice) else pruner_name(module.pruner),
             basis="learned",
+            taken_over=module.init_weights,
             spaces=module.spaces,
             update="compensation" if module.compensate else None,
             learned_masks=self._learned.masks is not None,

@@ -52,6 +52,7 @@ class Origin:
         basis: `none`, `pca`, `permutation`, `random` or `learned`; `recovery` if weights were trained, in whatever
             basis they were in.
         pruned: of a recovery, the checkpoint that it began with.
+        taken_over: of learning behind an update, the pruned model whose kept weights it began with.
         spaces: which spaces rotate.
         update: pruner whose weight update followed, if any.
         learned_masks: whether the pruner's masks were only where learning began.
@@ -70,6 +71,7 @@ class Origin:
     pruner: str | None = None
     basis: str = "none"
     pruned: str | None = None
+    taken_over: str | None = None
     spaces: Sequence[str] = ()
     update: str | None = None
     learned_masks: bool = False
@@ -243,6 +245,9 @@ def _facts(origin: Origin, hub_name: str, license: Mapping[str, str]) -> list[tu
         if origin.learned_masks:
             facts.append(("masks", "learned together with the rotations, from the pruner's on"))
         facts.append(("sparsity of the blocks", origin.layer_sparsity))
+    if origin.taken_over:
+        known = f"`{origin.taken_over}`, whose kept weights it began with; its own card says how they were made"
+        facts.append(("learned on from", known))
     if origin.pruned:
         facts.append(("pruned model", f"`{origin.pruned}`, whose own card says how it was pruned"))
     else:
