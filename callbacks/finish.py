@@ -149,7 +149,7 @@ class Finish(Ending):
             taken_over=module.init_weights,
             spaces=module.spaces,
             update="compensation" if module.compensate else None,
-            learned_masks=self._learned.masks is not None,
+            learned_masks=module.surrogate.learns_masks,
             layer_sparsity=module.layer_sparsity,
             num_sequences=trainer.datamodule.statistics_sequences,  # type: ignore[attr-defined]
             seed=module.seed,

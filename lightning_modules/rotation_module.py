@@ -25,7 +25,7 @@ from rotpruner.loading import check_pattern, check_seq_len, load_config, load_mo
 from rotpruner.objectives import Objective
 from rotpruner.oneshot import LayerSparsity
 from rotpruner.orthogonal import MapName, orthogonality_error
-from rotpruner.patterns import Scope, parse_pattern
+from rotpruner.patterns import Scope, Slice, parse_pattern
 from rotpruner.placements import Placement, residual_sites
 from rotpruner.precision import DtypeName, resolve_dtype
 from rotpruner.progress import Progress, unseen
@@ -70,7 +70,7 @@ class RotationModule(LightningModule):
             puts the features of every space in an order of which N:M keeps more.
         init_rotations: saved rotations to start from instead, a directory or hub name.
         init_weights: the model that was pruned in them, updated or recovered perhaps: its kept weights take the place
-            of the model's own, which stays the teacher, a second copy of the weights.
+            of the model's own, which stays the teacher, a second copy of the weights. Its masks stay.
         surrogate: how the gradient passes the mask; `gumbel` learns the mask too.
         objective: what is minimised.
         base_dtype: of the frozen weights and the activations; rotations are float32 (float64 with float64). `auto` is
@@ -145,6 +145,9 @@ class RotationModule(LightningModule):
         if init_weights is not None:
             if init_rotations is None:
                 raise InputError("init_weights are of a model that was pruned in a basis: give its init_rotations, too")
+            if surrogate.learns_masks or isinstance(self.pattern, Slice):
+                which = f"surrogate {surrogate.name}" if surrogate.learns_masks else f"pattern {self.pattern}"
+                raise InputError(f"init_weights keep the masks that they come with, and {which} has none of a pruner's")
             check_kept_weights(config, load_config(init_weights))
         self.model_config = config
         self.orthogonal_map, self.start, self.seed = orthogonal_map, start, seed

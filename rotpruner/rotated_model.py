@@ -102,6 +102,7 @@ class RotatedModel(nn.Module):
         self.block_flips: list[float] = []
         self._dense_states = DenseStates(self._run_dense, self.ranks)
         self._teacher: list[PreTrainedModel] = []
+        self._keeps_masks = False
 
         if "residual" in rotations.spaces:
             fuse_block_norms(base)
@@ -210,7 +211,9 @@ class RotatedModel(nn.Module):
             self.rotations.restart(permuted_start(self.base.config, *judged, rotations, self.ranks, progress))
 
     def go_on_from(self, teacher: PreTrainedModel, pruned: PreTrainedModel, rotations: Mapping[str, Tensor]) -> None:
-        """After `calibrate`: take over the weights that a pruned model has kept (`rotpruner.kept_weights`).
+        """After `calibrate`: take over what a pruned model has kept (`rotpruner.kept_weights`), and its masks.
+
+        These stay from here on: weights were fitted under them, and the pruner would choose others by their new sizes.
 
         Args:
             teacher: the dense model, which the base is no longer from here on; taken over.
@@ -218,9 +221,15 @@ class RotatedModel(nn.Module):
             rotations: that it was pruned in.
 
         Raises:
-            InputError: as `take_kept_weights`.
+            InputError: as `take_kept_weights`, or the pruned model does not keep to the pattern.
         """
+        kept = [module_at(pruned, linear.place.name).weight for linear in self.linears]
+        if isinstance(self.pattern, NM) and not all(map(self.pattern.holds, kept)):
+            raise InputError(f"the pruned model does not keep to the pattern {self.pattern}; give its own")
         take_kept_weights(self.base, pruned, rotations)
+        for linear, weight in zip(self.linears, kept, strict=True):
+            linear.mask = (weight != 0).to(self.base.device)
+        self._keeps_masks = True
         self._teacher = [teacher.requires_grad_(False).eval()]  # in a list: no part of this module
 
     def leave(self) -> None:
@@ -257,15 +266,14 @@ class RotatedModel(nn.Module):
         return Learned(rotations, moments, self.learned_masks(), self.patterns)
 
     def learned_masks(self) -> dict[str, Tensor] | None:
-        """The masks (O, I) bool of all linears by name where they are learned themselves, on the CPU."""
-        if not self.relaxation.learns_masks:
+        """The masks (O, I) bool of all linears by name where they are learned or taken over, on the CPU; else None."""
+        if not (self.relaxation.learns_masks or self._keeps_masks):
             return None
-        masks = self.relaxation.masks()
-        return {linear.place.name: mask.cpu() for linear, mask in zip(self.linears, masks, strict=True)}
+        return {linear.place.name: mask.cpu() for linear, mask in self._masks({})}
 
     @torch.no_grad()
     def refresh_masks(self, rotations: RotationSet | None = None) -> float:
-        """Apply the pruner anew, in the rotations of the moment or in given ones; or take the masks that are learned.
+        """Apply the pruner anew, in the rotations of the moment or in given ones; or take masks that are learned.
 
         Ranks, which share the choice, end with the same masks.
 
@@ -305,6 +313,8 @@ class RotatedModel(nn.Module):
             raise InputError("no masks are chosen yet, so nothing would be pruned: call refresh_masks() first")
 
     def _masks(self, rotations: RotationSet) -> Iterator[tuple[RotatedLinear, Tensor]]:
+        if self._keeps_masks:
+            return ((linear, linear.mask) for linear in self.linears if linear.mask is not None)
         if self.relaxation.learns_masks:
             return zip(self.linears, self.relaxation.masks(), strict=True)
         judged = self.moments, self.pruner, self.patterns

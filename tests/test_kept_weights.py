@@ -13,9 +13,11 @@ from transformers import AutoModelForCausalLM
 from rotpruner.errors import InputError
 from rotpruner.kept_weights import take_kept_weights
 from rotpruner.layout import linear_modules
+from rotpruner.loading import load_model
 from rotpruner.oneshot import prune_model
 from rotpruner.patterns import parse_pattern
 from rotpruner.pruners import resolve_pruner
+from rotpruner.rotation_artifact import Rotations
 from rotpruner.rotations import merge_rotations, random_rotations
 
 PLACED = [(name, "shared") for name in MODELS] + [("llama-3", "per_layer"), ("opt", "per_block")]
@@ -68,29 +70,31 @@ def test_learning_goes_on_where_the_pruned_model_is(placement):
     spaces = ["residual", "value_heads", "mlp"]
     given = random_rotations(dense.config, spaces, 0, torch.float64, placement)
     pruned = pruned_and_updated(dense, given)
-    rotated = rotated_model(copy.deepcopy(dense), spaces, placement=placement, pruner="magnitude")
+    rotated = rotated_model(copy.deepcopy(dense), spaces, placement=placement)
     rotated.rotations.restart(given)
     rotated.calibrate(ids.split(1))
     rotated.go_on_from(copy.deepcopy(dense), pruned, given)
-    rotated.refresh_masks()  # all that is kept has grown, so magnitude chooses it again
+    assert rotated.refresh_masks() == 0  # wanda would choose others
     torch.testing.assert_close(rotated(ids).logits, pruned(input_ids=ids).logits)
     states = dense.base_model(input_ids=ids).last_hidden_state
     torch.testing.assert_close(rotated._dense_states(ids), states)
     assert not any("teacher" in name for name, _ in rotated.named_parameters())
     rotated.loss(ids)["loss"].backward()
     assert all(parameter.grad.abs().max() > 0 for parameter in rotated.rotations.parameters())
+    masks = rotated.learned().masks
+    assert all(torch.equal(masks[path], linear.weight != 0) for path, linear in linear_modules(pruned).items())
     rotated.leave()
     assert not rotated._teacher
 
 
 def test_a_fit_goes_on_and_ends_with_what_it_took_over(fit, tmp_path):
-    """With rotations that stand still and masks that stay, its export is that which it began with."""
+    """With rotations that stand still, its export is that which it began with."""
     given = ["--model.pruner", "magnitude", "--model.start", "random", "--trainer.max_steps", "1"]
     assert fit(*given)[0] == 0
     first = (tmp_path / "run").rename(tmp_path / "first")
     export = AutoModelForCausalLM.from_pretrained(first / "export", dtype=torch.float32)
     for linear in linear_modules(export).values():
-        linear.weight.data *= 1.25
+        linear.weight.data *= 0.5  # by which magnitude would choose others
     export.save_pretrained(first / "export")
     went_on = ["--model.init_rotations", str(first / "rotations"), "--model.init_weights", str(first / "export")]
     still = ["--model.optimizer", "torch.optim.SGD", "--model.optimizer.lr", "1e-20"]
@@ -113,5 +117,16 @@ def test_what_cannot_be_taken_over_is_refused(fit, model_directory, tmp_path, ca
         take_kept_weights(dense, tiny("llama-2"), {})
     with pytest.raises(InputError, match="intermediate_size of 64, the model one of 32"):
         take_kept_weights(dense, tiny("llama-2", intermediate_size=64), {})
+    pruned = copy.deepcopy(dense)
+    prune_model(pruned, resolve_pruner("magnitude"), parse_pattern("0.5"))
+    rotated = rotated_model(copy.deepcopy(dense), pruner="magnitude")
+    with pytest.raises(InputError, match="does not keep to the pattern 2:4"):
+        rotated.go_on_from(dense, pruned, {})
     assert fit("--model.init_weights", str(model_directory))[0] == 2
     assert "give its init_rotations" in capsys.readouterr().err
+    model = load_model(model_directory)
+    drawn = random_rotations(model.config, ["residual", "value_heads"], 0)
+    Rotations.of(drawn, model).save_pretrained(tmp_path / "Q")
+    given = ["--model.init_weights", str(model_directory), "--model.init_rotations", str(tmp_path / "Q")]
+    assert fit(*given, "--model.surrogate.name", "gumbel")[0] == 2
+    assert "and surrogate gumbel has none" in capsys.readouterr().err
