@@ -19,7 +19,7 @@ from rotpruner.errors import InputError
 from rotpruner.layout import linear_modules
 from rotpruner.objectives import Objective
 from rotpruner.precision import autocast, fast_dtype
-from rotpruner.teacher import DenseStates, head_of, ready_to_learn
+from rotpruner.teacher import DenseStates, head_of, ready_to_learn, states_of
 
 
 class SparseRecovery(nn.Module):
@@ -90,9 +90,8 @@ class SparseRecovery(nn.Module):
         """Let go of the teacher, once learning is over."""
         self._teacher.clear()
 
-    @torch.no_grad()
     def _run_teacher(self, input_ids: Tensor) -> Tensor:
-        return self._teacher[0].base_model(input_ids=input_ids, use_cache=False).last_hidden_state
+        return states_of(self._teacher[0], input_ids)
 
 
 def check_recovery(pruned: Any, teacher: Any, objective: Objective) -> None:

@@ -39,7 +39,7 @@ from rotpruner.slicing import project, residual_readers, sliced_width
 from rotpruner.starts import permuted_start, principal_start
 from rotpruner.statistics import Moment, gather_moments
 from rotpruner.surrogates import Surrogate, check_surrogate
-from rotpruner.teacher import DenseStates, head_of, ready_to_learn
+from rotpruner.teacher import DenseStates, head_of, ready_to_learn, states_of
 
 
 class RotatedModel(nn.Module):
@@ -371,8 +371,7 @@ class RotatedModel(nn.Module):
 
     def _run_dense(self, input_ids: Tensor) -> Tensor:
         if self._teacher:
-            with torch.no_grad():
-                return self._teacher[0].base_model(input_ids=input_ids, use_cache=False).last_hidden_state
+            return states_of(self._teacher[0], input_ids)
         with self.dense():
             return self._states(input_ids)
 

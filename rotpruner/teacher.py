@@ -34,6 +34,12 @@ def ready_to_learn(base: PreTrainedModel, gradient_checkpointing: bool) -> PreTr
     return base.train()
 
 
+@torch.no_grad()
+def states_of(teacher: PreTrainedModel, input_ids: Tensor) -> Tensor:
+    """Final hidden states (batch, seq_len, d) of a model that only teaches, for ids (batch, seq_len)."""
+    return teacher.base_model(input_ids=input_ids, use_cache=False).last_hidden_state
+
+
 class DenseStates:
     """Final hidden states of a dense model, kept by the rows of a calibration tensor.
 
