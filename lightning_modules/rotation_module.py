@@ -244,7 +244,7 @@ class RotationModule(LightningModule):
         tokens = self.trainer.datamodule.statistics_tokens  # type: ignore[attr-defined]
         self.rotated.calibrate(tokens.to(self.device).split(1), self._progress(), self.cache_dense)
         if self.init_weights is not None:
-            teacher = load_model(self.model_name, self.base_dtype).to(self.device)  # type: ignore[arg-type]
+            teacher = load_model(self.model_name, self.base_dtype)
             self.rotated.go_on_from(teacher, *self.kept_weights())
 
     def kept_weights(self) -> tuple[Any, Rotations]:

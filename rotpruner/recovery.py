@@ -19,7 +19,7 @@ from rotpruner.errors import InputError
 from rotpruner.layout import linear_modules
 from rotpruner.objectives import Objective
 from rotpruner.precision import autocast, fast_dtype
-from rotpruner.teacher import DenseStates, head_of, ready_to_learn, states_of
+from rotpruner.teacher import DenseStates, Teacher, head_of, ready_to_learn
 
 
 class SparseRecovery(nn.Module):
@@ -54,8 +54,8 @@ class SparseRecovery(nn.Module):
         check_recovery(pruned.config, teacher.config, self.objective)
         self.compute_dtype = compute_dtype or fast_dtype(pruned.device)
         self.ranks = ranks or Ranks()
-        self._teacher = [teacher.requires_grad_(False).eval()]
-        self._dense_states = DenseStates(self._run_teacher, self.ranks)
+        self._teacher = Teacher(teacher)
+        self._dense_states = DenseStates(self._teacher, self.ranks)
         self._cache_dense = cache_dense
         self.pruned = ready_to_learn(pruned.requires_grad_(False), gradient_checkpointing)
         linears = linear_modules(pruned)
@@ -74,24 +74,18 @@ class SparseRecovery(nn.Module):
         dense = self._taught(input_ids, index) if self.objective.needs_teacher else None
         with autocast(input_ids.device, self.compute_dtype):
             states = self.pruned.base_model(input_ids=input_ids, use_cache=False).last_hidden_state
-            terms = self.objective(states, dense, input_ids, head_of(self.pruned), head_of(self._teacher[0]))
+            terms = self.objective(states, dense, input_ids, head_of(self.pruned), head_of(self._teacher.model))
         return self.objective.weighted(terms)
 
     def _taught(self, input_ids: Tensor, index: Tensor | None) -> Tensor:
-        """Final states of the teacher, which follows the data to its device: Lightning does not know of it."""
-        teacher = self._teacher[0]
-        if teacher.device != input_ids.device:
-            teacher.to(input_ids.device)
+        teacher = self._teacher.on(input_ids.device)  # its head has to be there even if all states are in the cache
         if self._cache_dense and self._dense_states.cache is None:
             self._dense_states.cache = DenseCache(teacher, teacher.state_dict(), self.ranks)
         return self._dense_states(input_ids, index)
 
     def leave(self) -> None:
         """Let go of the teacher, once learning is over."""
-        self._teacher.clear()
-
-    def _run_teacher(self, input_ids: Tensor) -> Tensor:
-        return states_of(self._teacher[0], input_ids)
+        self._teacher.leave()
 
 
 def check_recovery(pruned: Any, teacher: Any, objective: Objective) -> None:

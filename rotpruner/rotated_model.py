@@ -39,7 +39,7 @@ from rotpruner.slicing import project, residual_readers, sliced_width
 from rotpruner.starts import permuted_start, principal_start
 from rotpruner.statistics import Moment, gather_moments
 from rotpruner.surrogates import Surrogate, check_surrogate
-from rotpruner.teacher import DenseStates, head_of, ready_to_learn, states_of
+from rotpruner.teacher import DenseStates, Teacher, head_of, ready_to_learn
 
 
 class RotatedModel(nn.Module):
@@ -101,7 +101,7 @@ class RotatedModel(nn.Module):
         #: The share of each block's mask entries that flipped at the last refresh.
         self.block_flips: list[float] = []
         self._dense_states = DenseStates(self._run_dense, self.ranks)
-        self._teacher: list[PreTrainedModel] = []
+        self._teacher: Teacher | None = None  # the base itself
         self._keeps_masks = False
 
         if "residual" in rotations.spaces:
@@ -230,13 +230,14 @@ class RotatedModel(nn.Module):
         for linear, weight in zip(self.linears, kept, strict=True):
             linear.mask = (weight != 0).to(self.base.device)
         self._keeps_masks = True
-        self._teacher = [teacher.requires_grad_(False).eval()]  # in a list: no part of this module
+        self._teacher = Teacher(teacher)
 
     def leave(self) -> None:
         """Let go of what only learning needs: the last step's rotations and their graph, the dense model's states."""
         self.basis.rotations = {}
         self._dense_states.forget()
-        self._teacher.clear()
+        if self._teacher is not None:
+            self._teacher.leave()
         self.relaxation.leave()
 
     def groups(self) -> list[list[RotatedLinear]]:
@@ -370,8 +371,8 @@ class RotatedModel(nn.Module):
         return self.base.base_model(input_ids=input_ids, use_cache=False).last_hidden_state
 
     def _run_dense(self, input_ids: Tensor) -> Tensor:
-        if self._teacher:
-            return states_of(self._teacher[0], input_ids)
+        if self._teacher is not None:
+            return self._teacher(input_ids)
         with self.dense():
             return self._states(input_ids)
 

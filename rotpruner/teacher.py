@@ -34,10 +34,37 @@ def ready_to_learn(base: PreTrainedModel, gradient_checkpointing: bool) -> PreTr
     return base.train()
 
 
-@torch.no_grad()
-def states_of(teacher: PreTrainedModel, input_ids: Tensor) -> Tensor:
-    """Final hidden states (batch, seq_len, d) of a model that only teaches, for ids (batch, seq_len)."""
-    return teacher.base_model(input_ids=input_ids, use_cache=False).last_hidden_state
+class Teacher:
+    """A dense model that only teaches; frozen, and no part of the module that learns from it."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self._model: PreTrainedModel | None = model.requires_grad_(False).eval()
+
+    @property
+    def model(self) -> PreTrainedModel:
+        """The model.
+
+        Raises:
+            RuntimeError: it has left.
+        """
+        if self._model is None:
+            raise RuntimeError("the teacher has left, learning is over")
+        return self._model
+
+    def on(self, device: torch.device) -> PreTrainedModel:
+        """The model, brought to a device, where it stays: Lightning does not know of it."""
+        if self.model.device != device:
+            self.model.to(device)  # type: ignore[arg-type]
+        return self.model
+
+    @torch.no_grad()
+    def __call__(self, input_ids: Tensor) -> Tensor:
+        """Final hidden states (batch, seq_len, d) for ids (batch, seq_len), on the device of these."""
+        return self.on(input_ids.device).base_model(input_ids=input_ids, use_cache=False).last_hidden_state
+
+    def leave(self) -> None:
+        """Let go of the model, once learning is over."""
+        self._model = None
 
 
 class DenseStates:

@@ -84,7 +84,8 @@ def test_learning_goes_on_where_the_pruned_model_is(placement):
     masks = rotated.learned().masks
     assert all(torch.equal(masks[path], linear.weight != 0) for path, linear in linear_modules(pruned).items())
     rotated.leave()
-    assert not rotated._teacher
+    with pytest.raises(RuntimeError, match="the teacher has left"):  # the base is no dense model
+        rotated.loss(ids)
 
 
 def test_a_fit_goes_on_and_ends_with_what_it_took_over(fit, tmp_path):

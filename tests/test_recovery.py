@@ -64,7 +64,7 @@ def test_the_loss_is_the_divergence_from_the_dense_model(ids):
     recovery = recovery_of("qwen2", objective=Objective(kl=1.0, cross_entropy=0.5))
     found = recovery.loss(ids, None)
     with torch.no_grad():
-        dense = recovery._teacher[0](input_ids=ids).logits[:, :-1].log_softmax(-1)
+        dense = recovery._teacher.model(input_ids=ids).logits[:, :-1].log_softmax(-1)
         logits = recovery.pruned(input_ids=ids).logits[:, :-1]
     kl = (dense.exp() * (dense - logits.log_softmax(-1))).sum(-1).mean()
     cross_entropy = F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten())
@@ -77,7 +77,7 @@ def test_the_teachers_states_come_from_the_cache_to_the_bit(ids, tmp_path, monke
     losses, ran = [], []
     for cached in (False, True, True):
         recovery = recovery_of("smollm2", cache_dense=cached)
-        recovery._teacher[0].base_model.register_forward_hook(lambda *_: ran.append(len(losses)))
+        recovery._teacher.model.base_model.register_forward_hook(lambda *_: ran.append(len(losses)))
         losses.append(recovery.loss(ids, torch.arange(len(ids)))["loss"].item())
     assert [ran.count(run) for run in range(3)] == [4, 4, 0]
     assert losses[0] == losses[1] == losses[2]
