@@ -88,6 +88,17 @@ def test_learning_goes_on_where_the_pruned_model_is(placement):
         rotated.loss(ids)
 
 
+def test_another_runs_rotations_are_refused():
+    dense = exact(tiny("llama-3"))
+    drawn, other = (random_rotations(dense.config, ["residual", "value_heads"], seed, torch.float64) for seed in (0, 1))
+    pruned = pruned_and_updated(dense, drawn)
+    before = copy.deepcopy(dense.state_dict())
+    for wrong in (other, {**drawn, "value_heads": other["value_heads"]}, {}):
+        with pytest.raises(InputError, match=r"give the rotations and the export of one run of this model"):
+            take_kept_weights(dense, pruned, wrong)
+    assert all(torch.equal(value, before[key]) for key, value in dense.state_dict().items())
+
+
 def test_a_fit_goes_on_and_ends_with_what_it_took_over(fit, tmp_path):
     """With rotations that stand still, its export is that which it began with."""
     given = ["--model.pruner", "magnitude", "--model.start", "random", "--trainer.max_steps", "1"]
