@@ -9,6 +9,8 @@ else
 VENV := .venv
 endif
 PY := $(VENV)/bin/python
+# Those that this process may use, where pytest-xdist by itself takes all physical ones of the machine.
+CORES := $(shell nproc 2>/dev/null || sysctl -n hw.ncpu)
 STAMP := $(VENV)/.rotpruner-installed
 
 install: $(STAMP)
@@ -22,10 +24,10 @@ quickstart: $(STAMP)
 	$(PY) -m experiments fit -c experiments/configs/quickstart.yaml
 
 test: $(STAMP)
-	OMP_NUM_THREADS=1 $(PY) -m pytest -m "not slow" --numprocesses auto --dist worksteal
+	OMP_NUM_THREADS=1 $(PY) -m pytest -m "not slow" --numprocesses $(CORES) --dist worksteal
 
 test-slow: $(STAMP)
-	OMP_NUM_THREADS=1 $(PY) -m pytest -m slow --numprocesses auto --dist worksteal
+	OMP_NUM_THREADS=1 $(PY) -m pytest -m slow --numprocesses $(CORES) --dist worksteal
 
 lint: $(STAMP)
 	$(PY) -m ruff check .

@@ -6,6 +6,7 @@ import random
 from collections.abc import Sequence
 from pathlib import Path
 
+import plain_terminal  # noqa: F401
 import pytest
 import torch
 from command_line import fit_arguments
@@ -14,8 +15,10 @@ from tiny_models import byte_bpe
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from experiments.__main__ import main
+from rotpruner import embedded
+from rotpruner.cache import cache_directory
 
-settings.register_profile("here", deadline=None)  # the machine may be slow
+settings.register_profile("here", deadline=None, derandomize=True)  # the machine may be slow
 settings.load_profile("here")
 
 WORDS = [
@@ -129,14 +132,37 @@ trainer:
     return path
 
 
+@pytest.fixture(scope="session")
+def session_cache(tmp_path_factory) -> Path:
+    """A cache of these tests, so that none finds what an earlier version has left; it shares the embedded texts."""
+    directory = tmp_path_factory.getbasetemp() / "cache"
+    directory.mkdir()
+    _share(directory, "texts")
+    return directory
+
+
+def _share(directory: Path, part: str) -> None:
+    theirs = cache_directory() / part
+    if theirs.is_dir() and theirs.parent != directory and not (directory / part).exists():
+        (directory / part).symlink_to(theirs)
+
+
 @pytest.fixture(autouse=True)
-def _alone(tmp_path_factory, monkeypatch, request):
-    """Tiny models run on one thread, many times faster than on two, and with caches of their own."""
+def _alone(session_cache, monkeypatch, request):
+    """On the CPU, whose figures are compared, and with a cache of the session's own.
+
+    Tiny models run on one thread, many times faster than on two.
+    """
     threads = torch.get_num_threads()
     torch.manual_seed(0)  # whatever tests came before in this process
-    if "slow" not in request.keywords:
+    if "gpu" not in request.keywords:
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    if "slow" in request.keywords:
+        embedded.model_directory("smollm2-135m")  # once, for all sessions
+        _share(session_cache, "models")
+    else:
         torch.set_num_threads(1)
-        monkeypatch.setenv("ROTPRUNER_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
+    monkeypatch.setenv("ROTPRUNER_CACHE", str(session_cache))
     yield
     torch.set_num_threads(threads)
 

@@ -25,6 +25,8 @@ from rotpruner.rotations import LearnedRotations, merge_rotations, random_rotati
 from rotpruner.slicegpt import slice_per_block
 from rotpruner.surrogates import Surrogate
 
+pytestmark = pytest.mark.gpu
+
 DEVICES = torch.device("cpu"), ELSEWHERE
 IDS = torch.randint(0, 64, (4, 16), generator=torch.Generator().manual_seed(0))
 

@@ -134,6 +134,7 @@ def test_semi_structured_form_needs_2_of_4_on_cuda(model_directory, pruned_direc
     assert all(torch.equal(one, other) for one, other in zip(pruned.parameters(), same.parameters(), strict=True))
 
 
+@pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
 @torch.no_grad()
 def test_semi_structured_form_computes_the_same():

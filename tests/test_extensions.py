@@ -16,6 +16,7 @@ from tiny_models import GATED, tiny
 from transformers import LlamaConfig, LlamaForCausalLM, OPTConfig, OPTForCausalLM
 
 from experiments.__main__ import PLUGINS
+from rotpruner import families
 from rotpruner.errors import InputError
 from rotpruner.families import LLAMA, OPT, LinearSpec, register_family
 from rotpruner.loading import check_pattern
@@ -50,7 +51,13 @@ def test_a_table_refuses_what_it_says_of_unknown_spaces(field: str):
         replace(LLAMA, **{field: {"attic": "none"}})
 
 
-def test_a_table_of_other_modules_is_named():
+@pytest.fixture
+def own_families(monkeypatch) -> None:
+    """What a test registers is forgotten after it."""
+    monkeypatch.setattr(families, "_FAMILIES", dict(families._FAMILIES))
+
+
+def test_a_table_of_other_modules_is_named(own_families):
     class Elsewhere(LlamaConfig):
         model_type = "elsewhere"
 
@@ -66,7 +73,7 @@ def test_a_table_of_other_modules_is_named():
             check_pattern(model, parse_pattern("2:4"))
 
 
-def test_a_bias_that_no_linear_could_take_up_is_refused_before_anything_changes():
+def test_a_bias_that_no_linear_could_take_up_is_refused_before_anything_changes(own_families):
     class Unbiased(OPTConfig):
         model_type = "unbiased"
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import shutil
 import subprocess
 
 import pytest
@@ -208,10 +210,13 @@ def assert_nothing_private(text, tmp_path):
 
 def test_commit_of_somebody_elses_checkout_is_none(tmp_path, monkeypatch):
     def git(*arguments):
-        names = ["-c", "user.name=a", "-c", "user.email=a@b.c", "-c", "commit.gpgsign=false"]
-        subprocess.run(["git", "-C", tmp_path, *names, *arguments], check=True, capture_output=True)
+        names = ["-c", "user.name=a", "-c", "user.email=a@b.c"]
+        alone = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}
+        alone |= {"GIT_CONFIG_GLOBAL": os.devnull, "GIT_CONFIG_NOSYSTEM": "1"}
+        subprocess.run(["git", "-C", tmp_path, *names, *arguments], check=True, capture_output=True, env=alone)
 
-    assert provenance.commit()
+    if shutil.which("git") is None:
+        pytest.skip("no git on this machine")
     git("init", "-q")
     file = tmp_path / "provenance.py"
     file.touch()

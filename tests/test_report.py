@@ -23,13 +23,15 @@ from experiments.report_runs import read_curves
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory, model_directory, text_file, test_text_file):
+def runs(tmp_path_factory, model_directory, text_file, test_text_file, session_cache):
     """Two finished fits of the quickstart on a tiny model."""
     root = tmp_path_factory.mktemp("runs")
-    for name, pattern in (("two-four", "2:4"), ("three of four weights <gone>", "0.75")):
-        given = fit_arguments(model_directory, text_file, test_text_file, root / name)
-        given += ["--model.pattern", pattern, "--trainer.max_steps", "6", "--trainer.log_every_n_steps", "1"]
-        assert main(["fit", "-c", "experiments/configs/quickstart.yaml", *given]) == 0
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setenv("ROTPRUNER_CACHE", str(session_cache))
+        for name, pattern in (("two-four", "2:4"), ("three of four weights <gone>", "0.75")):
+            given = fit_arguments(model_directory, text_file, test_text_file, root / name)
+            given += ["--model.pattern", pattern, "--trainer.max_steps", "6", "--trainer.log_every_n_steps", "1"]
+            assert main(["fit", "-c", "experiments/configs/quickstart.yaml", *given]) == 0
     return sorted(root.iterdir())
 
 
@@ -112,7 +114,7 @@ def test_what_cannot_be_reported_is_refused_in_one_line(runs, tmp_path, capsys):
 def _browser() -> str:
     names = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
     cache = Path(os.environ.get("PLAYWRIGHT_BROWSERS_PATH", Path.home() / ".cache" / "ms-playwright"))
-    found = [*filter(None, map(shutil.which, names)), *map(str, cache.glob("chromium*/chrome-linux*/*chrom*"))]
+    found = [*filter(None, map(shutil.which, names)), *map(str, cache.glob("chromium*/chrome-linux*/chrome"))]
     if not found:
         pytest.skip("no Chromium on this machine")
     return found[0]

@@ -194,11 +194,12 @@ def test_a_sweep_that_is_ended_ends_its_rows(program, tmp_path):
     program.write_text(program.read_text() + "exec sleep 60\n")
 
     def end() -> None:
-        while not (tmp_path / "pid").exists():
+        deadline = time.monotonic() + 120
+        while not (tmp_path / "pid").exists() and time.monotonic() < deadline:
             time.sleep(0.01)
         os.kill(os.getpid(), signal.SIGTERM)
 
-    Thread(target=end).start()
+    Thread(target=end, daemon=True).start()
     with pytest.raises(SystemExit, match="143"):
         sweep_one(tmp_path)
     with pytest.raises(ProcessLookupError):

@@ -73,8 +73,10 @@ def speaker(tmp_path_factory, tokenizer) -> Path:
 
 
 @pytest.fixture
-def evaluate(speaker, task_data, capsys):
+def evaluate(speaker, task_data, capsys, monkeypatch):
     """`evaluate(tasks, *more)` → (status, standard output, standard error)."""
+
+    monkeypatch.setenv("DISABLE_MULTIPROC", "1")  # lm-eval would fork a process that has threads
 
     def run(tasks: str, *more: str, data: Path = task_data) -> tuple[int, str, str]:
         arguments = ["--model", str(speaker), "--tasks", tasks, "--task_data", str(data), "--json", *more]
