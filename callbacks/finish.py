@@ -151,6 +151,7 @@ class Finish(Ending):
             update="compensation" if module.compensate else None,
             learned_masks=module.surrogate.learns_masks,
             layer_sparsity=module.layer_sparsity,
+            exceptions={names: str(pattern) for names, pattern in module.exceptions.items()},
             num_sequences=trainer.datamodule.statistics_sequences,  # type: ignore[attr-defined]
             seed=module.seed,
             rows=rows,

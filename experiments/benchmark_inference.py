@@ -27,7 +27,7 @@ from rotpruner.errors import InputError
 from rotpruner.loading import load_config, load_model
 from rotpruner.oneshot import parameter_count
 from rotpruner.provenance import commit, device_name, public_command
-from rotpruner.semi_structured import is_two_four, semi_structured
+from rotpruner.semi_structured import semi_structured, two_four_linears
 
 Row = dict[str, Any]
 
@@ -60,7 +60,7 @@ def main(arguments: list[str]) -> None:
     note = _note(options.device)
     if options.device.type == "cuda":
         for (number, name), model in list(models.items()):
-            if not is_two_four(model):
+            if not two_four_linears(model):
                 continue
             if options.dtype == "float32":
                 note += f" '{name}' has no semi-structured form in float32: --dtype bfloat16 times it, too."

@@ -17,6 +17,7 @@ from datamodules.evaluation import perplexities, text_windows
 from datamodules.texts import check_text
 from datamodules.tokens import calibration_tokens
 from experiments.arguments import Parser, add_device, at_least, report
+from rotpruner.allotment import LayerSparsity, check_allotment, parse_exceptions
 from rotpruner.artifacts import check_new_directory, save_model
 from rotpruner.compensation import check_compensation, compensate
 from rotpruner.errors import InputError
@@ -24,15 +25,7 @@ from rotpruner.families import available_spaces
 from rotpruner.loading import check_pattern, check_seq_len, load_config, load_model, load_tokenizer, meta_model
 from rotpruner.memory import home_of
 from rotpruner.model_card import Origin, evaluation_of, write_card
-from rotpruner.oneshot import (
-    LayerSparsity,
-    check_layer_sparsity,
-    check_update,
-    gather_model_moments,
-    parameter_count,
-    prune_model,
-    sparsity_of,
-)
+from rotpruner.oneshot import check_update, gather_model_moments, parameter_count, prune_model, sparsity_of
 from rotpruner.patterns import Pattern, Scope, Slice, parse_pattern
 from rotpruner.precision import resolve_dtype
 from rotpruner.provenance import commit, device_name, public_command
@@ -51,7 +44,7 @@ def main(arguments: list[str]) -> None:
     begun_at = commit()
     pattern = _checked_pattern(options)
     config = load_config(options.model)
-    check_pattern(meta_model(config), pattern)
+    check_pattern(meta_model(config), pattern, _exceptions(options))
     check_seq_len(config, options.seq_len)
     tokenizer = load_tokenizer(options.model)
     texts = text_windows(options.text, tokenizer, options.seq_len, options.max_tokens)
@@ -103,11 +96,15 @@ def _checked_pattern(options: argparse.Namespace) -> Pattern | Slice:
         resolve_pruner(options.pruner)
     check_update(None if options.update is None else resolve_pruner(options.update))
     check_compensation(options.compensate, options.num_sequences, pattern)
-    check_layer_sparsity(pattern, options.layer_sparsity)
+    check_allotment(pattern, options.layer_sparsity, _exceptions(options))
     if options.output is not None:
         check_new_directory(options.output)
     check_text(options.calibration)
     return pattern
+
+
+def _exceptions(options: argparse.Namespace) -> dict[str, Pattern]:
+    return parse_exceptions(dict(options.exceptions), options.scope)
 
 
 def _rotations(options: argparse.Namespace, model: PreTrainedModel) -> RotationSet | None:
@@ -143,17 +140,15 @@ def _prune(
     else:
         pruner = resolve_pruner(options.pruner or "magnitude")  # a slice asks none
         moments = None
-        if options.statistics == "dense" and isinstance(pattern, Pattern) and pattern.sparsity > 0:
+        if options.statistics == "dense" and isinstance(pattern, Pattern) and (pattern.sparsity or options.exceptions):
             gather = partial(moments_by_block, dtype=dtype, device=options.device, progress=track)
             # A copy where it is to be fused: what is pruned is fused and rotated in one, and rounded once.
             dense = load_there() if "residual" in (rotations or {}) else model
             moments = gather_model_moments(dense, pruner, rotations or {}, batches, gather)
             del dense
         update = None if options.update is None else resolve_pruner(options.update)
-        sharing = options.layer_sparsity
-        prune_model(
-            model, pruner, pattern, batches, rotations, moments, update=update, layer_sparsity=sharing, **running
-        )
+        sharing = {"layer_sparsity": options.layer_sparsity, "exceptions": _exceptions(options)}
+        prune_model(model, pruner, pattern, batches, rotations, moments, update=update, **sharing, **running)
     if options.compensate:
         fitted = batches[: options.compensate]
         length = compensate(model, load_there(), fitted, rotations=rotations, **running)
@@ -167,6 +162,8 @@ def _prune(
         "device": device_name(options.device),
         "parameters": parameters or parameter_count(model),
     }
+    if options.exceptions:
+        result["exceptions"] = dict(options.exceptions)
     if width is not None:
         result["hidden_size"] = width
     if length is not None:
@@ -192,6 +189,7 @@ def _origin(
         spaces=["residual"] if basis == "pca" else list(rotations or ()),
         update=" and ".join(filter(None, [options.update, options.compensate and "compensation"])) or None,
         layer_sparsity=options.layer_sparsity,
+        exceptions=dict(options.exceptions),
         calibration=options.calibration,
         num_sequences=options.num_sequences,
         seq_len=options.seq_len,
@@ -239,6 +237,15 @@ def _parser() -> Parser:
         help="owl: outlier-rich blocks keep more",
     )
     parser.add_argument(
+        "--except",
+        dest="exceptions",
+        type=_exception,
+        action="append",
+        default=[],
+        metavar="NAMES=PATTERN",
+        help="another pattern for decoder linears of such names, '*.down_proj=4:8'; 0 leaves them dense; repeatable",
+    )
+    parser.add_argument(
         "--statistics",
         choices=("sequential", "dense"),
         default="sequential",
@@ -252,6 +259,13 @@ def _parser() -> Parser:
     )
     add_device(parser)
     return parser
+
+
+def _exception(text: str) -> tuple[str, str]:
+    names, equals, pattern = text.partition("=")
+    if not equals:
+        raise argparse.ArgumentTypeError(f"'{text}' is not of the form NAMES=PATTERN, as in '*.down_proj=4:8'")
+    return names, pattern
 
 
 def _check_slice(options: argparse.Namespace) -> None:

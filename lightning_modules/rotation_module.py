@@ -15,6 +15,7 @@ from callbacks.terminal import track
 from lightning_modules.devices import root_device
 from lightning_modules.schedules import check_schedule, with_schedule
 from lightning_modules.trainers import check_trainer, endless, logged
+from rotpruner.allotment import LayerSparsity, parse_exceptions
 from rotpruner.basis import check_offload
 from rotpruner.choices import Choices
 from rotpruner.compensation import check_compensation
@@ -23,7 +24,6 @@ from rotpruner.errors import InputError
 from rotpruner.kept_weights import check_kept_weights
 from rotpruner.loading import check_pattern, check_seq_len, load_config, load_model, meta_model
 from rotpruner.objectives import Objective
-from rotpruner.oneshot import LayerSparsity
 from rotpruner.orthogonal import MapName, orthogonality_error
 from rotpruner.patterns import Scope, Slice, parse_pattern
 from rotpruner.placements import Placement, residual_sites
@@ -59,6 +59,8 @@ class RotationModule(LightningModule):
             are learned, see `rotpruner.compensation`; 0 leaves them as they are.
         scope: where an unstructured sparsity is counted.
         layer_sparsity: `uniform`, or `owl` to let blocks with many outliers keep more of an unstructured pattern.
+        exceptions: patterns of the decoder linears whose names match, as in `{"*.down_proj": "4:8"}`, the last match
+            counts; 0.0 leaves them dense.
         cache_dense: leave what the dense model gives in the cache, where later runs of this model on this calibration,
             and this run when it goes on, find it: the calibration statistics, up to 4·I² bytes for each group's
             inputs I, and the final states of each sequence that is learned on, up to 4·d bytes a token.
@@ -97,6 +99,7 @@ class RotationModule(LightningModule):
         compensate: int = 0,
         scope: Scope = "row",
         layer_sparsity: LayerSparsity = "uniform",
+        exceptions: dict[str, str | float] = {},  # noqa: B006 - read by the command line, never changed
         cache_dense: bool = False,
         spaces: list[str] = ["residual", "value_heads"],  # noqa: B006 - read by the command line, never changed
         placement: Placement = "shared",
@@ -117,16 +120,17 @@ class RotationModule(LightningModule):
         # Checkpoints hold no base weights, so loading one must not ask for them.
         self.strict_loading = False
         self.pruner = resolve_pruner(pruner)
-        self.pattern = parse_pattern(pattern, scope)
+        self.pattern, self.exceptions = parse_pattern(pattern, scope), parse_exceptions(exceptions, scope)
         self.compensate = compensate
         self.layer_sparsity, self.cache_dense = layer_sparsity, cache_dense
         self.model_name, self.spaces = model, spaces
         config = load_config(model)
-        check_pattern(meta_model(config), self.pattern)
+        check_pattern(meta_model(config), self.pattern, self.exceptions)
         choices = Choices(
             pattern=self.pattern,
             pruner=self.pruner,
             layer_sparsity=layer_sparsity,
+            exceptions=self.exceptions,
             objective=objective,
             surrogate=surrogate,
             spaces=spaces,
@@ -225,6 +229,7 @@ class RotationModule(LightningModule):
             self.objective,
             gradient_checkpointing=self.gradient_checkpointing,
             layer_sparsity=self.layer_sparsity,
+            exceptions=self.exceptions,
             ranks=Ranks.world(),
             seed=self.seed,
             offload=self.offload,

@@ -5,15 +5,17 @@ from __future__ import annotations
 import copy
 import gc
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from rotpruner.allotment import LayerSparsity, check_allotment, parse_exceptions
 from rotpruner.artifacts import check_new_directory, save_model
 from rotpruner.batches import CalibrationBatches, chosen_windows
 from rotpruner.choices import Choices
@@ -25,7 +27,7 @@ from rotpruner.learned import Learned
 from rotpruner.loading import check_pattern, check_seq_len
 from rotpruner.model_card import Origin, pruner_name, write_card
 from rotpruner.objectives import Objective
-from rotpruner.oneshot import LayerSparsity, check_layer_sparsity, prune_model
+from rotpruner.oneshot import prune_model
 from rotpruner.patterns import Pattern, Scope, Slice, parse_pattern
 from rotpruner.perplexity import windows
 from rotpruner.placements import Placement, check_placement
@@ -102,6 +104,7 @@ def prune(
     objective: Objective = Objective(),  # noqa: B008 - frozen
     surrogate: Surrogate = Surrogate(),  # noqa: B008 - frozen
     layer_sparsity: LayerSparsity = "uniform",
+    exceptions: Mapping[str, str | float] = MappingProxyType({}),
     compensate: int = 0,
     num_sequences: int = 64,
     seq_len: int = 1024,
@@ -127,6 +130,8 @@ def prune(
         steps, lr: of learning, one sequence a step.
         objective, surrogate: what is minimised, and how its gradient passes the masks.
         layer_sparsity: `uniform`, or `owl` to let blocks with many outliers keep more of an unstructured pattern.
+        exceptions: patterns of the decoder linears whose names match, as in `{"*.down_proj": "4:8"}`, the last match
+            counts; 0.0 leaves them dense.
         compensate: on how many of the sequences the kept weights are fitted, in closed form, see
             `rotpruner.compensation`; 0 leaves them as they are.
         num_sequences, seq_len: size of the calibration set, taken from the texts by `seed`.
@@ -148,20 +153,22 @@ def prune(
     if isinstance(texts, str):
         raise InputError("texts is one string; give a list of documents, as in [text]")
     resolved, parsed = resolve_pruner(pruner), parse_pattern(pattern, scope)
-    check_pattern(model, parsed)
+    excepted = parse_exceptions(exceptions, scope)
+    check_pattern(model, parsed, excepted)
     check_seq_len(model.config, seq_len)
     check_compensation(compensate, num_sequences, parsed)
     if num_sequences < 1 or steps < 0 or not 0 < lr < math.inf:
         raise InputError(
             f"num_sequences {num_sequences}, steps {steps} and lr {lr} must be at least 1, at least 0 and above 0"
         )
-    check_layer_sparsity(parsed, layer_sparsity)
+    check_allotment(parsed, layer_sparsity, excepted)
     rotating = _rotating(rotate, model, spaces, parsed)
     if rotating is not None and (steps or rotating.given is None):
         Choices(
             pattern=parsed,
             pruner=resolved,
             layer_sparsity=layer_sparsity,
+            exceptions=excepted,
             objective=objective,
             surrogate=surrogate,
             spaces=rotating.spaces,
@@ -188,6 +195,7 @@ def prune(
         basis="pca" if sliced else "none",
         update="compensation" if compensate else None,
         layer_sparsity=layer_sparsity,
+        exceptions=exceptions,
     )
     found = Learned()
     if rotating is not None:
@@ -202,6 +210,7 @@ def prune(
             objective,
             gradient_checkpointing=gradient_checkpointing,
             layer_sparsity=layer_sparsity,
+            exceptions=excepted,
             seed=seed,
         )
         rotated.calibrate(rows.split(1), progress)
@@ -218,7 +227,8 @@ def prune(
         gc.collect()  # now, before the model is copied again: the hooks of a rotated model refer to it
     pruned: Any = copy.deepcopy(model).eval()
     running: dict[str, Any] = {"calibration_dtype": dtype or fast_dtype(model.device), "progress": progress}
-    prune_model(pruned, resolved, parsed, rows.split(1), layer_sparsity=layer_sparsity, **running, **found._asdict())
+    sharing: dict[str, Any] = {"layer_sparsity": layer_sparsity, "exceptions": excepted}
+    prune_model(pruned, resolved, parsed, rows.split(1), **sharing, **running, **found._asdict())
     if compensate:
         fitted = rows[:compensate].split(1)
         compensate_weights(pruned, copy.deepcopy(model).eval(), fitted, rotations=found.rotations, **running)

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
+from rotpruner.allotment import LayerSparsity, check_allotment
 from rotpruner.errors import InputError
 from rotpruner.families import SPACES, check_space
 from rotpruner.objectives import Objective
-from rotpruner.oneshot import LayerSparsity, check_layer_sparsity
 from rotpruner.optimizers import CayleySGD
 from rotpruner.orthogonal import MapName
 from rotpruner.patterns import Pattern, Slice
@@ -26,7 +26,7 @@ class Choices:
     """Settings of a fit that depend on each other.
 
     Attributes:
-        pattern, pruner, layer_sparsity: what is pruned, and how.
+        pattern, pruner, layer_sparsity, exceptions: what is pruned, and how.
         objective, surrogate: what is minimised, and how its gradient passes the masks.
         spaces, placement, orthogonal_map: what rotates, and by which matrices.
         start: of the rotations; None stands for rotations that are given.
@@ -41,10 +41,11 @@ class Choices:
     placement: Placement
     orthogonal_map: MapName
     start: Start | None
+    exceptions: Mapping[str, Pattern] = field(default_factory=dict)
 
     def check(self, config: Any, optimizer: torch.optim.Optimizer | None = None) -> None:
         """Raise `InputError` if these do not go with each other, with the model of a config, or with an optimiser."""
-        check_layer_sparsity(self.pattern, self.layer_sparsity)
+        check_allotment(self.pattern, self.layer_sparsity, self.exceptions)
         if not self.spaces:
             raise InputError(f"spaces is empty; name at least one of {', '.join(SPACES)}")
         for space in self.spaces:
@@ -55,7 +56,7 @@ class Choices:
         check_start(self.start, self.spaces, self.pattern)
         if self.start == "pca":
             self._check_principal_start(config)
-        check_surrogate(self.surrogate, self.pattern, self.pruner, self.objective)
+        check_surrogate(self.surrogate, self.pattern, self.pruner, self.objective, self.exceptions)
         if optimizer is not None:
             self._check_optimizer(optimizer)
 

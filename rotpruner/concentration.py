@@ -54,7 +54,7 @@ def concentration(
     rotations: Mapping[str, Sequence[Tensor]],
     moments: Mapping[str, Moment],
     pruner: Pruner,
-    patterns: Sequence[Pattern],
+    patterns: Mapping[str, Pattern],
     objective: Objective,
     device: torch.device,
 ) -> dict[str, Tensor]:
@@ -66,13 +66,17 @@ def concentration(
         groups: linears that read one input together.
         rotations: of the moment, by space, then site.
         moments: of the groups' inputs before rotation, by the group's name; none if the pruner needs none.
-        patterns: of each block.
+        patterns: of the linears, by name; one of no sparsity has nothing to concentrate.
         device: where to compute; weights that are offloaded come one at a time.
     """
     config = groups[0][0].basis.config
     linears = [linear for group in groups for linear in group]
-    turned = [_rotates(side) for linear in linears for side in sides(config, rotations, linear.place)]
-    counts = {"entropy": sum(turned), "lost_mass": len(linears)}
+
+    def turned(linear: RotatedLinear) -> list[bool]:
+        loses = patterns[linear.place.name].sparsity > 0
+        return [loses and _rotates(side) for side in sides(config, rotations, linear.place)]
+
+    counts = {"entropy": sum(sum(turned(linear)) for linear in linears), "lost_mass": len(linears)}
     counts = {name: count for name, count in counts.items() if getattr(objective, name)}
 
     def sums_of(group: Sequence[RotatedLinear], rotations: Named) -> Tensor:
@@ -83,9 +87,9 @@ def concentration(
             weight = rotate_weight(whole(linear.weight, device), reads, writes)
             importance = pruner.importance(weight, moment)
             if "entropy" in found:
-                found["entropy"].append(concentration_entropy(importance, _rotates(reads), _rotates(writes)))
+                found["entropy"].append(concentration_entropy(importance, *turned(linear)))
             if "lost_mass" in found:
-                found["lost_mass"].append(lost_mass(importance, patterns[linear.place.layer]))
+                found["lost_mass"].append(lost_mass(importance, patterns[linear.place.name]))
         return torch.stack([torch.stack(values).sum() for values in found.values()])
 
     sums = sum_of_pieces([partial(sums_of, group) for group in groups], rotations)

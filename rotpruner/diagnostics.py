@@ -5,7 +5,7 @@ Shapes: a decoder linear's weight W (O, I), its pruned form Ŵ (O, I), the secon
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -77,7 +77,7 @@ def layer_table(
     rotations: Mapping[str, Tensor],
     moments: Mapping[str, Moment],
     pruner: Pruner,
-    patterns: Sequence[Pattern],
+    patterns: Mapping[str, Pattern],
     progress: Progress = unseen,
     device: torch.device | None = None,
 ) -> list[dict[str, Any]]:
@@ -89,7 +89,7 @@ def layer_table(
         rotations: that it was pruned in.
         moments: of the dense model in its own basis, by group, as `gather_model_moments` returns them.
         pruner: as it was pruned.
-        patterns: one a block, as it was pruned; none for a slice, which has no masks, so no kept mass and no error.
+        patterns: by name, as it was pruned; none for a slice, which has no masks, so no kept mass and no error.
         progress: wraps the iteration over groups of linears, for a progress bar.
         device: where one linear after the other is looked at; None is where the model is.
 
@@ -122,7 +122,7 @@ def layer_table(
                 row["error"] = relative_error(rotated, found, turned)
                 own, learned = pruner.saliency(weight, moment), pruner.saliency(rotated, turned)
                 row["kept_mass"] = {
-                    "own": kept_mass(own, patterns[place.layer].mask(own)),
+                    "own": kept_mass(own, patterns[place.name].mask(own)),
                     "learned": kept_mass(learned, found != 0),  # masks may be learned, or found during an update
                 }
             rows.append(row)
@@ -198,7 +198,7 @@ def write_diagnostics(
     rotations: Mapping[str, Tensor],
     moments: Mapping[str, Moment],
     pruner: Pruner,
-    patterns: Sequence[Pattern],
+    patterns: Mapping[str, Pattern],
     progress: Progress = unseen,
     device: torch.device | None = None,
 ) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import torch
@@ -20,13 +20,13 @@ class Learned(NamedTuple):
         rotations: of its spaces.
         moments: the statistics that they were learned with; None has them gathered from pruned predecessors.
         masks: of all decoder linears by name, where they are learned themselves.
-        patterns: one a block; none for a slice.
+        patterns: of all decoder linears by name; none for a slice.
     """
 
     rotations: RotationSet | None = None
     moments: Mapping[str, Moment] | None = None
     masks: Mapping[str, Tensor] | None = None
-    patterns: Sequence[Pattern] | None = None
+    patterns: Mapping[str, Pattern] | None = None
 
     def to(self, device: torch.device | str) -> Learned:
         """The same with rotations and moments on a device."""

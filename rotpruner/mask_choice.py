@@ -21,7 +21,7 @@ def choose_masks(
     rotations: RotationSet,
     moments: Mapping[str, Moment],
     pruner: Pruner,
-    patterns: Sequence[Pattern],
+    patterns: Mapping[str, Pattern],
     ranks: Ranks,
     device: torch.device,
 ) -> Iterator[tuple[RotatedLinear, Tensor]]:
@@ -31,7 +31,7 @@ def choose_masks(
         groups: linears that read one input together.
         rotations: in which the pruner looks at them.
         moments: of the groups' inputs before rotation, by the group's name; none if the pruner needs none.
-        patterns: of each block.
+        patterns: of the linears, by name.
         ranks: take turns with the groups and hand the masks around.
         device: where to compute; weights that are offloaded come one at a time.
     """
@@ -51,7 +51,7 @@ def choose_masks(
             if moment is None:
                 moment = rotated_moment(config, rotations, moments, linear.place)
             rotated = rotate_weight(whole(weight, device), *sides(config, rotations, linear.place))
-            own[linear] = pruner.mask(rotated, moment, patterns[linear.place.layer])
+            own[linear] = pruner.mask(rotated, moment, patterns[linear.place.name])
         for source, group in enumerate(batch):
             for linear in group:
                 mask = own.get(linear)

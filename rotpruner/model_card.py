@@ -57,6 +57,7 @@ class Origin:
         update: pruner whose weight update followed, if any.
         learned_masks: whether the pruner's masks were only where learning began.
         layer_sparsity: how the blocks share the pattern.
+        exceptions: patterns of linears whose names match.
         calibration: name of the text, with `num_sequences` of `seq_len` tokens of it.
         steps: of learning; `training_tokens` were read by all of them together.
         seed: of calibration, order and random starts.
@@ -76,6 +77,7 @@ class Origin:
     update: str | None = None
     learned_masks: bool = False
     layer_sparsity: str = "uniform"
+    exceptions: Mapping[str, str | float] = field(default_factory=dict)
     calibration: str = ""
     num_sequences: int = 0
     seq_len: int = 0
@@ -239,7 +241,8 @@ def _facts(origin: Origin, hub_name: str, license: Mapping[str, str]) -> list[tu
         ("base model", base),
         ("licence", license.get("license", "not found beside the base checkpoint: see its own page")),
     ]
-    facts.append(("pattern", f"`{origin.pattern}`"))
+    excepted = [f"`{pattern}` in `{names}`" for names, pattern in origin.exceptions.items()]
+    facts.append(("pattern", ", but ".join([f"`{origin.pattern}`", *excepted])))
     if origin.pruner:
         facts.append(("pruner", origin.pruner + (f", weights updated by {origin.update}" if origin.update else "")))
         if origin.learned_masks:

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Container, Iterable, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import Any, Literal, get_args
+from types import MappingProxyType
+from typing import Any, get_args
 
 import torch
 from torch import Tensor, nn
 
+from rotpruner.allotment import LayerSparsity, allot, check_allotment
 from rotpruner.distributed import whole
 from rotpruner.errors import InputError
 from rotpruner.families import family_of
@@ -27,8 +29,6 @@ from rotpruner.replay import BlockReplay, moments_by_block, visiting
 from rotpruner.rotations import merge_rotations, rotated_moment
 from rotpruner.slicing import residual_pca, residual_readers, slice_residual, sliced_width
 from rotpruner.statistics import Moment, gather_moments, watch_inputs
-
-LayerSparsity = Literal["uniform", "owl"]
 
 #: (model, linears by name, widths of their moments' blocks, batches) → moments by name.
 Gather = Callable[[nn.Module, Mapping[str, nn.Module], Mapping[str, int], Sequence[Tensor]], dict[str, Moment]]
@@ -88,7 +88,8 @@ def prune_model(
     masks: Mapping[str, Tensor] | None = None,
     update: Pruner | None = None,
     layer_sparsity: LayerSparsity = "uniform",
-    patterns: Sequence[Pattern] | None = None,
+    exceptions: Mapping[str, Pattern] = MappingProxyType({}),
+    patterns: Mapping[str, Pattern] | None = None,
     calibration_dtype: torch.dtype | None = None,
     device: torch.device | None = None,
     progress: Progress = unseen,
@@ -109,7 +110,8 @@ def prune_model(
         update: a pruner whose weight update follows under the masks that `pruner` chose, with statistics of what
             the pruned predecessors give, whatever chose the masks.
         layer_sparsity: `uniform`, or `owl` to let blocks with many outliers keep more (unstructured patterns only).
-        patterns: one a block, if `layer_sparsity` has shared the pattern out before.
+        exceptions: patterns of linears whose names match, see `rotpruner.allotment`.
+        patterns: of all decoder linears by name, if the pattern has been shared out before.
         calibration_dtype: of the matrix products that give the statistics of a block; None is the model's own.
         device: where blocks are run and pruned, one at a time, while the rest of the model stays where it is; None
             leaves them there.
@@ -119,8 +121,8 @@ def prune_model(
         InputError: a linear cannot take the pattern, the pattern has no sparsity to share out, statistics are needed
             and no batches are given, or a slice is given what is of masks.
     """
-    check_pattern(model, pattern)
-    check_layer_sparsity(pattern, layer_sparsity)
+    check_pattern(model, pattern, exceptions)
+    check_allotment(pattern, layer_sparsity, exceptions)
     check_update(update)
     rotations = rotations or {}
     if isinstance(pattern, Slice):
@@ -134,16 +136,18 @@ def prune_model(
     needs = "nothing" if moments is not None else pruner.needs
     if update is not None:
         needs = max(needs, update.needs, key=get_args(Needs).index)
-    if pattern.sparsity and needs != "nothing":
-        _check_batches(batches, type(update or pruner).__name__)
     if layer_sparsity == "owl" and patterns is None:
         _check_batches(batches, "layer_sparsity owl")
     if patterns is None:
         there = partial(moments_by_block, dtype=calibration_dtype, device=device, progress=progress)
-        patterns = layer_patterns(model, pattern, layer_sparsity, batches, there, fused="residual" in rotations)
+        sharing = layer_sparsity, exceptions
+        patterns = linear_patterns(model, pattern, *sharing, batches, there, fused="residual" in rotations)
+    prunes = any(pattern.sparsity for pattern in patterns.values())
+    if prunes and needs != "nothing":
+        _check_batches(batches, type(update or pruner).__name__)
     if rotations:
         merge_rotations(model, rotations, device)
-    if pattern.sparsity == 0:
+    if not prunes:
         return
     known = {
         linear.group: moment
@@ -159,7 +163,7 @@ def prune_model(
                     replay.pass_by(layer)
                 seen = sums.means()
             statistics = seen if moments is None else known
-            _prune_block(model, members, pruner, patterns[layer], statistics, masks, update, seen)
+            _prune_block(model, members, pruner, patterns, statistics, masks, update, seen)
             if replay is not None:
                 replay.advance(layer)
 
@@ -193,14 +197,14 @@ def _prune_block(
     model: nn.Module,
     linears: Iterable[BlockLinear],
     pruner: Pruner,
-    pattern: Pattern,
+    patterns: Mapping[str, Pattern],
     moments: Mapping[str, Moment],
     masks: Mapping[str, Tensor] | None,
     update: Pruner | None,
     seen: Mapping[str, Moment],
 ) -> None:
     """Prune the linears of a block by `moments`; then let `update` rebuild their outputs by what is `seen` now."""
-    for members in by_group(linears):
+    for pattern, members in _alike(linears, patterns):
         group = members[0].group
         weights = [module_at(model, linear.name).weight for linear in members]
         device = weights[0].device
@@ -212,45 +216,47 @@ def _prune_block(
             weight.copy_(pruned)
 
 
+def _alike(
+    linears: Iterable[BlockLinear], patterns: Mapping[str, Pattern]
+) -> Iterator[tuple[Pattern, list[BlockLinear]]]:
+    """The linears that lose weights, those together that read the same tensor and have the same pattern."""
+    for members in by_group(linears):
+        for pattern in dict.fromkeys(patterns[linear.name] for linear in members):
+            if pattern.sparsity:
+                yield pattern, [linear for linear in members if patterns[linear.name] == pattern]
+
+
 def check_update(update: Pruner | None) -> None:
     """Raise `InputError` if a pruner whose update is to follow has none."""
     if update is not None and not update.rebuilds:
         raise InputError(f"{type(update).__name__} updates no weights; give sparsegpt or alps as the update")
 
 
-def check_layer_sparsity(pattern: Pattern | Slice, layer_sparsity: str) -> None:
-    """Raise `InputError` if the layers cannot share the pattern out like that."""
-    if layer_sparsity not in get_args(LayerSparsity):
-        raise InputError(
-            f"unknown layer_sparsity '{layer_sparsity}'; choose one of {', '.join(get_args(LayerSparsity))}"
-        )
-    if layer_sparsity == "owl":
-        if not isinstance(pattern, Unstructured):
-            raise InputError(f"layer_sparsity owl needs an unstructured pattern such as 0.5, not '{pattern}'")
-        outlier_sparsities([], pattern.sparsity)
-
-
-def layer_patterns(
+def linear_patterns(
     model: nn.Module,
     pattern: Pattern,
     layer_sparsity: LayerSparsity,
+    exceptions: Mapping[str, Pattern],
     batches: Sequence[Tensor],
     gather: Gather = gather_moments,
     fused: bool = False,
-) -> list[Pattern]:
-    """One pattern a block: the same, or by the outlier ratios of Wanda's saliencies in the dense model (OWL).
+) -> dict[str, Pattern]:
+    """The pattern of every decoder linear by name: the same for all blocks, or by the outlier ratios of Wanda's
+    saliencies in the dense model (OWL), but for exceptions.
 
     Args:
         model: plain model in its own basis; a basis of its own would blur the outliers.
         pattern: of all blocks together.
         layer_sparsity: how they share it.
+        exceptions: patterns of linears whose names match; what they lose or keep is not shared out again.
         batches: calibration token ids, each (sequences, seq_len); read for `owl` only.
         gather: as in `gather_model_moments`.
         fused: judge it with its block norms fused, as learning does where the residual stream rotates; norms with a
             bias make a difference.
     """
+    config: Any = model.config
     if layer_sparsity == "uniform":
-        return [pattern] * len(module_at(model, family_of(model.config).blocks))
+        return allot(config, [pattern] * config.num_hidden_layers, exceptions)
     assert isinstance(pattern, Unstructured)
     wanda = resolve_pruner("wanda")
     if fused:
@@ -263,9 +269,10 @@ def layer_patterns(
         weight = whole(module_at(model, linear.name).weight, moment.blocks.device)
         return wanda.saliency(weight, moment).flatten()
 
-    blocks = by_block(block_linears(model.config))
+    blocks = by_block(block_linears(config))
     saliencies = (torch.cat([saliency(linear) for linear in members]) for _, members in blocks)
-    return [replace(pattern, sparsity=sparsity) for sparsity in outlier_sparsities(saliencies, pattern.sparsity)]
+    sparsities = outlier_sparsities(saliencies, pattern.sparsity)
+    return allot(config, [replace(pattern, sparsity=sparsity) for sparsity in sparsities], exceptions)
 
 
 def sparsity_of(model: nn.Module) -> float:

@@ -49,6 +49,7 @@ class Relaxation(nn.Module):
         self.step, self.temperature = 0, surrogate.temperature
         self._softened = False
         self._moments: dict[str, Moment] = {}
+        self._patterns: Mapping[str, Pattern] = {}
         self.logits = nn.ParameterList()
         if surrogate.learns_masks:
             assert isinstance(pattern, NM)
@@ -64,12 +65,14 @@ class Relaxation(nn.Module):
         """Go to a step of a run, counted from 0: it decides the temperature and the noise."""
         self.step, self.temperature = step, self.surrogate.temperature_at(step, steps)
 
-    def enter(self, rotations: Sites, moments: Mapping[str, Moment], softened: bool) -> None:
+    def enter(
+        self, rotations: Sites, moments: Mapping[str, Moment], patterns: Mapping[str, Pattern], softened: bool
+    ) -> None:
         """Before the model runs: in these rotations, through the surrogate or with hard masks as in evaluation.
 
         `sigmoid` gets the rotated diagonals of the statistics here, once for all linears that read one input.
         """
-        self._softened, self._moments = softened, {}
+        self._softened, self._moments, self._patterns = softened, {}, patterns
         if not (softened and self.surrogate.follows_saliency):
             return
         for place in self.places:
@@ -90,9 +93,8 @@ class Relaxation(nn.Module):
         if not self._softened:
             return weight * mask
         if self.surrogate.follows_saliency:
-            assert isinstance(self.pattern, Pattern)
             saliency = self.pruner.saliency(weight, self._moments.get(place.group))
-            return sigmoid(weight, mask, saliency, self.pattern, self.temperature)
+            return sigmoid(weight, mask, saliency, self._patterns[place.name], self.temperature)
         assert isinstance(self.pattern, NM)
         logits = self.logits[self.numbers[place.name]]
         return gumbel(weight, logits, self.noise(place, logits), self.pattern, self.temperature)

@@ -12,12 +12,14 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
+from types import MappingProxyType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from rotpruner.allotment import LayerSparsity, allot, check_allotment
 from rotpruner.basis import Basis, RotatedLinear, change_bases, check_offload, turn_residual_ends
 from rotpruner.concentration import concentration
 from rotpruner.dense_cache import DenseCache
@@ -29,7 +31,7 @@ from rotpruner.layout import block_linears, by_group, module_at
 from rotpruner.learned import Learned
 from rotpruner.mask_choice import choose_masks
 from rotpruner.objectives import Objective
-from rotpruner.oneshot import LayerSparsity, check_layer_sparsity, layer_patterns, linears_to_watch
+from rotpruner.oneshot import linear_patterns, linears_to_watch
 from rotpruner.patterns import NM, Pattern, Slice
 from rotpruner.progress import Progress, unseen
 from rotpruner.pruners import Pruner
@@ -56,6 +58,7 @@ class RotatedModel(nn.Module):
         offload: keep the decoder linears' weights in main memory, whence they come one linear at a time, forward and
             again in the recomputation; needs `gradient_checkpointing`.
         layer_sparsity: `uniform`, or `owl` to let blocks with many outliers keep more.
+        exceptions: patterns of linears whose names match, see `rotpruner.allotment`.
         ranks: processes that hold a copy each, or shards of one. They share calibration and the choice of masks;
             losses and their gradients are each rank's own.
         seed: of the noise of a surrogate that has any.
@@ -76,24 +79,27 @@ class RotatedModel(nn.Module):
         *,
         gradient_checkpointing: bool = False,
         layer_sparsity: LayerSparsity = "uniform",
+        exceptions: Mapping[str, Pattern] = MappingProxyType({}),
         ranks: Ranks | None = None,
         seed: int = 0,
         offload: bool = False,
     ) -> None:
         super().__init__()
-        check_layer_sparsity(pattern, layer_sparsity)
+        check_allotment(pattern, layer_sparsity, exceptions)
         check_offload(offload, gradient_checkpointing)
-        self.layer_sparsity = layer_sparsity
+        self.layer_sparsity, self.exceptions = layer_sparsity, exceptions
         surrogate = surrogate or Surrogate()
         self.rotations = rotations
         self.pruner, self.pattern = pruner, pattern
         self.objective = objective or Objective()
-        check_surrogate(surrogate, pattern, pruner, self.objective)
+        check_surrogate(surrogate, pattern, pruner, self.objective, exceptions)
         self.ranks = ranks or Ranks()
         self.basis = Basis(base.config)
         self.moments: dict[str, Moment] = {}
-        #: One for each block; `calibrate` shares the sparsity out.
-        self.patterns = [] if isinstance(pattern, Slice) else [pattern] * base.config.num_hidden_layers
+        #: Of each linear by name; `calibrate` shares the sparsity out.
+        self.patterns: dict[str, Pattern] = {}
+        if not isinstance(pattern, Slice):
+            self.patterns = allot(base.config, [pattern] * base.config.num_hidden_layers, exceptions)
         #: The rotations in which the masks of the moment were chosen, and the CPU's random state then, from which
         #: pruners of one's own may draw; they determine the masks.
         self.mask_rotations: RotationSet | None = None
@@ -133,7 +139,7 @@ class RotatedModel(nn.Module):
         # Unbound, so that the gradients of many layers' matrices come back in one piece.
         self.basis.rotations = {space: Q.unbind() for space, Q in rotations.items()}
         self.basis.pruned = pruned
-        self.relaxation.enter(self.basis.rotations, self.moments, softened)
+        self.relaxation.enter(self.basis.rotations, self.moments, self.patterns, softened)
 
     @contextmanager
     def dense(self) -> Iterator[PreTrainedModel]:
@@ -169,7 +175,8 @@ class RotatedModel(nn.Module):
                 linears, widths = residual_readers(base)
             else:
                 together = partial(gather_moments, ranks=self.ranks)
-                self.patterns = layer_patterns(base, self.pattern, self.layer_sparsity, batches, together)
+                sharing = self.layer_sparsity, self.exceptions
+                self.patterns = linear_patterns(base, self.pattern, *sharing, batches, together)
                 spaces = set(self.rotations.spaces)
                 linears, widths = linears_to_watch(base, block_linears(base.config), self.pruner.needs, spaces)
 
@@ -206,7 +213,8 @@ class RotatedModel(nn.Module):
         else:
             assert isinstance(self.pattern, NM), "checked above"
             self._check_calibrated()
-            weights = {linear.place: linear.weight for linear in self.linears}
+            like = {name for name, pattern in self.patterns.items() if pattern == self.pattern}
+            weights = {linear.place: linear.weight for linear in self.linears if linear.place.name in like}
             judged = weights, self.moments, self.pruner, self.pattern
             self.rotations.restart(permuted_start(self.base.config, *judged, rotations, self.ranks, progress))
 
@@ -224,8 +232,12 @@ class RotatedModel(nn.Module):
             InputError: as `take_kept_weights`, or the pruned model does not keep to the pattern.
         """
         kept = [module_at(pruned, linear.place.name).weight for linear in self.linears]
-        if isinstance(self.pattern, NM) and not all(map(self.pattern.holds, kept)):
-            raise InputError(f"the pruned model does not keep to the pattern {self.pattern}; give its own")
+        for linear, weight in zip(self.linears, kept, strict=True):
+            pattern = self.patterns[linear.place.name]
+            if isinstance(pattern, NM) and not pattern.holds(weight):
+                raise InputError(
+                    f"{linear.place.name} of the pruned model does not keep to the pattern {pattern}; give its own"
+                )
         take_kept_weights(self.base, pruned, rotations)
         for linear, weight in zip(self.linears, kept, strict=True):
             linear.mask = (weight != 0).to(self.base.device)

@@ -14,14 +14,16 @@ from rotpruner.patterns import NM
 Model = TypeVar("Model", bound=nn.Module)
 
 
-def is_two_four(model: nn.Module) -> bool:
-    """Whether of every four neighbouring input weights of every decoder linear at least two are zero."""
-    return all(NM(2, 4).holds(linear.weight) for linear in linear_modules(model).values())
+def two_four_linears(model: nn.Module) -> list[nn.Linear]:
+    """The decoder linears of which at least two of every four neighbouring input weights are zero."""
+    return [linear for linear in linear_modules(model).values() if NM(2, 4).holds(linear.weight)]
 
 
 @torch.no_grad()
 def semi_structured(model: Model) -> Model:
     """Put the decoder linears of a 2:4 model into torch's semi-structured form, in place; it computes the same.
+
+    Linears of other patterns, or left dense, stay as they are.
 
     It is for inference, on NVIDIA GPUs with sparse tensor cores, in 16 bits; what it gains depends on the shapes. Both
     forms are there for a moment, 25 bits for every 16 of the decoder linears. The model cannot be saved any more.
@@ -33,12 +35,12 @@ def semi_structured(model: Model) -> Model:
         The same model.
 
     Raises:
-        InputError: its weights are not 2:4, or the device, the dtype or a shape does not allow the form; the model is
-            as it was then.
+        InputError: none of its weights is 2:4, or the device, the dtype or a shape does not allow the form; the model
+            is as it was then.
     """
-    linears = linear_modules(model).values()
-    if not is_two_four(model):
-        raise InputError("the decoder linears are not all 2:4, which the semi-structured form needs: prune to 2:4")
+    linears = two_four_linears(model)
+    if not linears:
+        raise InputError("no decoder linear is 2:4, which the semi-structured form needs: prune to 2:4")
     for dtype in {linear.weight.dtype for linear in linears} - {torch.float16, torch.bfloat16}:
         # One of torch's two backends takes float32, as 1 of 2, and drops weights without a word.
         name = str(dtype).removeprefix("torch.")

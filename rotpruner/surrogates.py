@@ -9,9 +9,10 @@ Shapes: O = output features, I = input features, G = groups of M neighbours in a
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from itertools import combinations
+from types import MappingProxyType
 from typing import Any, Literal, get_args
 
 import torch
@@ -211,7 +212,13 @@ class Surrogate:
         return SURROGATES[self.name](weight, mask, self.decay)
 
 
-def check_surrogate(surrogate: Surrogate, pattern: Pattern | Slice, pruner: Pruner, objective: Objective) -> None:
+def check_surrogate(
+    surrogate: Surrogate,
+    pattern: Pattern | Slice,
+    pruner: Pruner,
+    objective: Objective,
+    exceptions: Mapping[str, Pattern] = MappingProxyType({}),
+) -> None:
     """Raise `InputError` if a surrogate does not go with the other settings of a fit."""
     if isinstance(pattern, Slice) and surrogate.name != "constant":
         raise InputError(f"surrogate {surrogate.name} is of masks, and pattern {pattern} has none; set it to constant")
@@ -227,6 +234,11 @@ def check_surrogate(surrogate: Surrogate, pattern: Pattern | Slice, pruner: Prun
                 f"{type(pruner).__name__} reads all of them; use wanda, ria or magnitude"
             )
     if surrogate.learns_masks:
+        if exceptions:
+            raise InputError(
+                f"surrogate gumbel learns masks of one pattern: leave out the exceptions {', '.join(exceptions)}, or "
+                "take another surrogate"
+            )
         if not isinstance(pattern, NM):
             raise InputError(
                 f"surrogate gumbel learns which N of M weights stay, and pattern {pattern} is not N:M; "

@@ -17,7 +17,7 @@ from rotpruner.oneshot import parameter_count, prune_model
 from rotpruner.packed import pack
 from rotpruner.patterns import parse_pattern
 from rotpruner.pruners import resolve_pruner
-from rotpruner.semi_structured import is_two_four, semi_structured
+from rotpruner.semi_structured import semi_structured, two_four_linears
 
 
 def test_step_benchmark_prints_its_parts(model_directory, text_file, capsys):
@@ -117,10 +117,12 @@ def test_rates_and_ratios_are_those_of_the_seconds(model_directory, monkeypatch,
 
 def test_two_four_is_recognised(model_directory, pruned_directory):
     pruned = load_model(pruned_directory)
-    assert is_two_four(pruned)
-    assert not is_two_four(load_model(model_directory))
-    pruned.model.layers[1].mlp.down_proj.weight.data[3, 4:8] = 1.0
-    assert not is_two_four(pruned)
+    assert len(two_four_linears(pruned)) == 14
+    assert not two_four_linears(load_model(model_directory))
+    other = pruned.model.layers[1].mlp.down_proj
+    other.weight.data[3, 4:8] = 1.0
+    assert len(two_four_linears(pruned)) == 13
+    assert all(linear is not other for linear in two_four_linears(pruned))
 
 
 def test_semi_structured_form_needs_2_of_4_on_cuda(model_directory, pruned_directory):

@@ -16,6 +16,7 @@ from tiny_models import exact, rotated_model, tiny, tiny_ids
 
 from experiments.__main__ import main
 from lightning_modules.rotation_module import RotationModule
+from rotpruner.allotment import allot
 from rotpruner.concentration import entropy, lost_mass
 from rotpruner.errors import InputError
 from rotpruner.objectives import Objective
@@ -153,7 +154,7 @@ def test_mass_is_lost_by_each_blocks_own_pattern(ids):
     rotated.calibrate(ids.split(1))
     losses = []
     for patterns in ((0.0, 0.0), (0.0, 0.75), (0.75, 0.0), (0.75, 0.75)):
-        rotated.patterns = [parse_pattern(sparsity) for sparsity in patterns]
+        rotated.patterns = allot(rotated.base.config, list(map(parse_pattern, patterns)), {})
         losses.append(rotated.loss(ids)["lost_mass"].item())
     assert losses[0] == 0
     assert 0.01 < losses[1] != losses[2]

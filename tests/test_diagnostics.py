@@ -14,6 +14,7 @@ from tiny_models import rotated_model
 
 from callbacks import finish
 from experiments.__main__ import main
+from rotpruner.allotment import allot
 from rotpruner.diagnostics import (
     block_means,
     kept_mass,
@@ -145,7 +146,8 @@ def test_means_of_blocks_are_over_weights():
 
 
 def test_each_block_is_scored_by_the_pattern_that_it_was_pruned_by():
-    pruner, patterns = resolve_pruner("magnitude"), [parse_pattern(0.0), parse_pattern(0.75)]
+    pruner, blocks = resolve_pruner("magnitude"), [parse_pattern(0.0), parse_pattern(0.75)]
+    patterns = allot(tiny_llama().config, blocks, {})
     rows = layer_table(tiny_llama(), tiny_llama(), {}, {}, pruner, patterns)
     assert all(row["kept_mass"] == {"own": 1, "learned": 1} for row in rows if row["layer"] == 0)
     assert all(0.25 < row["kept_mass"]["own"] < 0.8 for row in rows if row["layer"] == 1)
@@ -159,7 +161,7 @@ def test_a_fit_with_shared_out_sparsity_is_diagnosed_by_its_shares(
     arguments = fit_arguments(model_directory, text_file, test_text_file, tmp_path / "run")
     owl = ["--model.pattern", "0.5", "--model.layer_sparsity", "owl"]
     assert main(["fit", "-c", "experiments/configs/quickstart.yaml", *arguments, *owl]) == 0
-    shares = [pattern.sparsity for pattern in given[0]]
+    shares = list(dict.fromkeys(pattern.sparsity for pattern in given[0].values()))
     assert len(set(shares)) == 2
     for row in json.loads((tmp_path / "run" / "layers.json").read_text())["linears"]:
         assert row["sparsity"] == pytest.approx(shares[row["layer"]], abs=0.02), "rounded in each row"

@@ -11,8 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_models import tiny
 
+from rotpruner.allotment import allot
 from rotpruner.errors import InputError
-from rotpruner.oneshot import layer_patterns, prune_model
+from rotpruner.oneshot import linear_patterns, prune_model
 from rotpruner.owl import outlier_sparsities
 from rotpruner.patterns import NM, Unstructured
 from rotpruner.pruners import resolve_pruner
@@ -57,6 +58,13 @@ def test_layers_alike_share_one_sparsity_and_none_give_none():
     assert outlier_sparsities([], 0.5) == []
 
 
+def shares(patterns):
+    """The sparsity of each block, whose linears have the same."""
+    found = dict.fromkeys((name.split(".layers.")[1].split(".")[0], each.sparsity) for name, each in patterns.items())
+    assert len(found) == 2
+    return [sparsity for _, sparsity in found]
+
+
 @torch.no_grad()
 def test_the_block_with_outliers_keeps_more():
     ids, found = torch.arange(16)[None], []
@@ -72,7 +80,7 @@ def test_the_block_with_outliers_keeps_more():
                             (linear.weight.abs() * args[0].square().mean((0, 1)).sqrt()).flatten()
                         )
                     )
-        found.append([each.sparsity for each in layer_patterns(model, Unstructured(0.5), "owl", [ids])])
+        found.append(shares(linear_patterns(model, Unstructured(0.5), "owl", {}, [ids])))
         for own in saliencies:
             own.clear()
         model(input_ids=ids)
@@ -83,7 +91,7 @@ def test_the_block_with_outliers_keeps_more():
 def test_sparsities_that_were_shared_out_before_are_kept():
     model = tiny("opt")
     given = [Unstructured(0.25), Unstructured(0.75)]
-    prune_model(model, resolve_pruner("magnitude"), Unstructured(0.5), patterns=given)
+    prune_model(model, resolve_pruner("magnitude"), Unstructured(0.5), patterns=allot(model.config, given, {}))
     for block, pattern in zip(model.model.decoder.layers, given, strict=True):
         assert (block.fc1.weight == 0).float().mean().item() == pytest.approx(pattern.sparsity)
 
@@ -105,11 +113,10 @@ def test_learning_and_pruning_share_the_sparsity_out_alike(name):
     online = RotatedModel(copy.deepcopy(model), rotations, pruner, pattern, layer_sparsity="owl")
     online.calibrate(batches)
     online.refresh_masks()
-    sparsities = [each.sparsity for each in online.patterns]
+    sparsities = shares(online.patterns)
     assert sum(sparsities) / 2 == pytest.approx(0.5)
     assert sparsities[0] != sparsities[1]
-    found = layer_patterns(model, pattern, "owl", batches, fused=True)
-    assert [each.sparsity for each in found] == sparsities
+    assert shares(linear_patterns(model, pattern, "owl", {}, batches, fused=True)) == sparsities
     prune_model(model, pruner, pattern, batches, rotations(), online.moments, layer_sparsity="owl")
     for linear in online.linears:
         kept = model.get_submodule(linear.place.name).weight != 0

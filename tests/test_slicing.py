@@ -117,7 +117,7 @@ def test_per_block_pca_narrows_every_stream_and_counts_its_shortcuts():
 
 @torch.no_grad()
 def test_a_slice_takes_nothing_that_is_of_masks():
-    for more in ({"update": resolve_pruner("sparsegpt")}, {"masks": {}}, {"patterns": [parse_pattern("2:4")]}):
+    for more in ({"update": resolve_pruner("sparsegpt")}, {"masks": {}}, {"patterns": {"a": parse_pattern("2:4")}}):
         with pytest.raises(InputError, match="leave out update, masks and patterns"):
             prune_model(tiny("llama-2"), resolve_pruner("wanda"), parse_pattern("slice:0.25"), batches(), **more)
 
