@@ -195,7 +195,7 @@ def prune(
         basis="pca" if sliced else "none",
         update="compensation" if compensate else None,
         layer_sparsity=layer_sparsity,
-        exceptions=exceptions,
+        exceptions=dict(exceptions),
     )
     found = Learned()
     if rotating is not None:
