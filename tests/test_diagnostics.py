@@ -77,18 +77,19 @@ def test_errors_do_not_depend_on_the_basis(n, heads):
 def test_layer_table_reports_what_the_pruner_did():
     rotations = random_rotations(tiny_llama().config, ["residual", "value_heads"], 0)
     pruner, pattern = resolve_pruner("wanda"), parse_pattern("0.75")
+    patterns = allot(tiny_llama().config, [pattern] * 2, {})
     batches = list(torch.randint(0, 320, (2, 1, 32), generator=torch.Generator().manual_seed(0)))
     model, pruned = tiny_llama(), tiny_llama()
     moments = gather_model_moments(model, pruner, rotations, batches)
     prune_model(pruned, pruner, pattern, rotations=rotations, moments=moments)
-    rows = layer_table(tiny_llama(), pruned, rotations, moments, pruner, [pattern] * 2)
+    rows = layer_table(tiny_llama(), pruned, rotations, moments, pruner, patterns)
     assert [row["layer"] for row in rows] == [0] * 7 + [1] * 7
     for row in rows:
         assert row["sparsity"] == pytest.approx(0.75, abs=1e-6)
         assert 0.25 < row["kept_mass"]["own"] < 1
         assert 0.25 < row["kept_mass"]["learned"] < 1
         assert 0.1 < row["error"] < 1
-    other = layer_table(tiny_llama(), _shuffled(pruned), rotations, moments, pruner, [pattern] * 2)
+    other = layer_table(tiny_llama(), _shuffled(pruned), rotations, moments, pruner, patterns)
     for row, worse in zip(rows, other, strict=True):
         assert worse["kept_mass"]["learned"] < row["kept_mass"]["learned"], "of the masks that are there"
     # Queries, of the merged model with statistics of its own: what the pruner has judged.
