@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM
 
 from callbacks.ending import Ending, Row
 from callbacks.terminal import console, track
+from rotpruner.allotment import described
 from rotpruner.artifacts import save_model, write_json
 from rotpruner.compensation import compensate
 from rotpruner.diagnostics import write_diagnostics
@@ -91,6 +92,7 @@ class Finish(Ending):
         """Prune in the learned space and as the controls do; export, evaluate and describe."""
         learned = self._learned
         name, pruner, pattern, dtype = module.model_name, module.pruner, module.pattern, module.base_dtype
+        shown = described(pattern, module.exceptions)
         tokenizer, tokens = load_tokenizer(name), trainer.datamodule.statistics_tokens  # type: ignore[attr-defined]
         for left in (*run.glob(".export.*"), *run.glob(".rotations.*")):  # by an ending that was killed
             shutil.rmtree(left, ignore_errors=True)
@@ -105,7 +107,7 @@ class Finish(Ending):
             home = home_of(model, self._device, tokens.numel(), tokens[:updated].numel())
             model.to(home)  # type: ignore[arg-type]
             batches = tokens.to(home).split(1)
-            sharing = {"layer_sparsity": module.layer_sparsity}
+            sharing = {"layer_sparsity": module.layer_sparsity, "exceptions": module.exceptions}
             prune_model(model, pruner, pattern, batches, **basis._asdict(), **sharing, **running)
             if updated:
                 fitted, dense = batches[:updated], load_model(name, device=home)
@@ -126,7 +128,7 @@ class Finish(Ending):
         for row, (basis, updated, spent) in made.items():
             if row in (*self.controls, "rotpruner"):
                 row = "pca" if row == "pruner" and isinstance(pattern, Slice) else row
-                build = partial(self._pruned, run, row, pattern, partial(pruned, basis, updated), spent)
+                build = partial(self._pruned, run, row, shown, partial(pruned, basis, updated), spent)
                 try:
                     rows.append(self._kept(run, row, build))
                 except InputError as error:
@@ -162,7 +164,7 @@ class Finish(Ending):
     def _dense(self, name: str) -> Row:
         return self.evaluated("dense", None, load_model(name, torch.float32), 0.0, reference=True)
 
-    def _pruned(self, run: Path, name: str, pattern: Any, build: Callable[[Path], Row], learning_seconds: float) -> Row:
+    def _pruned(self, run: Path, name: str, pattern: str, build: Callable[[Path], Row], learning_seconds: float) -> Row:
         """Build, reload, evaluate; `build` may add to the row."""
         started = time.perf_counter()
         (run / "rows").mkdir(exist_ok=True)

@@ -4,8 +4,8 @@ Prefill (one forward pass over a batch of prompts, logits of the last position o
 (greedy, one token at a time, with the key-value cache) are timed apart, in turns A B C A B C …, so that whatever else
 the machine does falls on all of them alike. Ratios are taken within a turn, against the first model.
 
-Weights run as dense matrices, zeros included. On CUDA a checkpoint whose decoder linears are all 2:4 is timed once
-more in torch's semi-structured form.
+Weights run as dense matrices, zeros included. On CUDA a checkpoint is timed once more with the decoder linears that
+are 2:4, if any are, in torch's semi-structured form.
 """
 
 from __future__ import annotations

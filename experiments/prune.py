@@ -17,7 +17,7 @@ from datamodules.evaluation import perplexities, text_windows
 from datamodules.texts import check_text
 from datamodules.tokens import calibration_tokens
 from experiments.arguments import Parser, add_device, at_least, report
-from rotpruner.allotment import LayerSparsity, check_allotment, parse_exceptions
+from rotpruner.allotment import LayerSparsity, check_allotment, described, parse_exceptions
 from rotpruner.artifacts import check_new_directory, save_model
 from rotpruner.compensation import check_compensation, compensate
 from rotpruner.errors import InputError
@@ -104,6 +104,9 @@ def _checked_pattern(options: argparse.Namespace) -> Pattern | Slice:
 
 
 def _exceptions(options: argparse.Namespace) -> dict[str, Pattern]:
+    names = [names for names, _ in options.exceptions]
+    if twice := {each for each in names if names.count(each) > 1}:
+        raise InputError(f"--except {', '.join(sorted(twice))} is given twice; the last match counts: leave one out")
     return parse_exceptions(dict(options.exceptions), options.scope)
 
 
@@ -155,15 +158,13 @@ def _prune(
     # What calibrated it: `BlockReplay` runs 16-bit models in their own dtype.
     computed = model.dtype if dtype is None or model.dtype.itemsize < 4 else dtype
     result: dict[str, Any] = {
-        "pattern": str(pattern),
+        "pattern": described(pattern, _exceptions(options)),
         "sparsity": sparsity_of(model),
         "seconds": round(time.perf_counter() - started, 1),
         "dtype": str(computed).removeprefix("torch."),
         "device": device_name(options.device),
         "parameters": parameters or parameter_count(model),
     }
-    if options.exceptions:
-        result["exceptions"] = dict(options.exceptions)
     if width is not None:
         result["hidden_size"] = width
     if length is not None:
@@ -183,7 +184,7 @@ def _origin(
         basis = "pca"
     return Origin(
         base_model=options.model,
-        pattern=rows[0]["pattern"],
+        pattern=str(parse_pattern(options.pattern, options.scope)),
         pruner=options.pruner,
         basis=basis,
         spaces=["residual"] if basis == "pca" else list(rotations or ()),

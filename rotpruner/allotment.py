@@ -51,6 +51,12 @@ def allot(config: Any, blocks: Sequence[Pattern], exceptions: Mapping[str, Patte
     return found
 
 
+def described(pattern: Pattern | Slice, exceptions: Mapping[str, Pattern]) -> str:
+    """A pattern and its exceptions in words, as `2:4 (*.v_proj 0)`."""
+    excepted = ", ".join(f"{names} {other}" for names, other in exceptions.items())
+    return f"{pattern} ({excepted})" if excepted else str(pattern)
+
+
 def check_allotment(pattern: Pattern | Slice, layer_sparsity: str, exceptions: Mapping[str, Pattern]) -> None:
     """Raise `InputError` if a pattern cannot be shared out like that."""
     if layer_sparsity not in get_args(LayerSparsity):

@@ -38,7 +38,8 @@ def take_kept_weights(model: nn.Module, pruned: nn.Module, rotations: Mapping[st
         rotations: of that basis.
 
     Raises:
-        InputError: the pruned model did not come of this one in that basis, or has no zeros; the model is as it was.
+        InputError: the pruned model did not come of this one, has no zeros, or its first block has little to do with
+            this one in that basis; the model is as it was.
     """
     check_kept_weights(model.config, pruned.config)
     for space, Q in rotations.items():

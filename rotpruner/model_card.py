@@ -198,7 +198,8 @@ def model_card(
     """
     hub_name = embedded.ORIGINS.get(origin.base_model, (origin.base_model,))[0]
     kind = "sliced" if origin.pattern.startswith("slice") else "sparse"
-    tags = ["rotpruner", "pruning", kind, origin.pattern, *([origin.pruner.partition("(")[0]] if origin.pruner else [])]
+    found = [] if origin.exceptions else [origin.pattern]
+    tags = ["rotpruner", "pruning", kind, *found, *([origin.pruner.partition("(")[0]] if origin.pruner else [])]
     matter = ModelCardData(
         base_model=hub_name if "/" in hub_name else None,  # the hub takes nothing else as a name
         library_name="transformers",
@@ -230,7 +231,8 @@ def _roles(origin: Origin) -> dict[str, str]:
 
 def _title(origin: Origin) -> str:
     by = f" by {origin.pruner}" if origin.pruner else ", recovered" if origin.pruned else ""
-    return f"{origin.base_model.split('/')[-1]}, {origin.pattern}{by}"
+    excepted = " with exceptions" if origin.exceptions else ""
+    return f"{origin.base_model.split('/')[-1]}, {origin.pattern}{excepted}{by}"
 
 
 def _facts(origin: Origin, hub_name: str, license: Mapping[str, str]) -> list[tuple[str, str]]:

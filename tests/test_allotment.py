@@ -26,6 +26,7 @@ from rotpruner.surrogates import Surrogate
 #: 2:4 but for the values, which stay dense, and for what the second block's mlp writes.
 EXCEPTIONS = {"*.v_proj": Unstructured(0.0), "model.layers.1.*.down_proj": NM(4, 8)}
 GIVEN = {"*.v_proj": 0.0, "model.layers.1.*.down_proj": "4:8"}
+SHOWN = "2:4 (*.v_proj 0, model.layers.1.*.down_proj 4:8)"
 
 
 def shares(model):
@@ -165,6 +166,8 @@ def test_a_fit_and_its_controls_make_exceptions(fit):
     assert "| pattern | `2:4`, but `0` in `*.v_proj`, but `4:8` in `model.layers.1.*.down_proj` |" in card
     rows = {row["name"]: row for row in json.loads((run / "results.json").read_text())["rows"]}
     assert rows["pruner"]["sparsity"] == rows["rotpruner"]["sparsity"] < 0.5
+    assert rows["pruner"]["pattern"] == rows["rotpruner"]["pattern"] == SHOWN
+    assert "\n- 2:4\n" not in card
     for row in json.loads((run / "layers.json").read_text())["linears"]:
         assert row["sparsity"] == (0 if "v_proj" in row["name"] else 0.5)
         assert (row["kept_mass"]["own"] == 1) is ("v_proj" in row["name"])
@@ -175,7 +178,7 @@ def test_the_prune_command_and_python_make_exceptions(model_directory, text_file
     given += ["--num_sequences", 4, "--seq_len", 32, "--rotations", "random", "--statistics", "dense"]
     given += [item for names, pattern in GIVEN.items() for item in ("--except", f"{names}={pattern}")]
     assert main([*map(str, given), "--output", str(tmp_path / "pruned"), "--json"]) == 0
-    assert json.loads(capsys.readouterr().out)["exceptions"] == {names: str(each) for names, each in GIVEN.items()}
+    assert json.loads(capsys.readouterr().out)["pattern"] == SHOWN
     assert_excepted(AutoModelForCausalLM.from_pretrained(tmp_path / "pruned"))
     settings = dict(exceptions=GIVEN, num_sequences=4, seq_len=32, steps=2)
     for rotate in ("none", "shared"):
@@ -213,3 +216,19 @@ def test_what_cannot_be_excepted_is_refused(model_directory, capsys):
             RotationModule(str(model_directory), **settings)
     assert main(["prune", "--model", str(model_directory), "--pattern", "2:4", "--except", "*.q_proj"]) == 2
     assert "is not of the form NAMES=PATTERN" in capsys.readouterr().err
+    given = ["prune", "--model", str(model_directory), "--pruner", "wanda", "--pattern", "2:4", "--output", "nowhere"]
+    assert main([*given, "--except", "*.q_proj=0", "--except", "*=4:8", "--except", "*.q_proj=0"]) == 2
+    assert "--except *.q_proj is given twice" in capsys.readouterr().err
+
+
+def test_a_pattern_need_not_fit_where_it_is_not_used(fit):
+    """The mlp is 48 wide; 7:32 fits everywhere else."""
+    without = ["--trainer.callbacks.init_args.controls", "[pruner]"]
+    assert fit("--model.pattern", "7:32", *without)[0] == 2
+    status, run = fit("--model.pattern", "7:32", "--model.exceptions", '{"*.down_proj": "2:4"}', *without)
+    assert status == 0
+    assert [row["pattern"] for row in json.loads((run / "results.json").read_text())["rows"]] == [
+        None,
+        "7:32 (*.down_proj 2:4)",
+        "7:32 (*.down_proj 2:4)",
+    ]
