@@ -34,13 +34,22 @@ def parse_exceptions(given: Mapping[str, str | float], scope: Scope = "row") -> 
     return found
 
 
-def allot(config: Any, blocks: Sequence[Pattern], exceptions: Mapping[str, Pattern]) -> dict[str, Pattern]:
+def allot(config: Any, blocks: Pattern | Sequence[Pattern], exceptions: Mapping[str, Pattern]) -> dict[str, Pattern]:
     """The pattern of every decoder linear by name: its block's, or that of the last exception that matches.
+
+    Args:
+        config: of the model.
+        blocks: one pattern for all, or one a block.
+        exceptions: by shell-style patterns of names.
 
     Raises:
         InputError: an exception matches no linear, or nothing is left to prune where something was.
     """
-    found = {place.name: blocks[place.layer] for place in block_linears(config)}
+    places = block_linears(config)
+    if isinstance(blocks, Pattern):
+        found = dict.fromkeys((place.name for place in places), blocks)
+    else:
+        found = {place.name: blocks[place.layer] for place in places}
     for names, pattern in exceptions.items():
         matching = [name for name in found if fnmatchcase(name, names)]
         if not matching:

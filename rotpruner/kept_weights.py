@@ -19,6 +19,7 @@ from rotpruner.errors import InputError
 from rotpruner.fusion import check_foldable, folded, reset_block_norms
 from rotpruner.layout import BlockLinear, block_linears, module_at
 from rotpruner.orthogonal import is_order, rotate_weight
+from rotpruner.patterns import NM, Pattern
 from rotpruner.rotations import check_rotation, sides
 
 #: The least cosine between what is kept and the weights that it came of: SmolLM2's updates have left 0.92 and more.
@@ -88,6 +89,25 @@ def _check_alike(own: Tensor, kept: Tensor, name: str) -> None:
             f"{name} of the pruned model is not what pruning would leave of this model in these rotations (the cosine "
             f"is {cosine:.2f}); give the rotations and the export of one run of this model"
         )
+
+
+def kept_masks(pruned: nn.Module, patterns: Mapping[str, Pattern]) -> dict[str, Tensor]:
+    """What a pruned model keeps of each decoder linear, (O, I) bool by name.
+
+    Args:
+        pruned: plain model.
+        patterns: by name, of which N:M is made sure of.
+
+    Raises:
+        InputError: a linear has another pattern.
+    """
+    masks = {}
+    for name, pattern in patterns.items():
+        weight = module_at(pruned, name).weight
+        if isinstance(pattern, NM) and not pattern.holds(weight):
+            raise InputError(f"{name} of the pruned model does not keep to the pattern {pattern}; give its own")
+        masks[name] = weight != 0
+    return masks
 
 
 def check_kept_weights(config: Any, pruned: Any) -> None:

@@ -145,7 +145,6 @@ def check_pattern(
     if isinstance(pattern, Slice):
         sliced_width(model.config, pattern)
         return
-    config: Any = model.config
-    patterns = allot(config, [pattern] * config.num_hidden_layers, exceptions)
+    patterns = allot(model.config, pattern, exceptions)
     for name, linear in linear_modules(model).items():
         patterns[name].validate(name, linear.weight.shape)

@@ -256,7 +256,7 @@ def linear_patterns(
     """
     config: Any = model.config
     if layer_sparsity == "uniform":
-        return allot(config, [pattern] * config.num_hidden_layers, exceptions)
+        return allot(config, pattern, exceptions)
     assert isinstance(pattern, Unstructured)
     wanda = resolve_pruner("wanda")
     if fused:

@@ -26,7 +26,7 @@ from rotpruner.dense_cache import DenseCache
 from rotpruner.distributed import Ranks
 from rotpruner.errors import InputError
 from rotpruner.fusion import fuse_block_norms
-from rotpruner.kept_weights import take_kept_weights
+from rotpruner.kept_weights import kept_masks, take_kept_weights
 from rotpruner.layout import block_linears, by_group, module_at
 from rotpruner.learned import Learned
 from rotpruner.mask_choice import choose_masks
@@ -99,7 +99,7 @@ class RotatedModel(nn.Module):
         #: Of each linear by name; `calibrate` shares the sparsity out.
         self.patterns: dict[str, Pattern] = {}
         if not isinstance(pattern, Slice):
-            self.patterns = allot(base.config, [pattern] * base.config.num_hidden_layers, exceptions)
+            self.patterns = allot(base.config, pattern, exceptions)
         #: The rotations in which the masks of the moment were chosen, and the CPU's random state then, from which
         #: pruners of one's own may draw; they determine the masks.
         self.mask_rotations: RotationSet | None = None
@@ -229,18 +229,12 @@ class RotatedModel(nn.Module):
             rotations: that it was pruned in.
 
         Raises:
-            InputError: as `take_kept_weights`, or the pruned model does not keep to the pattern.
+            InputError: as `kept_masks` and `take_kept_weights`.
         """
-        kept = [module_at(pruned, linear.place.name).weight for linear in self.linears]
-        for linear, weight in zip(self.linears, kept, strict=True):
-            pattern = self.patterns[linear.place.name]
-            if isinstance(pattern, NM) and not pattern.holds(weight):
-                raise InputError(
-                    f"{linear.place.name} of the pruned model does not keep to the pattern {pattern}; give its own"
-                )
+        masks = kept_masks(pruned, self.patterns)
         take_kept_weights(self.base, pruned, rotations)
-        for linear, weight in zip(self.linears, kept, strict=True):
-            linear.mask = (weight != 0).to(self.base.device)
+        for linear in self.linears:
+            linear.mask = masks[linear.place.name].to(self.base.device)
         self._keeps_masks = True
         self._teacher = Teacher(teacher)
 
