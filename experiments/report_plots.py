@@ -49,7 +49,7 @@ def figures(runs: Sequence[Run]) -> dict[str, tuple[str, str]]:
     drawn: dict[str, tuple[str, Callable[[Any], None]]] = {}
     for prefix in ("train/", "ppl/", "masks/"):
         for metric in dict.fromkeys(metric for run in runs for metric in run.curves if metric.startswith(prefix)):
-            drawn[metric.replace("/", "-")] = (_CURVES.get(metric, metric), _curve(runs, metric))
+            drawn[metric.replace("/", "-")] = (_caption(metric), _curve(runs, metric))
     for text in dict.fromkeys(text for run in runs for text in run.texts):
         caption = f"Gap to the dense model, G = ln ppl − ln ppl(dense), on {text}"
         drawn[f"gap-{text}"] = (caption, _gap(runs, text))
@@ -69,8 +69,19 @@ _CURVES = {
     "train/loss": "Training loss of the pruned model: the weighted sum of its terms",
     "train/kl": "KL(dense ‖ pruned), nats per token",
     "train/cross_entropy": "Cross-entropy of the pruned model, nats per token",
+    "train/cosine": "1 − cosine similarity of the final states of the dense and the pruned model",
+    "train/entropy": "Entropy of the importance, nats per row or column",
+    "train/lost_mass": "Lost mass: the share of the importance that the masks remove",
     "masks/flipped": "Share of mask entries that flipped at a refresh",
 }
+
+
+def _caption(metric: str) -> str:
+    if metric.startswith("ppl/"):
+        return f"Perplexity of the pruned model on {metric.removeprefix('ppl/')} while it learns"
+    return _CURVES.get(metric, metric)
+
+
 _LAYERS = {
     "sparsity": "Sparsity of each block's linears",
     "error": "Relative output error of the pruned linears, mean over a block",

@@ -9,6 +9,7 @@ import re
 import shutil
 import sys
 from contextlib import redirect_stdout
+from dataclasses import fields, replace
 from io import StringIO
 from pathlib import Path
 
@@ -19,7 +20,9 @@ from command_line import fit_arguments
 from safetensors.torch import load_file
 
 from experiments.__main__ import main
-from experiments.report_runs import read_curves
+from experiments.report_plots import figures
+from experiments.report_runs import read_curves, read_runs
+from rotpruner.objectives import Objective
 
 
 @pytest.fixture(scope="module")
@@ -74,6 +77,18 @@ def test_the_page_is_self_contained_and_the_plots_stand_beside_it(report, runs):
     gap = math.log(rows[3]["ppl"]["other_words"] / rows[0]["ppl"]["other_words"])
     assert f"<td>{gap:.3f}</td>" in text
     assert "pattern: &#x27;2:4&#x27;" in text
+
+
+def test_a_caption_says_what_a_curve_is(runs):
+    [run] = read_runs([runs[1]])
+    terms = [f"train/{field.name}" for field in fields(Objective)]
+    logged = ["train/loss", *terms, "ppl/wikitext2", "masks/flipped"]
+    shown = {name for name in run.curves if name.startswith(("train/", "ppl/", "masks/"))}
+    assert {"train/loss", "masks/flipped"} <= shown <= set(logged)
+    drawn = figures([replace(run, curves={name: [(0, 2.0), (1, 1.0)] for name in logged})])
+    captions = [drawn[name.replace("/", "-")][0] for name in logged]
+    assert len(set(captions)) == len(logged)
+    assert not set(captions) & set(logged)
 
 
 def test_the_command_on_the_page_makes_the_run_again(report, runs, tmp_path):
