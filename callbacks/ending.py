@@ -92,6 +92,7 @@ class Ending(Callback, ABC):
         if trainer.interrupted or trainer.received_sigterm:
             return
         module: Any = pl_module
+        module.leave()
         self._device = training_device(trainer)
         with torch.no_grad():
             self.gather(module)

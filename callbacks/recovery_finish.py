@@ -44,7 +44,6 @@ class RecoveryFinish(Ending):
 
     def finish(self, run: Path, trainer: Trainer, module: Any, seconds: float) -> None:
         """Export what was learned and compare it with both models that it came from."""
-        module.recovery.leave()
         # It has learned in float32, and goes back to the bits that it came in; zeros stay zero.
         recovered = module.recovery.pruned.to(load_config(module.model_name).dtype or torch.float32)
         save_model(recovered, load_tokenizer(module.model_name), run / "export", replace=True)

@@ -108,6 +108,10 @@ class RecoveryModule(LightningModule):
                 self.cache_dense,
             )
 
+    def leave(self) -> None:
+        """Let go of what only learning needs."""
+        self.recovery.leave()
+
     @property
     def trainable_parameters(self) -> int:
         """How many numbers learn: the zeros between them do not."""

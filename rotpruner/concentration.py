@@ -15,6 +15,7 @@ from torch import Tensor
 
 from rotpruner.basis import RotatedLinear
 from rotpruner.distributed import whole
+from rotpruner.errors import InputError
 from rotpruner.objectives import Objective
 from rotpruner.orthogonal import is_order, rotate_weight
 from rotpruner.patterns import Pattern
@@ -68,6 +69,9 @@ def concentration(
         moments: of the groups' inputs before rotation, by the group's name; none if the pruner needs none.
         patterns: of the linears, by name; one of no sparsity has nothing to concentrate.
         device: where to compute; weights that are offloaded come one at a time.
+
+    Raises:
+        InputError: no side that rotates belongs to a linear that is pruned.
     """
     config = groups[0][0].basis.config
     linears = [linear for group in groups for linear in group]
@@ -78,6 +82,11 @@ def concentration(
 
     counts = {"entropy": sum(sum(turned(linear)) for linear in linears), "lost_mass": len(linears)}
     counts = {name: count for name, count in counts.items() if getattr(objective, name)}
+    if counts.get("entropy") == 0:
+        raise InputError(
+            "the objective's entropy is of what rotates and is pruned, and no linear is both: set it to 0, or change "
+            "spaces or exceptions"
+        )
 
     def sums_of(group: Sequence[RotatedLinear], rotations: Named) -> Tensor:
         moment = rotated_moment(config, rotations, moments, group[0].place)

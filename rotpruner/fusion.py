@@ -82,7 +82,9 @@ def folded(model: nn.Module, linear: BlockLinear, norms: bool = True) -> tuple[T
     weight, bias = module.weight.double(), None if module.bias is None else module.bias.double()
     norm = _norm_before(model, linear) if norms else None
     if norm is not None and _norm_bias(norm) is not None:
-        bias = bias + weight @ norm.bias.double()
+        assert bias is not None, "check_foldable"
+        # A weight that is offloaded is elsewhere.
+        bias = bias.to(weight.device) + weight @ norm.bias.to(weight.device, torch.float64)
     return weight if norm is None else _scaled(weight, norm, family_of(model.config).gain_offset), bias
 
 

@@ -19,7 +19,7 @@ from rotpruner.errors import InputError
 from rotpruner.fusion import check_foldable, folded, reset_block_norms
 from rotpruner.layout import BlockLinear, block_linears, module_at
 from rotpruner.orthogonal import is_order, rotate_weight
-from rotpruner.patterns import NM, Pattern
+from rotpruner.patterns import Pattern
 from rotpruner.rotations import check_rotation, sides
 
 #: The least cosine between what is kept and the weights that it came of: SmolLM2's updates have left 0.92 and more.
@@ -96,7 +96,7 @@ def kept_masks(pruned: nn.Module, patterns: Mapping[str, Pattern]) -> dict[str, 
 
     Args:
         pruned: plain model.
-        patterns: by name, of which N:M is made sure of.
+        patterns: by name; one of no sparsity gives back what was removed.
 
     Raises:
         InputError: a linear has another pattern.
@@ -104,9 +104,9 @@ def kept_masks(pruned: nn.Module, patterns: Mapping[str, Pattern]) -> dict[str, 
     masks = {}
     for name, pattern in patterns.items():
         weight = module_at(pruned, name).weight
-        if isinstance(pattern, NM) and not pattern.holds(weight):
+        if not pattern.holds(weight):
             raise InputError(f"{name} of the pruned model does not keep to the pattern {pattern}; give its own")
-        masks[name] = weight != 0
+        masks[name] = weight != 0 if pattern.sparsity else torch.ones_like(weight, dtype=torch.bool)
     return masks
 
 

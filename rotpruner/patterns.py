@@ -37,6 +37,9 @@ class Pattern(Protocol):
     def rivals(self, scores: Tensor) -> Tensor:
         """Scores (O, I) by the sets within which weights compete for the places of a mask: (…, members of a set)."""
 
+    def holds(self, weight: Tensor) -> bool:
+        """Whether a weight (O, I) has the zeros that such a mask leaves."""
+
     def mask(self, saliency: Tensor) -> Tensor:
         """Keep the most salient weights: (O, I) float → (O, I) bool."""
 
@@ -107,6 +110,12 @@ class Unstructured:
 
     def rivals(self, scores: Tensor) -> Tensor:
         return scores if self.scope == "row" else scores.reshape(1, -1)
+
+    def holds(self, weight: Tensor) -> bool:
+        """Whether as much of a weight (O, I) is zero, to a hundredth of it, by which OWL may vary."""
+        zeros = self.rivals(weight == 0).double().sum(-1).mean().item()
+        width = self.rivals(weight).shape[-1]
+        return zeros >= round(self.sparsity * width) - 0.01 * width
 
     def mask(self, saliency: Tensor) -> Tensor:
         scores = self.rivals(saliency)

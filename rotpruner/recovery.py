@@ -7,13 +7,13 @@ no rotations: with those of a learned space merged away it starts from there, wi
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from rotpruner.dense_cache import DenseCache
 from rotpruner.distributed import Ranks
 from rotpruner.errors import InputError
 from rotpruner.layout import linear_modules
@@ -55,8 +55,8 @@ class SparseRecovery(nn.Module):
         self.compute_dtype = compute_dtype or fast_dtype(pruned.device)
         self.ranks = ranks or Ranks()
         self._teacher = Teacher(teacher)
-        self._dense_states = DenseStates(self._teacher, self.ranks)
-        self._cache_dense = cache_dense
+        cached = partial(self._teacher.cache, ranks=self.ranks) if cache_dense else None
+        self._dense_states = DenseStates(self._teacher, self.ranks, cached)
         self.pruned = ready_to_learn(pruned.requires_grad_(False), gradient_checkpointing)
         linears = linear_modules(pruned)
         if not any((linear.weight == 0).any() for linear in linears.values()):
@@ -71,21 +71,18 @@ class SparseRecovery(nn.Module):
 
     def loss(self, input_ids: Tensor, index: Tensor | None = None) -> dict[str, Tensor]:
         """The objective of a batch of ids (batch, seq_len), rows `index` (batch,) of the calibration tensor."""
-        dense = self._taught(input_ids, index) if self.objective.needs_teacher else None
+        teacher = self._teacher.on(input_ids.device)  # its head has to be there even if all states are in the cache
+        dense = self._dense_states(input_ids, index) if self.objective.needs_teacher else None
         with autocast(input_ids.device, self.compute_dtype):
             states = self.pruned.base_model(input_ids=input_ids, use_cache=False).last_hidden_state
-            terms = self.objective(states, dense, input_ids, head_of(self.pruned), head_of(self._teacher.model))
+            terms = self.objective(states, dense, input_ids, head_of(self.pruned), head_of(teacher))
         return self.objective.weighted(terms)
 
-    def _taught(self, input_ids: Tensor, index: Tensor | None) -> Tensor:
-        teacher = self._teacher.on(input_ids.device)  # its head has to be there even if all states are in the cache
-        if self._cache_dense and self._dense_states.cache is None:
-            self._dense_states.cache = DenseCache(teacher, teacher.state_dict(), self.ranks)
-        return self._dense_states(input_ids, index)
-
     def leave(self) -> None:
-        """Let go of the teacher, once learning is over."""
+        """Let go of what only learning needs: the teacher, its states and the last step's gradients."""
+        self._dense_states.forget()
         self._teacher.leave()
+        self.zero_grad()
 
 
 def check_recovery(pruned: Any, teacher: Any, objective: Objective) -> None:

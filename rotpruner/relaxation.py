@@ -93,6 +93,8 @@ class Relaxation(nn.Module):
         if not self._softened:
             return weight * mask
         if self.surrogate.follows_saliency:
+            if not self._patterns[place.name].sparsity:
+                return weight  # none of it can go, so no threshold is near
             saliency = self.pruner.saliency(weight, self._moments.get(place.group))
             return sigmoid(weight, mask, saliency, self._patterns[place.name], self.temperature)
         assert isinstance(self.pattern, NM)

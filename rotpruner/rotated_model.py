@@ -29,6 +29,7 @@ from rotpruner.fusion import fuse_block_norms
 from rotpruner.kept_weights import kept_masks, take_kept_weights
 from rotpruner.layout import block_linears, by_group, module_at
 from rotpruner.learned import Learned
+from rotpruner.loading import check_pattern
 from rotpruner.mask_choice import choose_masks
 from rotpruner.objectives import Objective
 from rotpruner.oneshot import linear_patterns, linears_to_watch
@@ -36,7 +37,7 @@ from rotpruner.patterns import NM, Pattern, Slice
 from rotpruner.progress import Progress, unseen
 from rotpruner.pruners import Pruner
 from rotpruner.relaxation import Relaxation
-from rotpruner.rotations import LearnedRotations, RotationSet, Start, check_start
+from rotpruner.rotations import LearnedRotations, RotationSet, Start, check_same_bases, check_start
 from rotpruner.slicing import project, residual_readers, sliced_width
 from rotpruner.starts import permuted_start, principal_start
 from rotpruner.statistics import Moment, gather_moments
@@ -64,8 +65,8 @@ class RotatedModel(nn.Module):
         seed: of the noise of a surrogate that has any.
 
     Raises:
-        InputError: the pattern has no sparsity that blocks could share out, or does not go with the surrogate; or
-            `offload` is set without `gradient_checkpointing`.
+        InputError: the pattern does not fit the model or the surrogate, or has no sparsity that blocks could share out;
+            or `offload` is set without `gradient_checkpointing`.
     """
 
     def __init__(
@@ -85,6 +86,7 @@ class RotatedModel(nn.Module):
         offload: bool = False,
     ) -> None:
         super().__init__()
+        check_pattern(base, pattern, exceptions)
         check_allotment(pattern, layer_sparsity, exceptions)
         check_offload(offload, gradient_checkpointing)
         self.layer_sparsity, self.exceptions = layer_sparsity, exceptions
@@ -96,6 +98,7 @@ class RotatedModel(nn.Module):
         self.ranks = ranks or Ranks()
         self.basis = Basis(base.config)
         self.moments: dict[str, Moment] = {}
+        self._calibrated = False
         #: Of each linear by name; `calibrate` shares the sparsity out.
         self.patterns: dict[str, Pattern] = {}
         if not isinstance(pattern, Slice):
@@ -183,13 +186,15 @@ class RotatedModel(nn.Module):
             def gather() -> dict[str, Moment]:
                 return gather_moments(base, linears, widths, progress(batches, "calibration"), self.ranks)
 
-            if not keep:
+            if keep:
+                # Weights that are offloaded are no parameters of the base.
+                weights = base.state_dict() | {f"{linear.place.name}.weight": linear.weight for linear in self.linears}
+                cache = DenseCache(base, weights, self.ranks)
+                self._dense_states = DenseStates(self._run_dense, self.ranks, lambda device: cache)
+                self.moments = cache.moments(gather, widths, batches) if linears else {}
+            else:
                 self.moments = gather()
-                return
-            # Weights that are offloaded are no parameters of the base.
-            weights = base.state_dict() | {f"{linear.place.name}.weight": linear.weight for linear in self.linears}
-            self._dense_states.cache = cache = DenseCache(base, weights, self.ranks)
-            self.moments = cache.moments(gather, widths, batches) if linears else {}
+        self._calibrated = True
 
     def start_from_statistics(self, start: Start, progress: Progress = unseen) -> None:
         """After `calibrate`: put the rotations where a start that hangs on statistics has them.
@@ -218,7 +223,13 @@ class RotatedModel(nn.Module):
             judged = weights, self.moments, self.pruner, self.pattern
             self.rotations.restart(permuted_start(self.base.config, *judged, rotations, self.ranks, progress))
 
-    def go_on_from(self, teacher: PreTrainedModel, pruned: PreTrainedModel, rotations: Mapping[str, Tensor]) -> None:
+    def go_on_from(
+        self,
+        teacher: PreTrainedModel,
+        pruned: PreTrainedModel,
+        rotations: Mapping[str, Tensor],
+        keep: bool = False,
+    ) -> None:
         """After `calibrate`: take over what a pruned model has kept (`rotpruner.kept_weights`), and its masks.
 
         These stay from here on: weights were fitted under them, and the pruner would choose others by their new sizes.
@@ -227,16 +238,21 @@ class RotatedModel(nn.Module):
             teacher: the dense model, which the base is no longer from here on; taken over.
             pruned: that came of it.
             rotations: that it was pruned in.
+            keep: leave the teacher's final states in the cache, as in `calibrate`.
 
         Raises:
-            InputError: as `kept_masks` and `take_kept_weights`.
+            InputError: as `check_same_bases`, `kept_masks` and `take_kept_weights`.
         """
+        if "residual" in rotations:
+            check_same_bases(self.base.config, len(rotations["residual"]), self.rotations.sites)
         masks = kept_masks(pruned, self.patterns)
         take_kept_weights(self.base, pruned, rotations)
         for linear in self.linears:
             linear.mask = masks[linear.place.name].to(self.base.device)
         self._keeps_masks = True
         self._teacher = Teacher(teacher)
+        cached = partial(self._teacher.cache, ranks=self.ranks) if keep else None
+        self._dense_states = DenseStates(self._teacher, self.ranks, cached)
 
     def leave(self) -> None:
         """Let go of what only learning needs: the last step's rotations and their graph, the dense model's states."""
@@ -310,10 +326,11 @@ class RotatedModel(nn.Module):
         return sum(flipped) / sum(total)
 
     def _check_calibrated(self) -> None:
-        if not (self.moments or self.pruner.needs == "nothing" or isinstance(self.pattern, Slice)):
-            raise InputError(
-                f"{type(self.pruner).__name__} needs statistics, and none are gathered: call calibrate(batches) first"
-            )
+        shares_out = self.layer_sparsity != "uniform"
+        reads = shares_out or (self.pruner.needs != "nothing" and not isinstance(self.pattern, Slice))
+        if reads and not self._calibrated:
+            reader = f"layer_sparsity {self.layer_sparsity}" if shares_out else type(self.pruner).__name__
+            raise InputError(f"{reader} needs statistics, and none are gathered: call calibrate(batches) first")
 
     def _check_masks(self) -> None:
         if self.mask_rotations is None and not isinstance(self.pattern, Slice):
@@ -377,8 +394,6 @@ class RotatedModel(nn.Module):
         return self.base.base_model(input_ids=input_ids, use_cache=False).last_hidden_state
 
     def _run_dense(self, input_ids: Tensor) -> Tensor:
-        if self._teacher is not None:
-            return self._teacher(input_ids)
         with self.dense():
             return self._states(input_ids)
 

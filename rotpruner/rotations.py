@@ -118,6 +118,22 @@ def check_going_on(rotations: Mapping[str, Tensor], spaces: Collection[str], sit
         )
 
 
+def check_same_bases(config: Any, given: int, own: int) -> None:
+    """Raise `InputError` unless `given` matrices of the residual stream, shared out to `own`, stay at their boundaries.
+
+    A start may be any rotation; but a mask that was chosen in one basis says nothing in another.
+    """
+    boundaries = residual_boundaries(config)
+    sites = [site_at(boundary, own, boundaries) for boundary in range(boundaries)]
+    if any(
+        site_at(own_site, given, own) != site_at(boundary, given, boundaries) for boundary, own_site in enumerate(sites)
+    ):
+        raise InputError(
+            f"the weights were pruned in {given} bases of the residual stream, and {own} matrices change it at other "
+            f"places: set placement to {given}, or to per_block"
+        )
+
+
 def random_rotations(
     config: Any,
     spaces: Iterable[str],

@@ -151,7 +151,10 @@ class MomentSums:
         # A caller's autocast would take the products in bfloat16, and sum them up in it.
         with torch.autocast(x.device.type, enabled=False):
             product = heads.square().sum(-1, keepdim=True) if n == 1 else heads @ heads.mT
-        self._sums[name] = self._sums[name] + product if name in self._sums else product
+        if name in self._sums:
+            self._sums[name] += product  # in place: it may be as large as the largest weights
+        else:
+            self._sums[name] = product
         self._tokens[name] = self._tokens.get(name, 0) + len(x)
 
     def means(self, ranks: Ranks | None = None) -> dict[str, Moment]:

@@ -62,6 +62,11 @@ class Teacher:
         """Final hidden states (batch, seq_len, d) for ids (batch, seq_len), on the device of these."""
         return self.on(input_ids.device).base_model(input_ids=input_ids, use_cache=False).last_hidden_state
 
+    def cache(self, device: torch.device, ranks: Ranks) -> DenseCache:
+        """Of what the model gives on a device, to which it is brought."""
+        model = self.on(device)
+        return DenseCache(model, model.state_dict(), ranks)
+
     def leave(self) -> None:
         """Let go of the model, once learning is over."""
         self._model = None
@@ -73,25 +78,27 @@ class DenseStates:
     Args:
         run: token ids (1, seq_len) → states (1, seq_len, d), without gradients.
         ranks: that run the model together.
-
-    Attributes:
-        cache: where they stay for later runs, if anywhere.
+        open_cache: where they stay for later runs, asked for once, with the device of the first ids; None is nowhere.
     """
 
-    def __init__(self, run: Callable[[Tensor], Tensor], ranks: Ranks) -> None:
-        self._run, self._ranks = run, ranks
-        self.cache: DenseCache | None = None
-        self.kept: dict[int, Tensor] = {}
+    def __init__(
+        self,
+        run: Callable[[Tensor], Tensor],
+        ranks: Ranks,
+        open_cache: Callable[[torch.device], DenseCache] | None = None,
+    ) -> None:
+        self._run, self._ranks, self._open_cache = run, ranks, open_cache
+        self._cache: DenseCache | None = None
+        #: Of each row its ids (seq_len,), which make sure of it, and its states (seq_len, d), on the CPU.
+        self.kept: dict[int, tuple[Tensor, Tensor]] = {}
 
     def __call__(self, input_ids: Tensor, index: Tensor | None = None) -> Tensor:
         """States (batch, seq_len, d) for ids (batch, seq_len) of the rows `index` (batch,); None keeps nothing."""
         rows = [None] * len(input_ids) if index is None else index.tolist()
-        for row, ids in zip(rows, input_ids, strict=True):
-            if row is not None and row not in self.kept and self.cache is not None:
-                found = self.cache.states(ids)
-                if found is not None:
-                    self.kept[row] = found
-        unknown = torch.tensor([row not in self.kept for row in rows], device=input_ids.device)
+        if self._cache is None and self._open_cache is not None:
+            self._cache = self._open_cache(input_ids.device)
+        known = [row is not None and self._knows(row, ids.cpu()) for row, ids in zip(rows, input_ids, strict=True)]
+        unknown = torch.tensor(known, device=input_ids.device).logical_not()
         states = []
         # Row by row, so that a row's states do not depend on the batch that it first came in; and on all ranks
         # where one needs it, because a sharded model runs on all of them or on none.
@@ -99,13 +106,22 @@ class DenseStates:
             if run:
                 state = self._run(ids[None])[0]
                 if row is not None:
-                    self.kept[row] = state.cpu()
-                    if self.cache is not None:
-                        self.cache.keep_states(ids, state)
+                    self.kept[row] = ids.cpu(), state.cpu()
+                    if self._cache is not None:
+                        self._cache.keep_states(ids, state)
             else:
-                state = self.kept[row].to(input_ids.device)
+                state = self.kept[row][1].to(input_ids.device)
             states.append(state)
         return torch.stack(states)
+
+    def _knows(self, row: int, ids: Tensor) -> bool:
+        """Whether the states of a row with such ids (seq_len,) are kept, or were found in the cache."""
+        if row in self.kept and torch.equal(self.kept[row][0], ids):
+            return True
+        found = None if self._cache is None else self._cache.states(ids)
+        if found is not None:
+            self.kept[row] = ids, found
+        return found is not None
 
     def forget(self) -> None:
         """Let go of what is kept; it is computed again if it is asked for."""

@@ -247,3 +247,23 @@ def learned(device, start="identity", **settings):
     batches = [(ids, torch.arange(len(ids)))] * 2
     learn(rotated, batches, steps=2, refresh_every=1, on_step=lambda step, found: losses.append(found["loss"]))
     return [torch.tensor(losses), *(Q.detach().cpu() for Q in rotated.rotations().values())]
+
+
+@pytest.mark.parametrize(("name", "offload"), [("llama-3", False), ("opt", True)])
+def test_learning_goes_on_there_behind_an_update(name, offload):
+    found = []
+    with elsewhere():
+        for device in DEVICES:
+            dense = exact(tiny(name))
+            given = random_rotations(dense.config, ["residual", "value_heads"], 0, torch.float64)
+            pruned = exact(tiny(name))
+            prune_model(pruned, resolve_pruner("magnitude"), parse_pattern("2:4"), rotations=given)
+            rotated = rotated_model(exact(tiny(name)), gradient_checkpointing=True, offload=offload).to(device)
+            rotated.rotations.restart(given)
+            rotated.calibrate(IDS.to(device).split(1))
+            rotated.go_on_from(dense, pruned, given)
+            rotated.refresh_masks()
+            loss = rotated.loss(IDS.to(device))["loss"]
+            loss.backward()
+            found.append([loss.detach().cpu(), *(Q.grad.cpu() for Q in rotated.rotations.parameters())])
+    assert_same(*found)

@@ -121,6 +121,11 @@ def test_an_entropy_is_of_what_is_pruned():
         rotated.calibrate(ids.split(1))
         found.append(rotated.loss(ids)["entropy"].item())
     assert len(set(found)) == 3
+    nothing = {"*.v_proj": Unstructured(0.0), "*.o_proj": Unstructured(0.0)}
+    rotated = rotated_model(dense, ["value_heads"], objective=Objective(kl=0, entropy=1), exceptions=nothing)
+    rotated.calibrate(ids.split(1))
+    with pytest.raises(InputError, match="entropy is of what rotates and is pruned, and no linear is both"):
+        rotated.loss(ids)
 
 
 @torch.no_grad()

@@ -223,6 +223,11 @@ def test_what_was_left_out_before_learning_is_named(ids):
     heads = rotated_model(exact(tiny_llama()), ["value_heads"])
     with pytest.raises(InputError, match="add residual"):
         heads.start_from_statistics("pca")
+    shared_out = rotated_model(exact(tiny_llama()), pruner="magnitude", pattern="0.5", layer_sparsity="owl")
+    with pytest.raises(InputError, match=r"layer_sparsity owl needs statistics.*call calibrate\(batches\)"):
+        shared_out.refresh_masks()
+    with pytest.raises(InputError, match=r"3:7.* is not divisible by 7"):
+        rotated_model(exact(tiny_llama()), pattern="3:7")
     online.calibrate(ids.split(1))
     with pytest.raises(InputError, match="the batches ended after 2 of 3 steps"):
         learn(online, [(ids, None)] * 2, steps=3)

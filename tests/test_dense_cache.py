@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import errno
 
 import pytest
@@ -12,6 +13,10 @@ from test_sharded import sharded
 from tiny_models import rotated_model
 
 from rotpruner.errors import InputError
+from rotpruner.oneshot import prune_model
+from rotpruner.patterns import parse_pattern
+from rotpruner.pruners import resolve_pruner
+from rotpruner.rotations import random_rotations
 
 
 def calibrated(ids, keep=True, model=None, **settings):
@@ -145,6 +150,36 @@ def test_states_are_computed_once_a_row(ids):
     kept = rotated._dense_states(ids.flip(0), torch.tensor([7, 2, 5]))
     assert torch.equal(kept.flip(0), rotated._dense_states(ids, torch.tensor([5, 2, 7])))
     assert learned(rotated, ids, [5, 3, 7])[1] == 1
+
+
+def test_rows_of_another_text_are_computed_anew(ids):
+    rotated, _ = calibrated(ids, keep=False)
+    learned(rotated, ids, [0, 1, 2])
+    loss, ran = learned(rotated, ids.flip(1), [0, 1, 2])
+    assert ran == 3
+    assert torch.equal(loss, learned(calibrated(ids, keep=False)[0], ids.flip(1), [0, 1, 2])[0])
+
+
+def test_a_teacher_beside_the_model_does_not_leave_its_states_under_the_models_name(ids, cache):
+    """They differ in their last bits: the norms of one are fused."""
+    model = tiny_llama().to(torch.bfloat16)
+    given = random_rotations(model.config, ["residual", "value_heads"], 0)
+    pruned = copy.deepcopy(model)
+    prune_model(pruned, resolve_pruner("magnitude"), parse_pattern("2:4"), rotations=given)
+
+    def went_on():
+        rotated, _ = calibrated(ids, model=copy.deepcopy(model))
+        rotated.rotations.restart(given)
+        rotated.go_on_from(copy.deepcopy(model), pruned, given, keep=True)
+        return rotated
+
+    first, ran = learned(went_on(), ids, [0, 1, 2])
+    assert ran == 3
+    again, ran = learned(went_on(), ids, [0, 1, 2])
+    assert ran == 0
+    assert torch.equal(first, again)
+    assert learned(calibrated(ids, model=copy.deepcopy(model))[0], ids, [0, 1, 2])[1] == 3
+    assert len(list((cache / "states").glob("*.safetensors"))) == 6
 
 
 def test_final_states_come_from_the_cache_to_the_bit(ids, cache):

@@ -93,6 +93,8 @@ def test_a_pruner_takes_arguments_by_name():
     assert (pruner.damping, pruner.mask_block) == (0.5, 8)
     assert pruner_name(pruner) == "sparsegpt(damping=0.5, mask_block=8)"
     assert pruner_name(resolve_pruner("sparsegpt")) == "sparsegpt"
+    with pytest.raises(InputError, match="mask_block 0 must be at least 1"):
+        resolve_pruner("sparsegpt(mask_block=0)")
     pruned = [tiny("llama-2") for _ in range(2)]
     for model, name in zip(pruned, ("rotpruner.pruners.ria.RIA(exponent=0.0)", "ria(exponent=0.0)"), strict=True):
         prune_model(model, resolve_pruner(name), parse_pattern("2:4"), torch.arange(64).view(2, 32).split(1))

@@ -88,6 +88,41 @@ def test_learning_goes_on_where_the_pruned_model_is(placement):
         rotated.loss(ids)
 
 
+@pytest.mark.parametrize(("given", "own", "fits"), [(1, 2, True), (2, 5, True), (2, 4, True), (2, 3, False)])
+def test_masks_stay_in_the_basis_that_they_were_chosen_in(given, own, fits):
+    """Two blocks have five boundaries; of three matrices, the second has one of each basis that two had."""
+    dense, ids = exact(tiny("llama-3")), tiny_ids(2)
+    drawn = random_rotations(dense.config, ["residual", "value_heads"], 0, torch.float64, given)
+    pruned = pruned_and_updated(dense, drawn)
+    rotated = rotated_model(copy.deepcopy(dense), placement=own)
+    rotated.rotations.restart(drawn)
+    rotated.calibrate(ids.split(1))
+    if fits:
+        rotated.go_on_from(dense, pruned, drawn)
+        rotated.refresh_masks()
+        torch.testing.assert_close(rotated(ids).logits, pruned(input_ids=ids).logits)
+    else:
+        with pytest.raises(InputError, match=r"pruned in 2 bases.*set placement to 2, or to per_block"):
+            rotated.go_on_from(dense, pruned, drawn)
+
+
+def test_a_linear_that_is_not_to_be_pruned_gets_back_what_was_removed():
+    dense, ids = exact(tiny("llama-3")), tiny_ids(2)
+    drawn = random_rotations(dense.config, ["residual", "value_heads"], 0, torch.float64)
+    pruned = pruned_and_updated(dense, drawn)
+    exceptions = {"*.v_proj": parse_pattern("0")}
+    rotated = rotated_model(copy.deepcopy(dense), exceptions=exceptions)
+    rotated.rotations.restart(drawn)
+    rotated.calibrate(ids.split(1))
+    rotated.go_on_from(copy.deepcopy(dense), pruned, drawn)
+    rotated.refresh_masks()
+    taken = copy.deepcopy(dense)
+    take_kept_weights(taken, pruned, drawn)
+    prune_model(taken, rotated.pruner, rotated.pattern, **rotated.learned()._asdict(), exceptions=exceptions)
+    assert (linear_modules(taken)["model.layers.0.self_attn.v_proj"].weight != 0).all()
+    torch.testing.assert_close(taken(input_ids=ids).logits, rotated(ids).logits)
+
+
 def test_another_runs_rotations_are_refused():
     dense = exact(tiny("llama-3"))
     drawn, other = (random_rotations(dense.config, ["residual", "value_heads"], seed, torch.float64) for seed in (0, 1))
@@ -133,6 +168,9 @@ def test_what_cannot_be_taken_over_is_refused(fit, model_directory, tmp_path, ca
     prune_model(pruned, resolve_pruner("magnitude"), parse_pattern("0.5"))
     rotated = rotated_model(copy.deepcopy(dense), pruner="magnitude")
     with pytest.raises(InputError, match="does not keep to the pattern 2:4"):
+        rotated.go_on_from(dense, pruned, {})
+    rotated = rotated_model(copy.deepcopy(dense), pruner="magnitude", pattern="0.7")
+    with pytest.raises(InputError, match=r"does not keep to the pattern 0\.7"):
         rotated.go_on_from(dense, pruned, {})
     assert fit("--model.init_weights", str(model_directory))[0] == 2
     assert "give its init_rotations" in capsys.readouterr().err

@@ -126,7 +126,7 @@ def test_resident_terms_are_what_the_model_holds(pruner, pattern, orthogonal_map
         "decoder weights": [linear.weight for linear in rotated.linears if offload],
         "masks": [linear.mask for linear in rotated.linears if linear.mask is not None],
         "statistics H": [moment.blocks for moment in rotated.moments.values()],
-        "teacher states": list(rotated._dense_states.kept.values()),
+        "teacher states": [states for _, states in rotated._dense_states.kept.values()],
         "rotations": [
             *rotated.rotations.parameters(),
             *rotated.rotations.buffers(),

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import gc
 import math
+import weakref
 from types import SimpleNamespace
 
 import pytest
@@ -81,6 +83,18 @@ def test_the_teachers_states_come_from_the_cache_to_the_bit(ids, tmp_path, monke
         losses.append(recovery.loss(ids, torch.arange(len(ids)))["loss"].item())
     assert [ran.count(run) for run in range(3)] == [4, 4, 0]
     assert losses[0] == losses[1] == losses[2]
+
+
+def test_what_only_learning_needs_is_let_go(ids):
+    recovery = recovery_of("smollm2")
+    recovery.loss(ids, torch.arange(len(ids)))["loss"].backward()
+    held = [weakref.ref(recovery._teacher.model), weakref.ref(recovery._dense_states.kept[0][1])]
+    held += [weakref.ref(p.grad) for p in recovery.parameters() if p.requires_grad]
+    for _ in range(2):
+        recovery.leave()
+    gc.collect()
+    assert len(held) > 2
+    assert not any(reference() is not None for reference in held)
 
 
 def test_gradient_checkpointing_changes_no_gradient(ids):

@@ -178,6 +178,23 @@ def test_sigmoid_moves_the_rotations_by_the_diagonals_of_the_moment_too(ids):
         assert (one - other).abs().max() < 1e-5 * other.abs().max()
 
 
+def test_sigmoid_sees_a_linear_that_keeps_all_its_weights_as_dense(ids):
+    online = under(Surrogate("sigmoid"), exceptions={"*.v_proj": parse_pattern("0")})
+    online.calibrate(ids.split(1))
+    online.refresh_masks()
+    expected, masked = {}, online.relaxation.masked
+    for linear in online.linears:
+
+        def seen(place, weight, mask):
+            expected[place.name] = weight, masked(place, weight, mask)
+            return expected[place.name][1]
+
+        linear.masked = seen
+    online.loss(ids)["loss"].backward()
+    for name, (weight, under_mask) in expected.items():
+        assert (under_mask is weight) == name.endswith("v_proj")
+
+
 # -- gumbel ----------------------------------------------------------------------------------------
 
 

@@ -21,6 +21,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from rotpruner.errors import InputError
 from rotpruner.patterns import NM, Pattern, Unstructured, keep_largest
 from rotpruner.precision import at_least_float32
 from rotpruner.pruners.reconstruction import ReconstructionPruner, upper_factor
@@ -42,10 +43,15 @@ class SparseGPT(ReconstructionPruner):
     Args:
         damping: λ = damping · mean(diag H) is added to H's diagonal, ten times more while H stays singular.
         mask_block: columns whose unstructured mask is chosen at once, from one sparsity.
+
+    Raises:
+        InputError: `damping` or `mask_block` is not positive.
     """
 
     def __init__(self, damping: float = 0.01, mask_block: int = 128) -> None:
         super().__init__(damping)
+        if mask_block < 1:
+            raise InputError(f"mask_block {mask_block} must be at least 1")
         self.mask_block = mask_block
 
     @torch.no_grad()
