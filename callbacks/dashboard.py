@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -18,6 +17,7 @@ from callbacks.steps import EverySteps
 from rotpruner.diagnostics import LAYERS, block_means, masked_share
 from rotpruner.errors import InputError
 from rotpruner.orthogonal import is_order, permutation_matrix
+from rotpruner.perplexity import gap
 
 _PIXELS = 256  # of a rotation's picture, at most, in each direction
 _SECRET = ("api_key", "apikey", "password", "passwd", "secret", "token", "credential")
@@ -128,7 +128,7 @@ class Dashboard(Callback):
         columns = ["row", "pattern", "sparsity", "parameters", "seconds", "text", "ppl", "gap"]
         table = [
             [*(row[key] for key in ("name", "pattern", "sparsity", "parameters", "seconds")), text, ppl,
-             math.log(ppl) - math.log(dense[text])]
+             gap(ppl, dense[text])]
             for row in rows
             for text, ppl in row["ppl"].items()
         ]  # fmt: skip

@@ -59,7 +59,7 @@ class CalibrationDataModule(lightning.LightningDataModule):
         self.statistics_sequences = statistics_sequences or num_sequences
         self.batch_size, self.seed = batch_size, seed
         self._batches: CalibrationBatches | None = None
-        self._saved: dict[str, int] | None = None
+        self._saved: dict[str, Any] | None = None
 
     @cached_property
     def tokens(self) -> Tensor:

@@ -80,7 +80,7 @@ def stream(source: str, *, split: Split, seed: int = 0) -> Iterator[str]:
     """
     if hub := hub_text(source):
         return _joined([document] for document in _hub_documents(source, hub, split, seed))
-    paths = [text_path(source)] if source in TEXTS else _files(Path(source))
+    paths = [text_path(source)] if source in TEXTS else _files(_local(source))
     return _joined(document for path in paths for document in _file_documents(path))
 
 
@@ -130,7 +130,7 @@ def text_name(source: str) -> str:
         return source
     if hub := hub_text(source):
         return "_".join(filter(None, (hub.path.split("/")[1], hub.config)))
-    path = Path(source).absolute()
+    path = _local(source).absolute()
     suffix = _suffix(path)
     return path.name.removesuffix(suffix) if suffix else path.stem
 
@@ -138,7 +138,7 @@ def text_name(source: str) -> str:
 def check_text(source: str) -> None:
     """Raises InputError if `source` is neither a known name nor a hub name nor there. Nothing is read."""
     if source not in TEXTS and not hub_text(source):
-        _files(Path(source))
+        _files(_local(source))
 
 
 def text_identity(source: str) -> list[Any]:
@@ -147,7 +147,7 @@ def text_identity(source: str) -> list[Any]:
         return [source, WIKIPEDIA.sha256]
     if hub := hub_text(source):
         return [hub.path, hub.config, hub.revision, list(hub.splits), hub.test_documents, hub.whole]
-    files = [path.resolve() for path in _files(Path(source))]
+    files = [path.resolve() for path in _files(_local(source))]
     return [[str(path), path.stat().st_size, path.stat().st_mtime_ns] for path in files]
 
 
@@ -155,13 +155,18 @@ def hub_text(source: str) -> HubText | None:
     """The hub data set that `source` names; None for an embedded text or a path that exists."""
     if source in HUB:
         return HUB[source]
-    if source in TEXTS or (source and os.path.exists(source)):
+    if source in TEXTS or (source and os.path.exists(_local(source))):
         return None
     name = _HUB_NAME.fullmatch(source)
     if name and not _suffix(Path(source)) and not os.path.isdir(Path(source).parent):
         return HubText(name["path"], name["config"])
     known = ", ".join((*TEXTS, *HUB))
     raise InputError(f"no text {source!r}: pass a file that exists, owner/name on the hub, or one of {known}")
+
+
+def _local(source: str) -> Path:
+    """A file or directory; no shell replaces a `~` within a list of an option, or in a config."""
+    return Path(os.path.expanduser(source))
 
 
 def _suffix(path: Path) -> str:

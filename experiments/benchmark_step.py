@@ -19,7 +19,7 @@ from torch import Tensor
 from callbacks.terminal import track
 from datamodules.tokens import calibration_tokens
 from experiments.arguments import Parser, add_device, at_least, report
-from rotpruner.loading import load_model, load_tokenizer
+from rotpruner.loading import check_pattern, check_seq_len, load_config, load_model, load_tokenizer, meta_model
 from rotpruner.objectives import Objective
 from rotpruner.oneshot import parameter_count
 from rotpruner.patterns import parse_pattern
@@ -46,6 +46,9 @@ def main(arguments: list[str]) -> None:
     add_device(parser)
     options = parser.parse_args(arguments)
 
+    config, pattern = load_config(options.model), parse_pattern(options.pattern)
+    check_pattern(meta_model(config), pattern)
+    check_seq_len(config, options.seq_len)
     imported = _peak_bytes(options.device)
     tokens = calibration_tokens(
         options.calibration,
@@ -62,7 +65,7 @@ def main(arguments: list[str]) -> None:
         base,
         LearnedRotations(base.config).to(options.device),
         resolve_pruner(options.pruner),
-        parse_pattern(options.pattern),
+        pattern,
         objective=Objective(kl=1.0),
         gradient_checkpointing=options.gradient_checkpointing,
     )

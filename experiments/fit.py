@@ -115,6 +115,8 @@ class FitCLI(LightningCLI):
     def before_instantiate_classes(self) -> None:
         """Look at the run directory before anything is built."""
         check_limited(self.config.trainer)
+        if self.config.trainer.default_root_dir is None:
+            raise InputError("trainer.default_root_dir is null, and a run has to live somewhere: give a directory")
         # Lightning writes to what `~` stands for, and there the run has to be found again.
         self.config.trainer.default_root_dir = os.path.expanduser(self.config.trainer.default_root_dir)
         self.run_directory = Path(self.config.trainer.default_root_dir)
@@ -252,6 +254,8 @@ def _what_is_learned(config: dict[str, Any], finished: bool) -> dict[str, Any]:
     if isinstance(trainer.get("callbacks"), list):
         others = [callback for callback in trainer["callbacks"] if callback["class_path"] not in _WATCHING]
         config = {**config, "trainer": {**trainer, "callbacks": others}}
+    if exceptions := config.get("model", {}).get("exceptions"):  # the last match counts, so their order does
+        config = {**config, "model": {**config["model"], "exceptions": list(exceptions.items())}}
     return {
         part: {key: value for key, value in settings.items() if key not in places[part]} if part in places else settings
         for part, settings in config.items()

@@ -24,7 +24,7 @@ from rotpruner.errors import InputError
 from rotpruner.families import available_spaces
 from rotpruner.loading import check_pattern, check_seq_len, load_config, load_model, load_tokenizer, meta_model
 from rotpruner.memory import home_of
-from rotpruner.model_card import Origin, evaluation_of, write_card
+from rotpruner.model_card import Origin, evaluation_of, pruner_name, write_card
 from rotpruner.oneshot import check_update, gather_model_moments, parameter_count, prune_model, sparsity_of
 from rotpruner.patterns import Pattern, Scope, Slice, parse_pattern
 from rotpruner.precision import resolve_dtype
@@ -185,12 +185,12 @@ def _origin(
     return Origin(
         base_model=options.model,
         pattern=str(parse_pattern(options.pattern, options.scope)),
-        pruner=options.pruner,
+        pruner=None if sliced else pruner_name(resolve_pruner(options.pruner)),
         basis=basis,
         spaces=["residual"] if basis == "pca" else list(rotations or ()),
         update=" and ".join(filter(None, [options.update, options.compensate and "compensation"])) or None,
         layer_sparsity=options.layer_sparsity,
-        exceptions=dict(options.exceptions),
+        exceptions={names: str(pattern) for names, pattern in _exceptions(options).items()},
         calibration=options.calibration,
         num_sequences=options.num_sequences,
         seq_len=options.seq_len,

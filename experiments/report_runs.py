@@ -17,6 +17,7 @@ from torch import Tensor
 
 from rotpruner.diagnostics import HEAT_MAP, LAYERS
 from rotpruner.errors import InputError
+from rotpruner.perplexity import gap
 
 #: (x, y) of each point; x is a step where nothing else is said.
 Curve = list[tuple[float, float]]
@@ -53,7 +54,7 @@ class Run:
         """G = ln ppl − ln ppl of the dense model, in nats per token; NaN where either cannot be had."""
         dense = next((other["ppl"].get(text) for other in self.results["rows"] if other["name"] == "dense"), None)
         ppl = row["ppl"].get(text)
-        return math.nan if dense is None or ppl is None else math.log(ppl) - math.log(dense)
+        return math.nan if dense is None or ppl is None else gap(ppl, dense)
 
     @property
     def texts(self) -> list[str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 from collections.abc import Callable
 from pathlib import Path
 from statistics import mean, stdev
@@ -16,7 +17,7 @@ from experiments.report_plots import line_plot
 from experiments.report_runs import Curve
 from rotpruner.artifacts import write_text
 from rotpruner.errors import InputError
-from rotpruner.patterns import Unstructured, parse_pattern
+from rotpruner.perplexity import gap
 
 Row = dict[str, Any]
 #: Grid values of rows, and their kind at the end.
@@ -101,12 +102,15 @@ def _divisors(results: Path, pattern: str) -> Divisors:
     """
     gaps: dict[tuple[str, str], dict[str, list[float]]] = {}
     for path in sorted(results.glob(pattern)):
+        if path.name in ("sweep.json", "dense.json"):
+            continue
         if not (path.parent / "dense.json").is_file():
             raise InputError(f"--against {pattern}: '{path.parent}' has no dense.json, from which gaps are counted")
         result, dense = _read(path)["result"], _read(path.parent / "dense.json")["result"]["ppl"]
         found = gaps.setdefault((result["pattern"], _dense_of(dense)), {})
         for text, ppl in result["ppl"].items():
-            found.setdefault(text, []).append(math.log(ppl / dense[text]))
+            if text in dense:
+                found.setdefault(text, []).append(gap(ppl, dense[text]))
     if not gaps:
         raise InputError(f"--against {pattern}: no such rows under '{results}'")
     return {key: {text: mean(values) for text, values in texts.items()} for key, texts in gaps.items()}
@@ -190,7 +194,7 @@ def _pooled(
             references.setdefault(_dense_of(dense), {"ppl": dense, "gaps": dict.fromkeys(dense, 0)})
         for kind, result in kinds.items():
             key = (*(_shown(record["row"].get(column, "")) for column in columns), kind)
-            gaps = {text: math.log(ppl / dense[text]) for text, ppl in result["ppl"].items() if text in dense}
+            gaps = {text: gap(ppl, dense[text]) for text, ppl in result["ppl"].items() if text in dense}
             divisors = against.get((str(result.get("pattern")), _dense_of(dense)), {})
             found_there = {
                 "gaps": gaps,
@@ -238,8 +242,7 @@ def _add_sparsities(lines: Lines, sweep: str, columns: list[str], records: list[
         rows = _rows(record)
         dense = rows.get("dense", {}).get("ppl", {})
         for kind, row in rows.items():
-            pattern = row.get("pattern")
-            if pattern is None or not isinstance(parse_pattern(pattern), Unstructured):
+            if not re.fullmatch(r"\d*\.?\d+", str(row.get("pattern"))):  # not N:M, a slice, or one with exceptions
                 continue
             others = [_shown(record["row"].get(column, "")) for column in columns if "pattern" not in column]
             label = " ".join(filter(None, [sweep, *others, kind]))

@@ -17,6 +17,7 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from pathlib import Path
+from threading import Lock
 from typing import Any, TextIO
 
 import yaml
@@ -151,6 +152,8 @@ class _Runner:
     def __init__(self, directory: Path, runs: Path, jobs: int) -> None:
         self._directory, self._runs, self._jobs = directory, runs, jobs
         self._running: set[subprocess.Popen[str]] = set()
+        self._beginning = Lock()
+        self._stopped = False
 
     def all(self, planned: list[Planned]) -> list[bool]:
         """Whether each row has a result now. What ends this process ends the rows that run, and begins no other."""
@@ -160,8 +163,10 @@ class _Runner:
             return list(pool.map(self._one, planned))
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
-            for process in list(self._running):
-                process.terminate()
+            with self._beginning:
+                self._stopped = True  # a row that is about to begin does not
+                for process in self._running:
+                    process.terminate()
             pool.shutdown()
             signal.signal(signal.SIGTERM, held)
 
@@ -192,9 +197,14 @@ class _Runner:
         with nullcontext() if self._jobs == 1 else self._log(name) as says:
             words = [sys.executable, "-m", "experiments", *command]
             environment = {**os.environ, "ROTPRUNER_JOBS": str(self._jobs)}
-            with subprocess.Popen(words, stdout=subprocess.PIPE, stderr=says, text=True, env=environment) as process:
+            with self._beginning:
+                if self._stopped:
+                    return 128 + signal.SIGTERM, ""
+                process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=says, text=True, env=environment)
                 self._running.add(process)
+            with process:
                 output, _ = process.communicate()
+            with self._beginning:
                 self._running.discard(process)
         return process.returncode, output
 
@@ -221,7 +231,7 @@ def _say(text: str) -> None:
 
 def _done(ran: str, command: list[str], target: Path) -> str:
     """That a row has a result; and that of which command, if of another than it would be now."""
-    if ran == public_command(command):
+    if _same(ran, public_command(command)):
         return "done before"
     return f"done before by another command, and kept ({ran}); remove {target} to run it again"
 

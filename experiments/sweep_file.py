@@ -193,6 +193,6 @@ def _flags(arguments: dict[str, Any], repeat: bool = True) -> list[str]:
         if isinstance(value, list) and repeat:
             flags += [item for each in value for item in (f"--{key}", str(each))]
         else:
-            text = yaml.safe_dump(value, default_flow_style=True, width=10**6)
-            flags += [f"--{key}", text.split("\n...")[0].strip("\n'")]
+            text = value if isinstance(value, str) else yaml.safe_dump(value, default_flow_style=True, width=10**6)
+            flags += [f"--{key}", text.split("\n...")[0].strip("\n")]
     return flags

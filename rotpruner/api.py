@@ -193,9 +193,10 @@ def prune(
         seq_len=seq_len,
         seed=seed,
         basis="pca" if sliced else "none",
+        spaces=("residual",) if sliced else (),
         update="compensation" if compensate else None,
         layer_sparsity=layer_sparsity,
-        exceptions=dict(exceptions),
+        exceptions={names: str(pattern) for names, pattern in excepted.items()},
     )
     found = Learned()
     if rotating is not None:

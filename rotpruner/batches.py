@@ -4,11 +4,14 @@ Shapes: N sequences, T tokens each (`seq_len`), B sequences a batch and rank.
 """
 
 from collections.abc import Iterator
+from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from rotpruner.errors import InputError
+from rotpruner.identity import tensors_digest
 from rotpruner.seeds import generator_of
 
 
@@ -60,15 +63,25 @@ class CalibrationBatches:
         index = order[step * self.global_batch :][: self.global_batch][self.rank :: self.world_size]
         return {"input_ids": self.tokens[index], "index": index}
 
-    def state_dict(self) -> dict[str, int]:
+    def state_dict(self) -> dict[str, Any]:
         """The position, and what gives it its meaning; alike on all ranks."""
         setting = {"sequences": len(self.tokens), "global_batch": self.global_batch, "seed": self.seed}
-        return {"position": self.position, **setting}
+        return {"position": self.position, **setting, "tokens": self._digest}
 
-    def load_state_dict(self, state: dict[str, int]) -> None:
-        """Resume at a saved position. Raises InputError if the settings differ from the saved ones."""
-        for name, value in self.state_dict().items():
-            if name != "position" and state[name] != value:
+    @cached_property
+    def _digest(self) -> str:
+        return tensors_digest({"tokens": self.tokens})
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Resume at a saved position. Raises InputError if the settings or the tokens differ from the saved ones."""
+        for name in ("sequences", "global_batch", "seed"):
+            value = self.state_dict()[name]
+            if state[name] != value:
                 change = f"{name} {state[name]}, not {value}"
                 raise InputError(f"the checkpoint's batches have {change}: resume with its own settings")
+        if state.get("tokens", self._digest) != self._digest:  # those of earlier versions do not say
+            raise InputError(
+                "the checkpoint's batches have other tokens: the calibration text has changed. Resume with the text "
+                "that it began with, or start over in another directory"
+            )
         self.position = state["position"]

@@ -165,12 +165,12 @@ def parse_pattern(text: str | float, scope: Scope = "row") -> Pattern | Slice:
         return NM(int(match[1]), int(match[2]))
     if match := re.fullmatch(r"\s*slice:(\d*\.?\d+)\s*", str(text)):
         return Slice(float(match[1]))
-    if isinstance(text, (int, float)) and text > 60:
-        raise InputError(f'pattern {text:g} looks like an N:M that YAML read in base 60; quote it, as in "2:4"')
     try:
         sparsity = float(text)
     except ValueError:
         raise InputError(
             f"pattern '{text}' is neither N:M (as in 2:4), nor a sparsity in [0, 1) (as in 0.5), nor slice:0.3"
         ) from None
+    if sparsity > 60:
+        raise InputError(f'pattern {text} looks like an N:M that YAML read in base 60; quote it, as in "2:4"')
     return Unstructured(sparsity, scope)

@@ -109,6 +109,11 @@ def _perplexity(cut: Tensor, logits: Iterable[Tensor]) -> float:
     return of_mean(total / count)
 
 
+def gap(ppl: float, dense: float) -> float:
+    """G = ln ppl − ln ppl of the dense model, in nats per token; infinite perplexities have infinite gaps, or NaN."""
+    return math.log(ppl) - math.log(dense)
+
+
 def of_mean(nll: float) -> float:
     """exp of a mean negative log-likelihood in nats; infinite where that is too large for a float.
 

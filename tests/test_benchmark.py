@@ -31,6 +31,8 @@ def test_step_benchmark_prints_its_parts(model_directory, text_file, capsys):
     assert main(["benchmark", "step", *arguments, "--learning_only", "--gradient_checkpointing"]) == 0
     assert "ratio" not in json.loads(capsys.readouterr().out)
     assert str(model_directory) not in found["command"]
+    assert main(["benchmark", "step", *arguments, "--pattern", "3:7"]) == 2
+    assert "is not divisible by 7" in " ".join(capsys.readouterr().err.split())
     assert main(["benchmark", "flight"]) == 2
     assert main(["benchmark", "--help"]) == 0
     assert "inference" in capsys.readouterr().out

@@ -115,6 +115,12 @@ def test_batches_refuse_what_cannot_be():
         make(4, 2, world_size=3)
     with pytest.raises(InputError, match="have sequences 4, not 5: resume"):
         make(5, 2).load_state_dict(make(4, 2).state_dict())
+    saved = make(4, 2).state_dict()
+    another = make(4, 2)
+    another.tokens = another.tokens + 1
+    with pytest.raises(InputError, match="the calibration text has changed"):
+        another.load_state_dict(saved)
+    another.load_state_dict({name: value for name, value in saved.items() if name != "tokens"})
 
 
 # The data module under a real Trainer

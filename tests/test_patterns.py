@@ -114,3 +114,9 @@ def test_nm_fits_a_width_that_m_divides(width: int, m: int):
 
 def test_any_width_takes_any_sparsity():
     Unstructured(0.37).validate("layers.0.o", torch.Size([3, 7]))
+
+
+@pytest.mark.parametrize("text", [124, "124", "124.0"])
+def test_what_yaml_made_of_two_of_four_is_told(text):
+    with pytest.raises(InputError, match=r'124.* looks like an N:M that YAML read in base 60; quote it, as in "2:4"'):
+        parse_pattern(text)

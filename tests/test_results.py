@@ -136,6 +136,9 @@ def test_plots_show_steps_and_sparsities(tmp_path):
         dense = {**_row(10.0), "pattern": None, "sparsity": 0.0}
         record |= {"result": {"dense": dense, "rotpruner": row}, "curves": {"ppl/text": [[5, 40.0], [10, 20.0]]}}
         (directory / f"{pattern.replace(':', 'of')}.json").write_text(json.dumps(record))
+        if pattern == "0.5":  # and with exceptions, which is a sparsity of nothing in particular
+            record["result"]["rotpruner"] = {**row, "pattern": "0.5 (*.v_proj 0)"}
+            (directory / "exceptions.json").write_text(json.dumps(record))
     stored = Path("experiments/results")
     for name in ("step.json", "inference.json"):
         shutil.copy(stored / name, tmp_path / "results")

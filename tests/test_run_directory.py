@@ -130,5 +130,17 @@ def test_what_is_seen_of_a_run_may_change_and_options_may_be_younger_than_it(fit
         fit("--trainer.log_every_n_steps", "7", "--trainer.logger", "false")
     with pytest.raises(SystemExit, match="0"):
         fit("--trainer.callbacks+", "callbacks.perplexity.Perplexity", "--trainer.callbacks.init_args.texts", "[more]")
+    assert fit("--trainer.default_root_dir", "null")[0] == 2
     assert fit("--trainer.accumulate_grad_batches", "2")[0] == 2
     assert fit("--data.batch_size", "2")[0] == 2
+
+
+def test_the_order_of_exceptions_belongs_to_a_run(fit, capsys):
+    """Of two that match, the last one counts."""
+    both = {"*.mlp.*": "2:4", "*.down_proj": 0.0}
+    given = ["--model.pattern", "1:4", "--model.exceptions"]
+    assert fit(*given, json.dumps(both))[0] == 0
+    with pytest.raises(SystemExit, match="0"):
+        fit(*given, json.dumps(both))
+    assert fit(*given, json.dumps(dict(reversed(both.items()))))[0] == 2
+    assert "where model.exceptions is" in " ".join(capsys.readouterr().err.split())

@@ -95,7 +95,8 @@ def test_a_row_that_another_command_has_made_is_kept_and_named(tmp_path, capsys)
     target.parent.mkdir(parents=True)
     arguments = ["sweep", str(file), "--results", str(tmp_path / "results")]
     alike = "prune --model 'of nobody' --text a --seed 0 --json"
-    for ran, other in ((alike, False), ("prune --seed 0 --json", True)):
+    elsewhere = alike.replace(" --json", " --output elsewhere/0 --json")
+    for ran, other in ((alike, False), (elsewhere, False), ("prune --seed 0 --json", True)):
         target.write_text(json.dumps({"command": ran}))
         assert main(arguments) == 0
         shown = " ".join(capsys.readouterr().err.split())

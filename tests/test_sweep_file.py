@@ -26,6 +26,14 @@ def test_values_of_a_row_take_the_place_of_their_names(tmp_path):
     assert row == {"seed": 7}
     assert command[command.index("--model") + 1] == f"{tmp_path}/runs/a/7"
     assert command[command.index("--output") + 1] == f"{tmp_path}/runs/a/7"
+    sweep["arguments"] = {"model": "models/müll", "calibration": "Ben's.txt", "pattern": "2:4", "text": ["ö"]}
+    (tmp_path / "a.yaml").write_text(yaml.safe_dump(sweep))
+    ((_, _, command),) = rows(read_sweep(tmp_path / "a.yaml"), tmp_path / "läufe" / "a")
+    given = dict(zip(command[1::2], command[2::2], strict=False))
+    assert given == {
+        "--model": "models/müll", "--calibration": "Ben's.txt", "--pattern": "2:4", "--text": "ö", "--seed": "7",
+        "--output": f"{tmp_path}/läufe/a/7",
+    }  # fmt: skip
     sweep["arguments"]["model"] = "{sead}"
     (tmp_path / "a.yaml").write_text(yaml.safe_dump(sweep))
     with pytest.raises(InputError, match="no sead in a row that has runs, seed"):

@@ -10,7 +10,7 @@ import pytest
 from pyarrow import parquet
 
 from datamodules import texts
-from datamodules.texts import stream, text_identity, text_name, text_of
+from datamodules.texts import check_text, stream, text_identity, text_name, text_of
 from rotpruner.embedded import text_path
 from rotpruner.errors import InputError
 
@@ -78,6 +78,15 @@ def test_a_txt_stays_exactly_as_it_is(tmp_path):
     path.write_bytes("\ufeff a\r\nb\n\n\n".encode())
     assert text_of(str(path), "test") == "\ufeff a\r\nb\n\n\n"
     assert text_name(str(path)) == "notes.v2"
+
+
+def test_a_text_at_home_is_found(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "mine.txt").write_text("words")
+    check_text("~/mine.txt")
+    assert text_of("~/mine.txt", "test") == "words"
+    assert text_name("~/mine.txt") == "mine"
+    assert text_identity("~/mine.txt") == text_identity(str(tmp_path / "mine.txt"))
 
 
 def test_a_txt_is_read_in_parts(tmp_path, monkeypatch):
