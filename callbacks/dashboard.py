@@ -104,7 +104,7 @@ class Dashboard(Callback):
             return
         for layer, mass in block_means(rows, lambda row: row["kept_mass"]).items():
             metrics[f"kept_mass/block_{layer:02}"] = mass
-        for layer, share in enumerate(rotated.block_flips):
+        for layer, share in enumerate(rotated.masks.block_flips):
             metrics[f"flips/block_{layer:02}"] = share
         self._wandb.log_metrics(metrics, step)
         columns = ["name", "layer", "weights", "sparsity", "kept_mass"]

@@ -325,10 +325,11 @@ class RotationModule(LightningModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Add what determines the masks, and the CPU's random state, for pruners of one's own that draw from it:
         that of now, and that in which the masks were chosen."""
-        assert self.rotated.mask_rotations is not None, "masks are chosen before the first step"
+        masks = self.rotated.masks
+        assert masks.rotations is not None, "masks are chosen before the first step"
         # On the CPU, so that no rank reads them into another's device.
-        checkpoint["mask_rotations"] = {space: Q.cpu() for space, Q in self.rotated.mask_rotations.items()}
-        checkpoint["mask_rng_state"] = self.rotated.mask_rng_state
+        checkpoint["mask_rotations"] = {space: Q.cpu() for space, Q in masks.rotations.items()}
+        checkpoint["mask_rng_state"] = masks.rng_state
         checkpoint["rng_state"] = torch.get_rng_state()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from rotpruner.errors import InputError
 from rotpruner.families import family_of
-from rotpruner.layout import BlockLinear, residual_sublayers
+from rotpruner.layout import BlockLinear, by_group, residual_sublayers
 from rotpruner.modeling_rotated import Passage, in_another_basis
 from rotpruner.orthogonal import rotate_bias, rotate_features, rotate_weight
 from rotpruner.placements import basis_changes
@@ -65,6 +65,12 @@ class RotatedLinear(nn.Linear):
         if self.basis.pruned and self.mask is not None:
             weight = self.masked(self.place, weight, self.mask)
         return F.linear(x, weight, rotate_bias(self.bias, writes))
+
+
+def grouped(linears: Iterable[RotatedLinear]) -> list[list[RotatedLinear]]:
+    """Linears, those that read one input together."""
+    by_place = {linear.place: linear for linear in linears}
+    return [[by_place[place] for place in members] for members in by_group(by_place)]
 
 
 def check_offload(offload: bool, gradient_checkpointing: bool, sharded: bool = False) -> None:

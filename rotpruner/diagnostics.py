@@ -16,6 +16,7 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from rotpruner.artifacts import write_bytes, write_json
+from rotpruner.basis import grouped
 from rotpruner.distributed import whole
 from rotpruner.families import family_of
 from rotpruner.fusion import fuse_block_norms
@@ -143,7 +144,7 @@ def masked_share(rotated: RotatedModel) -> list[dict[str, Any]]:
     """
     rotations = {space: Q.detach() for space, Q in rotated.rotations().items()}
     config, rows = rotated.base.config, []
-    for linears in rotated.groups():
+    for linears in grouped(rotated.linears):
         known = _apart(rotated.moments, linears[0].place.group)
         turned = rotated_moment(config, rotations, known, linears[0].place)
         for linear in linears:

@@ -20,17 +20,17 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from rotpruner.allotment import LayerSparsity, allot, check_allotment
-from rotpruner.basis import Basis, RotatedLinear, change_bases, check_offload, turn_residual_ends
+from rotpruner.basis import Basis, RotatedLinear, change_bases, check_offload, grouped, turn_residual_ends
 from rotpruner.concentration import concentration
 from rotpruner.dense_cache import DenseCache
 from rotpruner.distributed import Ranks
 from rotpruner.errors import InputError
 from rotpruner.fusion import fuse_block_norms
 from rotpruner.kept_weights import kept_masks, take_kept_weights
-from rotpruner.layout import block_linears, by_group, module_at
+from rotpruner.layout import block_linears, module_at
 from rotpruner.learned import Learned
 from rotpruner.loading import check_pattern
-from rotpruner.mask_choice import choose_masks
+from rotpruner.mask_choice import Masks
 from rotpruner.objectives import Objective
 from rotpruner.oneshot import linear_patterns, linears_to_watch
 from rotpruner.patterns import NM, Pattern, Slice
@@ -103,15 +103,8 @@ class RotatedModel(nn.Module):
         self.patterns: dict[str, Pattern] = {}
         if not isinstance(pattern, Slice):
             self.patterns = allot(base.config, pattern, exceptions)
-        #: The rotations in which the masks of the moment were chosen, and the CPU's random state then, from which
-        #: pruners of one's own may draw; they determine the masks.
-        self.mask_rotations: RotationSet | None = None
-        self.mask_rng_state: Tensor | None = None
-        #: The share of each block's mask entries that flipped at the last refresh.
-        self.block_flips: list[float] = []
         self._dense_states = DenseStates(self._run_dense, self.ranks)
         self._teacher: Teacher | None = None  # the base itself
-        self._keeps_masks = False
 
         if "residual" in rotations.spaces:
             fuse_block_norms(base)
@@ -121,6 +114,7 @@ class RotatedModel(nn.Module):
         self.relaxation = Relaxation(base.config, surrogate, pruner, pattern, weights, seed)
         del weights  # each goes as soon as its pinned copy has taken its place
         self.linears = self._replace_linears(base, offload)
+        self.masks = Masks(self.linears, self.relaxation, pruner, self.ranks)
         change_bases(base, self.basis, rotations.sites)
         self.base = ready_to_learn(base, gradient_checkpointing)
 
@@ -247,9 +241,7 @@ class RotatedModel(nn.Module):
             check_same_bases(self.base.config, len(rotations["residual"]), self.rotations.sites)
         masks = kept_masks(pruned, self.patterns)
         take_kept_weights(self.base, pruned, rotations)
-        for linear in self.linears:
-            linear.mask = masks[linear.place.name].to(self.base.device)
-        self._keeps_masks = True
+        self.masks.give(masks, self.base.device)
         self._teacher = Teacher(teacher)
         cached = partial(self._teacher.cache, ranks=self.ranks) if keep else None
         self._dense_states = DenseStates(self._teacher, self.ranks, cached)
@@ -261,11 +253,6 @@ class RotatedModel(nn.Module):
         if self._teacher is not None:
             self._teacher.leave()
         self.relaxation.leave()
-
-    def groups(self) -> list[list[RotatedLinear]]:
-        """The linears, those that read one input together."""
-        by_place = {linear.place: linear for linear in self.linears}
-        return [[by_place[place] for place in members] for members in by_group(by_place)]
 
     # -- learning --------------------------------------------------------------------------------
 
@@ -286,19 +273,11 @@ class RotatedModel(nn.Module):
         _check_finite(rotations)
         # Pruners that rebuild the outputs of what they have pruned get the statistics of pruned predecessors.
         moments = None if self.pruner.rebuilds else self.moments
-        return Learned(rotations, moments, self.learned_masks(), self.patterns)
-
-    def learned_masks(self) -> dict[str, Tensor] | None:
-        """The masks (O, I) bool of all linears by name where they are learned or taken over, on the CPU; else None."""
-        if not (self.relaxation.learns_masks or self._keeps_masks):
-            return None
-        return {linear.place.name: mask.cpu() for linear, mask in self._masks({})}
+        return Learned(rotations, moments, self.masks.settled(), self.patterns)
 
     @torch.no_grad()
     def refresh_masks(self, rotations: RotationSet | None = None) -> float:
-        """Apply the pruner anew, in the rotations of the moment or in given ones; or take masks that are learned.
-
-        Ranks, which share the choice, end with the same masks.
+        """Have masks chosen anew, see `Masks`, in the rotations of the moment or in given ones.
 
         Returns:
             The share of mask entries that flipped, 0 at the first call.
@@ -311,19 +290,7 @@ class RotatedModel(nn.Module):
         }
         _check_finite(chosen_in)
         self._check_calibrated()
-        self.mask_rotations, self.mask_rng_state = chosen_in, torch.get_rng_state()
-        if isinstance(self.pattern, Slice):
-            return 0.0
-        flipped = [0] * self.base.config.num_hidden_layers
-        total = [0] * len(flipped)
-        for linear, mask in self._masks(self.mask_rotations):
-            if linear.mask is not None:
-                flipped[linear.place.layer] += int((mask != linear.mask).sum())
-            total[linear.place.layer] += mask.numel()
-            linear.mask = mask
-        self.relaxation.begin([linear.mask for linear in self.linears if linear.mask is not None])
-        self.block_flips = [part / entries for part, entries in zip(flipped, total, strict=True)]
-        return sum(flipped) / sum(total)
+        return self.masks.choose(chosen_in, self.moments, self.patterns, self.base.device)
 
     def _check_calibrated(self) -> None:
         shares_out = self.layer_sparsity != "uniform"
@@ -333,16 +300,8 @@ class RotatedModel(nn.Module):
             raise InputError(f"{reader} needs statistics, and none are gathered: call calibrate(batches) first")
 
     def _check_masks(self) -> None:
-        if self.mask_rotations is None and not isinstance(self.pattern, Slice):
+        if self.masks.rotations is None and not isinstance(self.pattern, Slice):
             raise InputError("no masks are chosen yet, so nothing would be pruned: call refresh_masks() first")
-
-    def _masks(self, rotations: RotationSet) -> Iterator[tuple[RotatedLinear, Tensor]]:
-        if self._keeps_masks:
-            return ((linear, linear.mask) for linear in self.linears if linear.mask is not None)
-        if self.relaxation.learns_masks:
-            return zip(self.linears, self.relaxation.masks(), strict=True)
-        judged = self.moments, self.pruner, self.patterns
-        return choose_masks(self.groups(), rotations, *judged, self.ranks, self.base.device)
 
     # -- what is minimised -----------------------------------------------------------------------
 
@@ -380,7 +339,7 @@ class RotatedModel(nn.Module):
             terms |= self.objective(self._states(input_ids), teacher, input_ids, head_of(self.base))
         if self.objective.needs_importance:
             judged = self.basis.rotations, self.moments, self.pruner, self.patterns
-            terms |= concentration(self.groups(), *judged, self.objective, self.base.device)
+            terms |= concentration(grouped(self.linears), *judged, self.objective, self.base.device)
         return self.objective.weighted(terms)
 
     def dense_loss(self, input_ids: Tensor, index: Tensor | None = None) -> dict[str, Tensor]:

@@ -130,7 +130,7 @@ def test_resident_terms_are_what_the_model_holds(pruner, pattern, orthogonal_map
         "rotations": [
             *rotated.rotations.parameters(),
             *rotated.rotations.buffers(),
-            *rotated.mask_rotations.values(),
+            *rotated.masks.rotations.values(),
             *(parameter.grad for parameter in rotated.rotations.parameters()),
         ],
         "optimiser states": [

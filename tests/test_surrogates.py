@@ -269,17 +269,17 @@ def test_gumbel_gradient_of_a_model_is_that_of_finite_differences(ids):
 def test_gumbel_learns_masks_that_evaluation_and_export_take(ids):
     online = rotated_model(tiny_llama(), surrogate=Surrogate("gumbel", lr=0.3))
     online.calibrate(ids.split(1))
-    assert online.learned_masks() is None
+    assert online.masks.settled() is None
     online.refresh_masks()
     first = {linear.place.name: linear.mask for linear in online.linears}
-    for name, mask in online.learned_masks().items():
+    for name, mask in online.masks.settled().items():
         assert torch.equal(mask, first[name])
     losses = []
     batches = [(ids, torch.arange(3))] * 40
     learn(online, batches, steps=40, lr=1e-2, on_step=lambda step, found: losses.append(found["loss"]))
     assert sum(losses[-5:]) < 0.7 * sum(losses[:5])
     assert online.relaxation.temperature == pytest.approx(0.1)
-    learned = online.learned_masks()
+    learned = online.masks.settled()
     assert any(not torch.equal(mask, first[name]) for name, mask in learned.items())
     assert all((mask.unflatten(-1, (-1, 4)).sum(-1) == 2).all() for mask in learned.values())
     online.refresh_masks()
