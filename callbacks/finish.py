@@ -81,12 +81,15 @@ class Finish(Ending):
             shutil.rmtree(Path(trainer.default_root_dir) / "rows", ignore_errors=True)
 
     def gather(self, module: Any) -> None:
-        """What was learned; sharded rotations come together. Statistics leave the devices, which have served."""
+        """What was learned; sharded rotations come together. Statistics leave the devices, which have served, and the
+        weights that learned, if each rank has all of them, leave main memory."""
         rotated = module.rotated
         rotated.moments = {
             group: moment.to("cpu") for group, moment in rotated.moments.items() if module.ranks.rank == 0
         }
         self._learned = rotated.learned().to("cpu")
+        if module.device_mesh is None:
+            rotated.give_up_weights()
 
     def finish(self, run: Path, trainer: Trainer, module: Any, seconds: float) -> None:
         """Prune in the learned space and as the controls do; export, evaluate and describe."""

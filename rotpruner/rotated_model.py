@@ -246,6 +246,11 @@ class RotatedModel(nn.Module):
         cached = partial(self._teacher.cache, ranks=self.ranks) if keep else None
         self._dense_states = DenseStates(self._teacher, self.ranks, cached)
 
+    def give_up_weights(self) -> None:
+        """Let go of the decoder weights and their masks, once all is learned: the model cannot run any more."""
+        for linear in self.linears:
+            linear.weight = linear.mask = None  # type: ignore[assignment]
+
     def leave(self) -> None:
         """Let go of what only learning needs: the last step's rotations and their graph, the dense model's states."""
         self.basis.rotations = {}

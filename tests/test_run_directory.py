@@ -10,6 +10,7 @@ import torch
 import yaml
 from command_line import learning_arguments
 
+from callbacks.finish import Finish
 from experiments.__main__ import main
 from rotpruner.errors import InputError
 from rotpruner.oneshot import prune_model
@@ -42,6 +43,20 @@ def test_an_end_that_was_cut_short_goes_on_with_its_rows(fit, monkeypatch, tmp_p
     assert {row["name"]: row for row in json.loads((run / "results.json").read_text())["rows"]} == kept
     assert json.loads((run / "results.json").read_text())["commit"] == "where it began"
     assert "commit where it began" in (run / "export" / "README.md").read_text()
+
+
+@pytest.mark.parametrize("offload", ["false", "true"])
+def test_weights_that_have_served_are_gone_when_the_end_needs_memory(offload, fit, monkeypatch):
+    finish, held = Finish.finish, []
+
+    def watched(callback, run, trainer, module, seconds):
+        held.extend(value for linear in module.rotated.linears for value in (linear.weight, linear.mask))
+        finish(callback, run, trainer, module, seconds)
+
+    monkeypatch.setattr(Finish, "finish", watched)
+    assert fit("--model.gradient_checkpointing", "true", "--model.offload", offload)[0] == 0
+    assert len(held) == 28
+    assert not any(value is not None for value in held)
 
 
 def test_a_run_at_home_is_found_again(fit, monkeypatch, capsys, tmp_path):

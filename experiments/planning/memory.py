@@ -39,9 +39,9 @@ class MemoryPlan:
     Attributes:
         resident: what stays on the device.
         phases: what comes and goes there, by phase of learning.
-        kept_by_host: what stays on the host.
-        host_phases: what comes and goes there: loading, what learning keeps there, and the end of the run, which is
-            reckoned but not measured.
+        kept_by_host: what stays on the host while it learns.
+        host_phases: what it has there: while it loads, beside all that stays while it learns, and at the end of the
+            run, which is reckoned but not measured.
         device: `cpu` or `gpu`.
     """
 
@@ -59,10 +59,10 @@ class MemoryPlan:
 
     @property
     def host(self) -> int:
-        """The peak on the host, from beginning to end; a CPU's resident parts are there at the end too."""
-        peaks = [total(terms) for name, terms in self.host_phases.items() if name != "loading"]
-        kept = total(self.kept_by_host) + (total(self.resident) if self.device == "cpu" else 0)
-        return max(total(self.host_phases["loading"]), kept + max(peaks))
+        """The peak on the host, from beginning to end."""
+        peaks = {name: total(terms) for name, terms in self.host_phases.items()}
+        peaks["learning"] += total(self.kept_by_host) + (total(self.resident) if self.device == "cpu" else 0)
+        return max(peaks.values())
 
     @property
     def peak(self) -> int:
@@ -73,10 +73,8 @@ class MemoryPlan:
 def memory_plan(setup: Setup) -> MemoryPlan:
     """The memory of a fit on one device and on its host."""
     k, r = setup.trainable, setup.r
-    resident = [
-        *_weights(setup),
-        *_second_teacher(setup),
-        *_masks(setup),
+    frozen = [*_weights(setup), *_masks(setup)]
+    others = [
         _statistics(setup),
         *_inverses(setup),
         _rotations(setup),
@@ -98,24 +96,44 @@ def memory_plan(setup: Setup) -> MemoryPlan:
     if setup.layer_sparsity == "owl":
         phases["outlier ratios"] = [_outliers(setup), *_fetched_linear(setup)]
     kept_by_host = [_offloaded(setup)] if setup.offload else []
-    return MemoryPlan(resident, phases, kept_by_host, _host_phases(setup), setup.device)
+    over = []
+    if setup.device != "cpu" and not setup.sharded:
+        over = [*kept_by_host, _back_from_gpu(setup, frozen)]
+    host_phases = _host_phases(setup, over, _left(setup, frozen, others))
+    return MemoryPlan([*frozen, *_second_teacher(setup), *others], phases, kept_by_host, host_phases, setup.device)
 
 
-def _host_phases(setup: Setup) -> Phases:
+def _back_from_gpu(setup: Setup, frozen: list[Term]) -> Term:
+    """What Lightning moves to the host when learning is over, on all ranks; FSDP2 leaves it where it is."""
+    amounts = " + ".join(f"{term.amount:,}" for term in frozen)
+    return Term("frozen weights and masks, back from the GPU", setup.ranks * total(frozen),
+                f"ranks · (weights + masks) = {setup.ranks} · ({amounts})")  # fmt: skip
+
+
+def _left(setup: Setup, frozen: list[Term], others: list[Term]) -> list[Term]:
+    """What the host still has at a run's end: whole weights and masks are given up by then."""
+    if setup.device == "cpu":
+        return [*(frozen if setup.sharded else []), *others]
+    statistics = _statistics(setup)
+    return [] if setup.sharded else [Term("statistics H, copied", statistics.amount, statistics.formula)]
+
+
+def _host_phases(setup: Setup, over: list[Term], left: list[Term]) -> Phases:
+    """Phases of the host; `over` is what it has when learning is over, `left` what of that it still has later."""
     P, c = setup.parameters, setup.checkpoint_size
     states = 2 * setup.statistics_sequences * setup.seq_len * setup.config.hidden_size * c
     T, V = setup.seq_len, setup.config.vocab_size
-    back = _back_from_gpu(setup)
-    updates = {"weights updated": [*back, *_compensation(setup)]} if setup.compensate else {}
-    return updates | {
+    return {
         "loading": [
             Term("weights", setup.ranks * P * setup.s,
                  f"ranks · P · s = {setup.ranks} · {P:,} · {setup.s}: each rank loads them, here all on one host"),
             Term("checkpoint file, mapped", P * c, f"P · {c} = {P:,} · {c}"),
         ],
         "learning": [_teacher_states(setup)] if setup.objective.needs_teacher else [],
+        **({"learning over": over} if over else {}),
+        **({"weights updated": [*left, *_compensation(setup)]} if setup.compensate else {}),
         "controls pruned": [
-            *back,
+            *left,
             Term("model", P * c, f"P · {c} = {P:,} · {c}"),
             *([Term("statistics H", setup.statistics * 4, f"L Σ I · n · 4 = {setup.statistics:,} · 4"), _pca(setup)]
               if setup.sliced
@@ -123,7 +141,7 @@ def _host_phases(setup: Setup) -> Phases:
                     f"2 N T d · {c} = 2 · {setup.statistics_sequences} · {T} · {setup.config.hidden_size} · {c}")]),
         ],
         "perplexity": [
-            *back,
+            *left,
             Term("model in float32", P * 4, f"P · 4 = {P:,} · 4"),
             Term("logits", 2 * T * V * 4, f"2 · T · V · 4 = 2 · {T} · {V:,} · 4"),
             *([] if setup.device == "cpu"
@@ -132,18 +150,6 @@ def _host_phases(setup: Setup) -> Phases:
                     "of one block and the next")]),
         ],
     }  # fmt: skip
-
-
-def _back_from_gpu(setup: Setup) -> list[Term]:
-    """What Lightning moves to the host when learning is over, on all ranks; FSDP2 leaves it where it is."""
-    if setup.device == "cpu" or setup.sharded:
-        return []
-    weights, masks, statistics = total(_weights(setup)), total(_masks(setup)), _statistics(setup)
-    return [
-        Term("frozen weights and masks, back from the GPU", setup.ranks * (weights + masks),
-             f"ranks · (weights + masks) = {setup.ranks} · ({weights:,} + {masks:,})"),
-        Term("statistics H, copied", statistics.amount, statistics.formula),
-    ]  # fmt: skip
 
 
 def _compensation(setup: Setup) -> list[Term]:
