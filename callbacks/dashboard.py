@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,6 +13,7 @@ from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import WandbLogger
 
 from callbacks.steps import EverySteps
+from rotpruner.artifacts import read_json
 from rotpruner.diagnostics import LAYERS, block_means, masked_share
 from rotpruner.errors import InputError
 from rotpruner.orthogonal import is_order, permutation_matrix
@@ -119,7 +119,7 @@ class Dashboard(Callback):
         run = Path(trainer.default_root_dir)
         if not (trainer.is_global_zero and (run / "results.json").is_file()):
             return
-        rows = json.loads((run / "results.json").read_text(encoding="utf-8"))["rows"]
+        rows = read_json(run / "results.json")["rows"]
         dense = rows[0]["ppl"]
         step = trainer.global_step
         self._wandb.log_metrics(
@@ -135,7 +135,7 @@ class Dashboard(Callback):
         self._wandb.log_table("results", columns, table, step=step)
         if not (run / LAYERS).is_file():
             return
-        linears = json.loads((run / LAYERS).read_text(encoding="utf-8"))["linears"]
+        linears = read_json(run / LAYERS)["linears"]
         columns = ["name", "layer", "sparsity", "error"]
         self._wandb.log_table("layers", columns, [[row[column] for column in columns] for row in linears], step=step)
 

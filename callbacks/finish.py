@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 import tempfile
 import time
@@ -18,7 +17,7 @@ from transformers import AutoModelForCausalLM
 from callbacks.ending import Ending, Row
 from callbacks.terminal import console, track
 from rotpruner.allotment import described
-from rotpruner.artifacts import save_model, write_json
+from rotpruner.artifacts import read_json, save_model, write_json
 from rotpruner.compensation import compensate
 from rotpruner.diagnostics import write_diagnostics
 from rotpruner.errors import InputError
@@ -184,7 +183,7 @@ class Finish(Ending):
         """A row, or what an interrupted finish has left of it."""
         kept = run / "rows" / f"{name}.json"
         if kept.is_file():
-            return json.loads(kept.read_text(encoding="utf-8"))
+            return read_json(kept)
         row = make()
         write_json(row, kept)
         return row

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import logging
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -14,7 +13,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from datamodules.texts import text_name, text_of
-from rotpruner.artifacts import write_json
+from rotpruner.artifacts import read_json, write_json
 from rotpruner.cache import cache_path, locked
 from rotpruner.errors import InputError
 from rotpruner.identity import identity
@@ -97,7 +96,7 @@ def _cache_path(model_identity: dict[str, Any], cut: Tensor) -> Path:
 def _kept(path: Path | None) -> float | None:
     """The kept perplexity, or None if it is absent or damaged."""
     try:
-        return None if path is None else float(json.loads(path.read_text(encoding="utf-8"))["perplexity"])
+        return None if path is None else float(read_json(path)["perplexity"])
     except (OSError, ValueError, KeyError, TypeError):
         return None
 

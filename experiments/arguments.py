@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import json
 from typing import Any, NoReturn
 
 import torch
 
+from rotpruner.artifacts import to_json
 from rotpruner.errors import InputError
 
 
@@ -58,7 +58,7 @@ def _device(text: str) -> torch.device:
 def report(result: dict[str, Any], as_json: bool) -> None:
     """Print a command's result, for programs or for people."""
     if as_json:
-        print(json.dumps(result))
+        print(to_json(result))
         return
     _print("", result)
 

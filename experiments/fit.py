@@ -6,7 +6,6 @@ Options are LightningCLI's: `-c` stacks config files, and every argument can be 
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import re
@@ -34,7 +33,7 @@ from callbacks.rotation_checkpoint import RotationCheckpoint, last_checkpoint
 from callbacks.terminal import console, results_table
 from datamodules.calibration import CalibrationDataModule
 from lightning_modules.rotation_module import RotationModule
-from rotpruner.artifacts import write_text
+from rotpruner.artifacts import read_json, write_text
 from rotpruner.distributed import lost_rank
 from rotpruner.errors import InputError
 
@@ -297,7 +296,7 @@ def check_checkpoint(checkpoint: Path) -> None:
 @rank_zero_only
 def show(run: Path) -> None:
     """Print the results of a finished run."""
-    results = json.loads((run / "results.json").read_text(encoding="utf-8"))
+    results = read_json(run / "results.json")
     console.print(f"{run} is finished; remove it to run again")
     console.print(results_table(results))
 

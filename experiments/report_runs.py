@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import json
 import math
 import shlex
 from collections.abc import Sequence
@@ -15,6 +14,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from rotpruner.artifacts import read_json
 from rotpruner.diagnostics import HEAT_MAP, LAYERS
 from rotpruner.errors import InputError
 from rotpruner.perplexity import gap
@@ -97,7 +97,7 @@ def _read(directory: Path, label: str) -> Run:
 
 def _json(path: Path) -> Any:
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return read_json(path)
     except ValueError as error:
         raise InputError(f"'{path}' is damaged ({error}); run the fit again") from error
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import re
@@ -15,7 +14,7 @@ from experiments.arguments import Parser, report
 from experiments.report_page import alone
 from experiments.report_plots import line_plot
 from experiments.report_runs import Curve
-from rotpruner.artifacts import write_text
+from rotpruner.artifacts import read_json, write_text
 from rotpruner.errors import InputError
 from rotpruner.perplexity import gap
 
@@ -57,8 +56,8 @@ def main(arguments: list[str]) -> None:
     steps: Lines = {}
     sparsities: Lines = {}
     for path in sweeps:
-        sweep = _read(path)
-        records = [(other.stem, _read(other)) for other in sorted(path.parent.glob("*.json")) if other != path]
+        sweep = read_json(path)
+        records = [(other.stem, read_json(other)) for other in sorted(path.parent.glob("*.json")) if other != path]
         if not records:  # it has only begun
             continue
         text.append(table({**sweep, "title": f"{sweep['title']} · `{path.parent.name}`"}, records, against))
@@ -73,7 +72,7 @@ def main(arguments: list[str]) -> None:
     for name, shown_as in (("step", _step), ("inference", _inference)):
         benchmark = options.results / f"{name}.json"
         if benchmark.is_file():
-            text.append(shown_as(_read(benchmark)))
+            text.append(shown_as(read_json(benchmark)))
     write_text("\n".join([*text, *shown]), options.output)
     report({"output": str(options.output), "tables": tables, "rows": count, "plots": len(shown)}, options.json)
 
@@ -90,10 +89,6 @@ with several seeds show mean ± standard deviation.
 """
 
 
-def _read(path: Path) -> dict[str, Any]:
-    return json.loads(path.read_text(encoding="utf-8"))
-
-
 def _divisors(results: Path, pattern: str) -> Divisors:
     """The mean gaps of the rows of a glob, by their pattern and their dense model.
 
@@ -106,7 +101,7 @@ def _divisors(results: Path, pattern: str) -> Divisors:
             continue
         if not (path.parent / "dense.json").is_file():
             raise InputError(f"--against {pattern}: '{path.parent}' has no dense.json, from which gaps are counted")
-        result, dense = _read(path)["result"], _read(path.parent / "dense.json")["result"]["ppl"]
+        result, dense = read_json(path)["result"], read_json(path.parent / "dense.json")["result"]["ppl"]
         found = gaps.setdefault((result["pattern"], _dense_of(dense)), {})
         for text, ppl in result["ppl"].items():
             if text in dense:

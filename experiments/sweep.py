@@ -6,7 +6,6 @@ fits and `--set model=NAME` for prunes, it is a table of its own.
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import shlex
@@ -26,7 +25,7 @@ from callbacks.terminal import console
 from experiments.arguments import Parser, at_least
 from experiments.report_runs import read_curves
 from experiments.sweep_file import Planned, check_overlays, model_of, on_another, read_sweep, rows, table_of
-from rotpruner.artifacts import write_json
+from rotpruner.artifacts import from_json, read_json, write_json
 from rotpruner.errors import InputError
 from rotpruner.model_card import CARD, made_by
 from rotpruner.provenance import commit, public_command
@@ -119,7 +118,7 @@ def _describe(directory: Path, title: str, columns: list[str], planned: list[Pla
                 f"({command}): choose another --results, or remove them"
             )
     if ran and path.is_file():
-        known = json.loads(path.read_text(encoding="utf-8"))
+        known = read_json(path)
         title, columns = known["title"], list(dict.fromkeys([*known["columns"], *columns]))
     write_json({"title": title, "columns": columns}, path)
 
@@ -135,7 +134,7 @@ def _command_of(result: Path) -> str | None:
     if not result.is_file():
         return None
     try:
-        return json.loads(result.read_text(encoding="utf-8"))["command"]
+        return read_json(result)["command"]
     except (ValueError, KeyError, TypeError):
         raise InputError(f"result '{result}' is damaged; remove it to run its row again") from None
 
@@ -241,9 +240,9 @@ def _found(command: list[str], output: str) -> dict[str, Any]:
     `budget`, `dtype` and `device`, and its own `commit`, since it may have been finished before."""
     if command[0] not in ("fit", "recover"):
         last = output.strip().rpartition("\n")[2]  # pruners of one's own may print, too
-        return {"result": {name: value for name, value in json.loads(last).items() if name != "output"}}
+        return {"result": {name: value for name, value in from_json(last).items() if name != "output"}}
     run = Path(command[command.index("--trainer.default_root_dir") + 1])
-    found = json.loads((run / "results.json").read_text(encoding="utf-8"))
+    found = read_json(run / "results.json")
     curves = {name: points for name, points in read_curves(run).items() if name.startswith(("ppl/", "train/"))}
     chosen = found["config"]["model"]
     return {

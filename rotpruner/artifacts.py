@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 import tempfile
@@ -15,6 +16,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rotpruner.errors import InputError
 from rotpruner.shortcuts import exportable
+
+_WORDS = {"Infinity": math.inf, "-Infinity": -math.inf, "NaN": math.nan}
 
 #: Bytes of a directory's name: file systems take 255, and a temporary name has some more.
 _LONGEST = 230
@@ -83,9 +86,42 @@ def write_text(text: str, path: str | Path) -> None:
     write_bytes(text.encode(errors="backslashreplace"), path)
 
 
+def to_json(value: Any, indent: int | None = None) -> str:
+    """JSON that every reader takes: it has no numbers that are not finite, which become the strings of `_WORDS`."""
+
+    def spelled(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: spelled(item) for key, item in value.items()}
+        if isinstance(value, (list, tuple)):
+            return [spelled(item) for item in value]
+        if isinstance(value, float) and not math.isfinite(value):
+            return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
+        return value
+
+    return json.dumps(spelled(value), indent=indent, allow_nan=False)
+
+
+def from_json(text: str) -> Any:
+    """What `to_json` was given, tuples as lists; or any other JSON."""
+
+    def read(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: read(item) for key, item in value.items()}
+        if isinstance(value, list):
+            return [read(item) for item in value]
+        return _WORDS.get(value, value) if isinstance(value, str) else value
+
+    return read(json.loads(text))
+
+
 def write_json(value: Any, path: str | Path) -> None:
     """Write indented JSON, whole or not at all."""
-    write_text(json.dumps(value, indent=2) + "\n", path)
+    write_text(to_json(value, indent=2) + "\n", path)
+
+
+def read_json(path: str | Path) -> Any:
+    """What `write_json` has written."""
+    return from_json(Path(path).read_text(encoding="utf-8"))
 
 
 def save_model(
@@ -121,7 +157,7 @@ def _spell_for_version_4(checkpoint: Path) -> None:
             config["rope_scaling"] = scaling
         if "sliding_attention" in rope:
             config["rope_local_base_freq"] = rope["sliding_attention"]["rope_theta"]
-    write_json(config, checkpoint / "config.json")
+    write_text(json.dumps(config, indent=2), checkpoint / "config.json")
     path = checkpoint / "tokenizer_config.json"
     if path.is_file():  # some tokenizers, such as Mistral's own, are saved in other forms
         settings = json.loads(path.read_text(encoding="utf-8"))
@@ -129,4 +165,4 @@ def _spell_for_version_4(checkpoint: Path) -> None:
             settings["tokenizer_class"] = "PreTrainedTokenizerFast"
         if isinstance(settings.get("extra_special_tokens"), list):
             settings["additional_special_tokens"] = settings.pop("extra_special_tokens")
-        write_json(settings, path)
+        write_text(json.dumps(settings, indent=2), path)

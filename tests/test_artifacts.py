@@ -8,11 +8,26 @@ import os
 from pathlib import Path
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from tiny_models import MODELS, tiny
 from transformers import AutoConfig, AutoTokenizer
 
-from rotpruner.artifacts import check_new_directory, new_directory, save_model, write_text
+from rotpruner.artifacts import check_new_directory, from_json, new_directory, save_model, to_json, write_text
 from rotpruner.errors import InputError
+
+NUMBERS = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.sampled_from(["2:4", "infinity", "nan", ""]),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner, max_size=3),
+    max_leaves=8,
+)
+
+
+@given(NUMBERS)
+def test_strict_readers_take_any_numbers_and_ours_give_them_back(value):
+    text = to_json(value)
+    json.loads(text, parse_constant=pytest.fail)
+    assert repr(from_json(text)) == repr(value)  # NaN is not equal to itself
 
 
 def test_a_directory_is_replaced_whole(tmp_path):
