@@ -80,15 +80,18 @@ class Finish(Ending):
             shutil.rmtree(Path(trainer.default_root_dir) / "rows", ignore_errors=True)
 
     def gather(self, module: Any) -> None:
-        """What was learned; sharded rotations come together. Statistics leave the devices, which have served, and the
-        weights that learned, if each rank has all of them, leave main memory."""
+        """What was learned; sharded rotations come together. Decoder weights, if each rank has all of them, leave main
+        memory, and statistics the devices: both have served, and the module does not run any more."""
         rotated = module.rotated
-        rotated.moments = {
-            group: moment.to("cpu") for group, moment in rotated.moments.items() if module.ranks.rank == 0
-        }
-        self._learned = rotated.learned().to("cpu")
+        learned = rotated.learned()
         if module.device_mesh is None:
             rotated.give_up_weights()
+        if module.ranks.rank:  # the first one works alone
+            rotated.moments = {}
+            return
+        rotated.moments = {group: moment.to("cpu") for group, moment in rotated.moments.items()}
+        moments = None if learned.moments is None else rotated.moments
+        self._learned = learned._replace(moments=moments).to("cpu")
 
     def finish(self, run: Path, trainer: Trainer, module: Any, seconds: float) -> None:
         """Prune in the learned space and as the controls do; export, evaluate and describe."""

@@ -102,7 +102,7 @@ def to_json(value: Any, indent: int | None = None) -> str:
 
 
 def from_json(text: str) -> Any:
-    """What `to_json` was given, tuples as lists; or any other JSON."""
+    """What `to_json` was given, tuples as lists and the strings of `_WORDS` as numbers; or any other JSON."""
 
     def read(value: Any) -> Any:
         if isinstance(value, dict):

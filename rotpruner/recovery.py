@@ -71,11 +71,14 @@ class SparseRecovery(nn.Module):
 
     def loss(self, input_ids: Tensor, index: Tensor | None = None) -> dict[str, Tensor]:
         """The objective of a batch of ids (batch, seq_len), rows `index` (batch,) of the calibration tensor."""
-        teacher = self._teacher.on(input_ids.device)  # its head has to be there even if all states are in the cache
-        dense = self._dense_states(input_ids, index) if self.objective.needs_teacher else None
+        dense = dense_head = None
+        if self.objective.needs_teacher:
+            # There even if all states are in the cache.
+            dense_head = head_of(self._teacher.on(input_ids.device))
+            dense = self._dense_states(input_ids, index)
         with autocast(input_ids.device, self.compute_dtype):
             states = self.pruned.base_model(input_ids=input_ids, use_cache=False).last_hidden_state
-            terms = self.objective(states, dense, input_ids, head_of(self.pruned), head_of(teacher))
+            terms = self.objective(states, dense, input_ids, head_of(self.pruned), dense_head)
         return self.objective.weighted(terms)
 
     def leave(self) -> None:

@@ -37,7 +37,7 @@ from rotpruner.patterns import NM, Pattern, Slice
 from rotpruner.progress import Progress, unseen
 from rotpruner.pruners import Pruner
 from rotpruner.relaxation import Relaxation
-from rotpruner.rotations import LearnedRotations, RotationSet, Start, check_same_bases, check_start
+from rotpruner.rotations import LearnedRotations, RotationSet, Start, check_going_on, check_same_bases, check_start
 from rotpruner.slicing import project, residual_readers, sliced_width
 from rotpruner.starts import permuted_start, principal_start
 from rotpruner.statistics import Moment, gather_moments
@@ -226,7 +226,8 @@ class RotatedModel(nn.Module):
     ) -> None:
         """After `calibrate`: take over what a pruned model has kept (`rotpruner.kept_weights`), and its masks.
 
-        These stay from here on: weights were fitted under them, and the pruner would choose others by their new sizes.
+        A linear that is not to be pruned gets back what was removed. Masks stay from here on: weights were fitted
+        under them, and the pruner would choose others by their new sizes.
 
         Args:
             teacher: the dense model, which the base is no longer from here on; taken over.
@@ -235,11 +236,12 @@ class RotatedModel(nn.Module):
             keep: leave the teacher's final states in the cache, as in `calibrate`.
 
         Raises:
-            InputError: as `check_same_bases`, `kept_masks` and `take_kept_weights`.
+            InputError: as `kept_masks`, `check_going_on`, `check_same_bases` and `take_kept_weights`.
         """
+        masks = kept_masks(pruned, self.patterns)
+        check_going_on(rotations, list(self.rotations.started()), self.rotations.sites)
         if "residual" in rotations:
             check_same_bases(self.base.config, len(rotations["residual"]), self.rotations.sites)
-        masks = kept_masks(pruned, self.patterns)
         take_kept_weights(self.base, pruned, rotations)
         self.masks.give(masks, self.base.device)
         self._teacher = Teacher(teacher)

@@ -179,6 +179,33 @@ def test_offload_by_hand(plan):
     assert cpu[0] == cpu[1], "main memory holds them either way"
 
 
+def test_main_memory_at_the_end_by_hand(plan):
+    d, f, L, V = 4096, 14336, 32, 128256
+    M, rest = L * (2 * d * (d + 1024) + 3 * d * f), 2 * (2 * V * d + (2 * L + 1) * d)
+    given = ["--gpu", "h100-80gb", "--model.compensate", "2"]
+
+    def host(*options):
+        memory = plan("llama3-8b", *given, *options)["memory"]
+        phases = {
+            name: {term["name"]: term["amount"] for term in terms} for name, terms in memory["host_phases"].items()
+        }
+        statistics = next(term["amount"] for term in memory["resident"] if term["name"] == "statistics H")
+        return memory["host"], phases, statistics
+
+    most, phases, statistics = host()
+    assert sum(phases["learning over"].values()) == 2 * M + rest + M
+    # In float32, since the config names no dtype: two models; the decoder before, and its updates.
+    copies = 4 * (2 * (M + rest // 2) + 2 * M)
+    inputs = 4 * (4 * 2 * 2048 * d + 2 * 2048 * (3 * d + f + 2 * d))
+    assert sum(phases["weights updated"].values()) == rest + statistics + copies + inputs
+    assert most == sum(phases["weights updated"].values())
+    two, phases, _ = host("--count", "2", "--trainer.strategy", "ddp")
+    assert phases["perplexity"]["embeddings, head and norms"] == 2 * rest
+    assert two == most + rest
+    offloaded, phases, _ = host(*OFFLOAD)
+    assert offloaded == most + phases["learning over"]["decoder weights"], "pinned memory does not go back"
+
+
 def test_the_plan_for_a_person_shows_the_same_numbers(plan, capsys, tmp_path):
     found = plan("llama3-8b")
     config = ["-c", "experiments/configs/llama3-8b.yaml", "--model.model", str(tmp_path / "llama3-8b")]

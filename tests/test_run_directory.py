@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import shutil
+import weakref
 
 import pytest
 import torch
@@ -47,16 +49,22 @@ def test_an_end_that_was_cut_short_goes_on_with_its_rows(fit, monkeypatch, tmp_p
 
 @pytest.mark.parametrize("offload", ["false", "true"])
 def test_weights_that_have_served_are_gone_when_the_end_needs_memory(offload, fit, monkeypatch):
-    finish, held = Finish.finish, []
+    gather, finish, held = Finish.gather, Finish.finish, []
 
-    def watched(callback, run, trainer, module, seconds):
-        held.extend(value for linear in module.rotated.linears for value in (linear.weight, linear.mask))
-        finish(callback, run, trainer, module, seconds)
+    def watched(callback, module):
+        tensors = (tensor for linear in module.rotated.linears for tensor in (linear.weight, linear.mask))
+        held.extend(weakref.ref(tensor) for tensor in tensors)
+        gather(callback, module)
 
-    monkeypatch.setattr(Finish, "finish", watched)
+    def checked(*given):
+        gc.collect()
+        assert len(held) == 28
+        assert not any(reference() is not None for reference in held)
+        finish(*given)
+
+    monkeypatch.setattr(Finish, "gather", watched)
+    monkeypatch.setattr(Finish, "finish", checked)
     assert fit("--model.gradient_checkpointing", "true", "--model.offload", offload)[0] == 0
-    assert len(held) == 28
-    assert not any(value is not None for value in held)
 
 
 def test_a_run_at_home_is_found_again(fit, monkeypatch, capsys, tmp_path):

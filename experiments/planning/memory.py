@@ -99,7 +99,7 @@ def memory_plan(setup: Setup) -> MemoryPlan:
     over = []
     if setup.device != "cpu" and not setup.sharded:
         over = [*kept_by_host, _back_from_gpu(setup, frozen)]
-    host_phases = _host_phases(setup, over, _left(setup, frozen, others))
+    host_phases = _host_phases(setup, over, _left(setup, frozen, others, kept_by_host))
     return MemoryPlan([*frozen, *_second_teacher(setup), *others], phases, kept_by_host, host_phases, setup.device)
 
 
@@ -110,12 +110,20 @@ def _back_from_gpu(setup: Setup, frozen: list[Term]) -> Term:
                 f"ranks · (weights + masks) = {setup.ranks} · ({amounts})")  # fmt: skip
 
 
-def _left(setup: Setup, frozen: list[Term], others: list[Term]) -> list[Term]:
-    """What the host still has at a run's end: whole weights and masks are given up by then."""
+def _left(setup: Setup, frozen: list[Term], others: list[Term], kept_by_host: list[Term]) -> list[Term]:
+    """What the host still has at a run's end: decoder weights that nothing shards are given up by then, and masks,
+    unless they came with the weights; pinned memory, however, goes back to PyTorch only."""
+    if setup.sharded:
+        return [*frozen, *others] if setup.device == "cpu" else []
+    ranks = 1 if setup.device == "cpu" else setup.ranks
+    P, M, s = setup.parameters, setup.decoder_weights, setup.s
+    rest = Term("embeddings, head and norms", ranks * (P - M) * s,
+                f"ranks · (P − M) s = {ranks} · ({P:,} − {M:,}) · {s}")  # fmt: skip
+    masks = _masks(setup) if setup.second_teacher else []
     if setup.device == "cpu":
-        return [*(frozen if setup.sharded else []), *others]
+        return [rest, *masks, *others]
     statistics = _statistics(setup)
-    return [] if setup.sharded else [Term("statistics H, copied", statistics.amount, statistics.formula)]
+    return [rest, *masks, Term("statistics H, copied", statistics.amount, statistics.formula), *kept_by_host]
 
 
 def _host_phases(setup: Setup, over: list[Term], left: list[Term]) -> Phases:
@@ -135,6 +143,7 @@ def _host_phases(setup: Setup, over: list[Term], left: list[Term]) -> Phases:
         "controls pruned": [
             *left,
             Term("model", P * c, f"P · {c} = {P:,} · {c}"),
+            *([Term("model whose weights it takes over", P * c, f"P · {c} = {P:,} · {c}")] * setup.second_teacher),
             *([Term("statistics H", setup.statistics * 4, f"L Σ I · n · 4 = {setup.statistics:,} · 4"), _pca(setup)]
               if setup.sliced
               else [Term("inputs and outputs of a block", states,
