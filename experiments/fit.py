@@ -21,7 +21,7 @@ from typing import Any
 import torch
 import yaml
 from jsonargparse import ArgumentError, Namespace
-from lightning import Callback, LightningModule, Trainer
+from lightning import LightningModule
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.strategies import ModelParallelStrategy
@@ -29,40 +29,13 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 from callbacks.dashboard import Dashboard
 from callbacks.ending import Ending
-from callbacks.rotation_checkpoint import RotationCheckpoint, last_checkpoint
-from callbacks.terminal import console, results_table
+from callbacks.rotation_checkpoint import last_checkpoint
+from callbacks.terminal import console
 from datamodules.calibration import CalibrationDataModule
+from experiments.run_directory import DTYPES, WANDB_ID, RunRecord, check_checkpoint, differences, show, with_defaults
 from lightning_modules.rotation_module import RotationModule
-from rotpruner.artifacts import read_json, write_text
 from rotpruner.distributed import lost_rank
 from rotpruner.errors import InputError
-
-#: Settings of which `auto` asks the device. The record of a run holds the answer, so that it goes on in one dtype.
-_DTYPES = ("base_dtype", "compute_dtype")
-
-#: Where a run directory keeps the id of its run of wandb.
-_WANDB_ID = Path("wandb", "run_id")
-
-
-class RunRecord(Callback):
-    """Write `config.yaml` into the run directory once the model and the texts have turned out to be usable."""
-
-    def __init__(self, config: dict[str, Any], wandb_id: str | None = None) -> None:
-        self.config, self.wandb_id = config, wandb_id
-
-    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Whole or not at all: the file decides whether a later start is the same run."""
-        for name in _DTYPES:
-            if self.config["model"].get(name) == "auto":
-                self.config["model"][name] = str(getattr(pl_module, name)).removeprefix("torch.")
-        if trainer.is_global_zero:
-            run = Path(trainer.default_root_dir)
-            if self.wandb_id is not None:
-                write_text(self.wandb_id, run / _WANDB_ID)
-            write_text(yaml.safe_dump(self.config, sort_keys=False), run / "config.yaml")
-            for kind, lost in ((Ending, "exports or evaluates anything"), (RotationCheckpoint, "lets it be resumed")):
-                if not any(isinstance(callback, kind) for callback in trainer.callbacks):  # type: ignore[attr-defined]
-                    console.print(f"warning: no callback of this run {lost}; see experiments/configs")
 
 
 class FitCLI(LightningCLI):
@@ -128,13 +101,11 @@ class FitCLI(LightningCLI):
         self._house_wandb()
         if not known:
             return
-        for name in _DTYPES:
+        for name in DTYPES:
             if self.config_record["model"].get(name) == "auto":
                 self.config.model[name] = self.config_record["model"][name] = known["model"].get(name, "auto")
         known, finished = self._complete(known), (self.run_directory / "results.json").is_file()
-        then, now = (_what_is_learned(config, finished) for config in (known, self.config_record))
-        differing = list(_differences(then, now))
-        if differing:
+        if differing := differences(known, self.config_record, finished):
             raise InputError(
                 f"run directory '{self.run_directory}' belongs to another configuration ({recorded}), where "
                 f"{', '.join(differing)}; choose another --trainer.default_root_dir, or remove it"
@@ -152,7 +123,7 @@ class FitCLI(LightningCLI):
 
         The recorded configuration stays as it was given: in another directory, it is another run.
         """
-        recorded = self.run_directory / _WANDB_ID
+        recorded = self.run_directory / WANDB_ID
         for settings in _wandb_settings(self.config):
             if settings.get("save_dir") == ".":  # Lightning's default
                 settings["save_dir"] = str(self.run_directory)
@@ -164,7 +135,7 @@ class FitCLI(LightningCLI):
     def _complete(self, known: dict[str, Any]) -> dict[str, Any]:
         """A recorded configuration with today's defaults for options that are younger than it."""
         defaults = yaml.safe_load(self.parser.dump(self.parser.get_defaults(), skip_validation=True, skip_none=False))
-        return _filled(known, defaults)
+        return with_defaults(known, defaults)
 
     def instantiate_classes(self) -> None:
         """Build everything."""
@@ -226,79 +197,6 @@ def _wandb_settings(config: Any) -> list[Any]:
         for logger in loggers
         if isinstance(logger, (dict, Namespace)) and logger["class_path"].endswith(".WandbLogger")
     ]
-
-
-#: Callbacks that change nothing of what a run writes but its logs.
-_WATCHING = ("callbacks.dashboard.Dashboard", "callbacks.perplexity.Perplexity", "callbacks.progress.StepProgress")
-
-
-def _what_is_learned(config: dict[str, Any], finished: bool) -> dict[str, Any]:
-    """A configuration without what says where it runs and what is seen of it.
-
-    An unfinished run may go on with other processes, and then with another `batch_size`, which counts one
-    process's rows; that the batches of all of them stay alike is checked against the checkpoint.
-    """
-    places = {
-        "trainer": {
-            *("accelerator", "strategy", "devices", "num_nodes", "default_root_dir"),
-            *("logger", "log_every_n_steps", "profiler", "enable_progress_bar", "enable_model_summary"),
-        },
-        # Where weights wait and what is computed twice changes no number, and helps a run whose memory was too small.
-        "model": {"cache_dense", "gradient_checkpointing", "offload"},
-        "data": set(),
-    }
-    if not finished:
-        places["data"].add("batch_size")
-    trainer = config.get("trainer", {})
-    if isinstance(trainer.get("callbacks"), list):
-        others = [callback for callback in trainer["callbacks"] if callback["class_path"] not in _WATCHING]
-        config = {**config, "trainer": {**trainer, "callbacks": others}}
-    if exceptions := config.get("model", {}).get("exceptions"):  # the last match counts, so their order does
-        config = {**config, "model": {**config["model"], "exceptions": list(exceptions.items())}}
-    return {
-        part: {key: value for key, value in settings.items() if key not in places[part]} if part in places else settings
-        for part, settings in config.items()
-    }
-
-
-def _filled(known: Any, defaults: Any) -> Any:
-    """A configuration with defaults where it says nothing; what names a class has arguments of its own."""
-    if not isinstance(known, dict) or not isinstance(defaults, dict) or "class_path" in known:
-        return known
-    filled = {key: _filled(value, defaults.get(key)) for key, value in known.items()}
-    return {**{key: value for key, value in defaults.items() if key not in known}, **filled}
-
-
-def _differences(known: Any, given: Any, name: str = "") -> Iterator[str]:
-    """What each setting is in a known configuration that a given one has otherwise."""
-    if isinstance(known, dict) and isinstance(given, dict):
-        for key in dict.fromkeys([*known, *given]):
-            yield from _differences(known.get(key), given.get(key), f"{name}.{key}" if name else key)
-    elif known != given:
-        short = len(f"{known}{given}") < 80
-        yield f"{name} is {known} instead of {given}" if short else f"{name} is another"
-
-
-def check_checkpoint(checkpoint: Path) -> None:
-    """Raise `InputError` if a checkpoint cannot be read; of a directory of shards, whose index torch pickles, only
-    the rest is read here: it is the run's own."""
-    try:
-        if checkpoint.is_dir() and not (checkpoint / ".metadata").is_file():
-            raise FileNotFoundError(".metadata")
-        file = checkpoint / "meta.pt" if checkpoint.is_dir() else checkpoint
-        torch.load(file, map_location="cpu", weights_only=True, mmap=True)  # a recovery's is larger than its model
-    except Exception as error:  # a damaged archive shows itself in many ways
-        raise InputError(
-            f"checkpoint '{checkpoint}' is damaged ({type(error).__name__}); remove it to begin the run again"
-        ) from error
-
-
-@rank_zero_only
-def show(run: Path) -> None:
-    """Print the results of a finished run."""
-    results = read_json(run / "results.json")
-    console.print(f"{run} is finished; remove it to run again")
-    console.print(results_table(results))
 
 
 def main(arguments: list[str]) -> None:
