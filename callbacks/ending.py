@@ -20,8 +20,8 @@ from datamodules.texts import check_text
 from rotpruner.artifacts import write_json
 from rotpruner.errors import InputError
 from rotpruner.loading import check_seq_len, load_config, load_tokenizer
+from rotpruner.measures import parameter_count, sparsity_of
 from rotpruner.model_card import evaluation_of
-from rotpruner.oneshot import parameter_count, sparsity_of
 from rotpruner.provenance import commit, device_name
 from rotpruner.shortcuts import online_cost
 

@@ -11,8 +11,8 @@ from lightning import Trainer
 from callbacks.ending import Ending
 from rotpruner.artifacts import save_model
 from rotpruner.loading import load_config, load_model, load_tokenizer
+from rotpruner.measures import pattern_of
 from rotpruner.model_card import Origin, write_card
-from rotpruner.oneshot import pattern_of
 
 
 class RecoveryFinish(Ending):

@@ -25,7 +25,7 @@ from callbacks.terminal import track
 from experiments.arguments import Parser, add_device, at_least, report
 from rotpruner.errors import InputError
 from rotpruner.loading import load_config, load_model
-from rotpruner.oneshot import parameter_count
+from rotpruner.measures import parameter_count
 from rotpruner.provenance import commit, device_name, public_command
 from rotpruner.semi_structured import semi_structured, two_four_linears
 

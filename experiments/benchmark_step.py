@@ -20,8 +20,8 @@ from callbacks.terminal import track
 from datamodules.tokens import calibration_tokens
 from experiments.arguments import Parser, add_device, at_least, report
 from rotpruner.loading import check_pattern, check_seq_len, load_config, load_model, load_tokenizer, meta_model
+from rotpruner.measures import parameter_count
 from rotpruner.objectives import Objective
-from rotpruner.oneshot import parameter_count
 from rotpruner.patterns import parse_pattern
 from rotpruner.precision import fast_dtype
 from rotpruner.provenance import commit, device_name, public_command

@@ -19,13 +19,15 @@ from datamodules.tokens import calibration_tokens
 from experiments.arguments import Parser, add_device, at_least, report
 from rotpruner.allotment import LayerSparsity, check_allotment, described, parse_exceptions
 from rotpruner.artifacts import check_new_directory, save_model
+from rotpruner.calibration import gather_model_moments
 from rotpruner.compensation import check_compensation, compensate
 from rotpruner.errors import InputError
 from rotpruner.families import available_spaces
 from rotpruner.loading import check_pattern, check_seq_len, load_config, load_model, load_tokenizer, meta_model
+from rotpruner.measures import parameter_count, sparsity_of
 from rotpruner.memory import home_of
 from rotpruner.model_card import Origin, evaluation_of, pruner_name, write_card
-from rotpruner.oneshot import check_update, gather_model_moments, parameter_count, prune_model, sparsity_of
+from rotpruner.oneshot import check_update, prune_model
 from rotpruner.patterns import Pattern, Scope, Slice, parse_pattern
 from rotpruner.precision import resolve_dtype
 from rotpruner.provenance import commit, device_name, public_command

@@ -21,6 +21,7 @@ from transformers import PreTrainedModel
 
 from rotpruner.allotment import LayerSparsity, allot, check_allotment
 from rotpruner.basis import Basis, RotatedLinear, change_bases, check_offload, grouped, turn_residual_ends
+from rotpruner.calibration import linear_patterns, linears_to_watch
 from rotpruner.concentration import concentration
 from rotpruner.dense_cache import DenseCache
 from rotpruner.distributed import Ranks
@@ -32,7 +33,6 @@ from rotpruner.learned import Learned
 from rotpruner.loading import check_pattern
 from rotpruner.mask_choice import Masks
 from rotpruner.objectives import Objective
-from rotpruner.oneshot import linear_patterns, linears_to_watch
 from rotpruner.patterns import NM, Pattern, Slice
 from rotpruner.progress import Progress, unseen
 from rotpruner.pruners import Pruner

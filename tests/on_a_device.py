@@ -13,10 +13,11 @@ from tiny_models import exact, rotated_model, tiny
 
 from experiments.__main__ import main
 from rotpruner.api import learn
+from rotpruner.calibration import gather_model_moments
 from rotpruner.compensation import compensate
 from rotpruner.diagnostics import layer_table
 from rotpruner.objectives import Objective
-from rotpruner.oneshot import gather_model_moments, prune_model
+from rotpruner.oneshot import prune_model
 from rotpruner.patterns import parse_pattern
 from rotpruner.perplexity import perplexity
 from rotpruner.pruners import PRUNERS, resolve_pruner

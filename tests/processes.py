@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from rotpruner.distributed import Ranks
 from rotpruner.errors import InputError
-from rotpruner.oneshot import pattern_of, sparsity_of
+from rotpruner.measures import pattern_of, sparsity_of
 from rotpruner.pruners import Pruner
 
 # Children are forked from a server that has imported everything and computed nothing: starting one is cheap.

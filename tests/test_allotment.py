@@ -14,10 +14,11 @@ import rotpruner
 from experiments.__main__ import main
 from lightning_modules.rotation_module import RotationModule
 from rotpruner.allotment import allot, parse_exceptions
+from rotpruner.calibration import gather_model_moments
 from rotpruner.errors import InputError
 from rotpruner.layout import linear_modules
 from rotpruner.objectives import Objective
-from rotpruner.oneshot import gather_model_moments, prune_model
+from rotpruner.oneshot import prune_model
 from rotpruner.patterns import NM, Unstructured, parse_pattern
 from rotpruner.pruners import PRUNERS, resolve_pruner
 from rotpruner.rotations import random_rotations

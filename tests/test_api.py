@@ -13,7 +13,8 @@ import rotpruner
 from rotpruner.batches import chosen_windows
 from rotpruner.families import _FAMILIES, LLAMA
 from rotpruner.layout import linear_modules
-from rotpruner.oneshot import prune_model, sparsity_of
+from rotpruner.measures import sparsity_of
+from rotpruner.oneshot import prune_model
 from rotpruner.patterns import parse_pattern
 from rotpruner.pruners import Pruner, resolve_pruner
 from rotpruner.rotated_model import RotatedModel

@@ -13,7 +13,8 @@ from experiments.__main__ import main
 from experiments.benchmark_inference import measure, timed_generation
 from rotpruner.errors import InputError
 from rotpruner.loading import load_model
-from rotpruner.oneshot import parameter_count, prune_model
+from rotpruner.measures import parameter_count
+from rotpruner.oneshot import prune_model
 from rotpruner.packed import pack
 from rotpruner.patterns import parse_pattern
 from rotpruner.pruners import resolve_pruner

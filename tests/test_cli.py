@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 from experiments.__main__ import main
 from rotpruner.layout import linear_modules
 from rotpruner.loading import load_model
-from rotpruner.oneshot import sparsity_of
+from rotpruner.measures import sparsity_of
 from rotpruner.patterns import parse_pattern
 from rotpruner.surrogates import likeliest_mask
 

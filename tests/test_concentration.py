@@ -17,10 +17,10 @@ from tiny_models import exact, rotated_model, tiny, tiny_ids
 from experiments.__main__ import main
 from lightning_modules.rotation_module import RotationModule
 from rotpruner.allotment import allot
+from rotpruner.calibration import gather_model_moments
 from rotpruner.concentration import entropy, lost_mass
 from rotpruner.errors import InputError
 from rotpruner.objectives import Objective
-from rotpruner.oneshot import gather_model_moments
 from rotpruner.patterns import parse_pattern
 from rotpruner.pruners import resolve_pruner
 from rotpruner.rotated_model import RotatedModel

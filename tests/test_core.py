@@ -12,11 +12,13 @@ from conftest import tiny_llama
 from tiny_models import exact, rotated_model
 
 from rotpruner.api import learn
+from rotpruner.calibration import gather_model_moments
 from rotpruner.errors import InputError
 from rotpruner.fusion import fuse_norms
 from rotpruner.layout import block_linears
+from rotpruner.measures import sparsity_of
 from rotpruner.objectives import Objective
-from rotpruner.oneshot import gather_model_moments, prune_model, sparsity_of
+from rotpruner.oneshot import prune_model
 from rotpruner.orthogonal import (
     orthogonality_error,
     rotate_weight,

@@ -15,6 +15,7 @@ from tiny_models import rotated_model
 from callbacks import finish
 from experiments.__main__ import main
 from rotpruner.allotment import allot
+from rotpruner.calibration import gather_model_moments
 from rotpruner.diagnostics import (
     block_means,
     kept_mass,
@@ -25,7 +26,7 @@ from rotpruner.diagnostics import (
     write_diagnostics,
 )
 from rotpruner.layout import linear_modules
-from rotpruner.oneshot import gather_model_moments, prune_model
+from rotpruner.oneshot import prune_model
 from rotpruner.patterns import parse_pattern
 from rotpruner.pruners import resolve_pruner
 from rotpruner.rotations import merge_rotations, random_rotations

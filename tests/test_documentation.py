@@ -12,7 +12,7 @@ from code_blocks import ROOT, in_small, python_blocks
 from transformers import AutoModelForCausalLM
 
 import rotpruner
-from rotpruner.oneshot import sparsity_of
+from rotpruner.measures import sparsity_of
 
 PAGES = sorted(str(page.relative_to(ROOT)) for page in (ROOT / "docs").rglob("*.md") if python_blocks(str(page)))
 

@@ -17,8 +17,9 @@ from rotpruner.families import SPACES, available_spaces, family_of
 from rotpruner.fusion import fuse_norms
 from rotpruner.layout import module_at
 from rotpruner.loading import check_pattern, meta_model
+from rotpruner.measures import sparsity_of
 from rotpruner.objectives import Objective
-from rotpruner.oneshot import prune_model, sparsity_of
+from rotpruner.oneshot import prune_model
 from rotpruner.orthogonal import constraint_error, orthogonality_error
 from rotpruner.patterns import parse_pattern
 from rotpruner.placements import turns

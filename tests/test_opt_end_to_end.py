@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, OPTConfig, OPTForCausalLM
 
 from datamodules.texts import text_of
 from experiments.__main__ import main
-from rotpruner.oneshot import pattern_of
+from rotpruner.measures import pattern_of
 from rotpruner.perplexity import windows
 
 pytestmark = pytest.mark.slow

@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 from tiny_models import tiny
 
 from rotpruner.allotment import allot
+from rotpruner.calibration import linear_patterns
 from rotpruner.errors import InputError
-from rotpruner.oneshot import linear_patterns, prune_model
+from rotpruner.oneshot import prune_model
 from rotpruner.owl import outlier_sparsities
 from rotpruner.patterns import NM, Unstructured
 from rotpruner.pruners import resolve_pruner

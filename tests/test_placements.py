@@ -20,8 +20,9 @@ from rotpruner.artifacts import save_model
 from rotpruner.errors import InputError
 from rotpruner.families import available_spaces
 from rotpruner.layout import residual_boundaries
+from rotpruner.measures import sparsity_of
 from rotpruner.objectives import Objective
-from rotpruner.oneshot import prune_model, sparsity_of
+from rotpruner.oneshot import prune_model
 from rotpruner.patterns import parse_pattern
 from rotpruner.placements import basis_changes, residual_sites
 from rotpruner.pruners import resolve_pruner

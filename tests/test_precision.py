@@ -16,7 +16,8 @@ from experiments.plan_setup import read_setup
 from rotpruner.compensation import compensate
 from rotpruner.errors import InputError
 from rotpruner.loading import load_model
-from rotpruner.oneshot import prune_model, sparsity_of
+from rotpruner.measures import sparsity_of
+from rotpruner.oneshot import prune_model
 from rotpruner.patterns import parse_pattern
 from rotpruner.perplexity import summed_nll
 from rotpruner.precision import fast_dtype, resolve_dtype

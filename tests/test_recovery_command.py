@@ -27,7 +27,8 @@ from lightning_modules.recovery_module import RecoveryModule
 from rotpruner.errors import InputError
 from rotpruner.layout import linear_modules
 from rotpruner.loading import load_model, load_tokenizer
-from rotpruner.oneshot import pattern_of, prune_model, sparsity_of
+from rotpruner.measures import pattern_of, sparsity_of
+from rotpruner.oneshot import prune_model
 from rotpruner.patterns import parse_pattern
 from rotpruner.perplexity import perplexity
 from rotpruner.pruners import resolve_pruner

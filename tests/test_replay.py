@@ -6,10 +6,12 @@ import pytest
 import torch
 from tiny_models import MODELS, tiny
 
+from rotpruner.calibration import gather_model_moments, linears_to_watch
 from rotpruner.errors import InputError
 from rotpruner.families import family_of
 from rotpruner.layout import block_linears, linear_modules, module_at
-from rotpruner.oneshot import gather_model_moments, linears_to_watch, prune_model, sparsity_of
+from rotpruner.measures import sparsity_of
+from rotpruner.oneshot import prune_model
 from rotpruner.patterns import parse_pattern
 from rotpruner.pruners import resolve_pruner
 from rotpruner.replay import BlockReplay, moments_by_block

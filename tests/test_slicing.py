@@ -13,7 +13,8 @@ from transformers import AutoModelForCausalLM
 from experiments.__main__ import main
 from rotpruner.errors import InputError
 from rotpruner.fusion import fuse_block_norms, fuse_norms
-from rotpruner.oneshot import parameter_count, prune_model
+from rotpruner.measures import parameter_count
+from rotpruner.oneshot import prune_model
 from rotpruner.patterns import Slice, parse_pattern
 from rotpruner.pruners import resolve_pruner
 from rotpruner.replay import moments_by_block

@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM
 
 from experiments.__main__ import main
 from rotpruner.embedded import text_path
-from rotpruner.oneshot import pattern_of
+from rotpruner.measures import pattern_of
 
 pytestmark = pytest.mark.slow
 

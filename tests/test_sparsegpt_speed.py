@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from datamodules.texts import text_of
+from rotpruner.calibration import gather_model_moments
 from rotpruner.layout import block_linears, module_at
 from rotpruner.loading import load_model, load_tokenizer
-from rotpruner.oneshot import gather_model_moments
 from rotpruner.patterns import NM, Pattern, Unstructured
 from rotpruner.perplexity import windows
 from rotpruner.pruners.sparsegpt import SparseGPT

@@ -12,7 +12,7 @@ import pytest
 from code_blocks import ROOT, in_small, python_blocks
 from transformers import AutoModelForCausalLM
 
-from rotpruner.oneshot import sparsity_of
+from rotpruner.measures import sparsity_of
 
 pytestmark = pytest.mark.slow
 

@@ -15,8 +15,8 @@ from experiments.planning.costs import MAP_COSTS
 from experiments.planning.sizes import Setup, Term, summed, total
 from rotpruner.families import family_of
 from rotpruner.layout import module_at, residual_sublayers
+from rotpruner.measures import parameter_count
 from rotpruner.objectives import CHUNK
-from rotpruner.oneshot import parameter_count
 from rotpruner.permutations import MOST_ROWS
 
 #: Bytes that libraries take at their first use. CPU: measured, code and scratch space of matrix products. GPU: the

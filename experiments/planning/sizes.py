@@ -19,8 +19,8 @@ import torch
 from rotpruner.allotment import LayerSparsity
 from rotpruner.layout import BlockLinear, block_linears, module_at
 from rotpruner.loading import meta_model
+from rotpruner.measures import parameter_count
 from rotpruner.objectives import Objective
-from rotpruner.oneshot import parameter_count
 from rotpruner.orthogonal import MapName
 from rotpruner.patterns import NM, Pattern, Slice
 from rotpruner.placements import Placement, basis_changes, head_dim, key_value_heads, mlp_width, space_shape
