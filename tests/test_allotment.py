@@ -7,7 +7,7 @@ import json
 
 import pytest
 import torch
-from tiny_models import MODELS, exact, rotated_model, tiny, tiny_ids
+from tiny_models import MODELS, calibrated_in, exact, rotated_model, tiny, tiny_ids
 from transformers import AutoModelForCausalLM
 
 import rotpruner
@@ -151,9 +151,7 @@ def test_learning_goes_on_behind_an_update_under_exceptions():
     pruned = copy.deepcopy(dense)
     prune_model(pruned, resolve_pruner("magnitude"), parse_pattern("2:4"), rotations=rotations, exceptions=EXCEPTIONS)
     for exceptions in (EXCEPTIONS, {}):
-        rotated = rotated_model(copy.deepcopy(dense), list(rotations), exceptions=exceptions)
-        rotated.rotations.restart(rotations)
-        rotated.calibrate(ids.split(1))
+        rotated = calibrated_in(rotations, dense, ids, exceptions=exceptions)
         if exceptions:
             rotated.go_on_from(dense, pruned, rotations)
             rotated.refresh_masks()

@@ -7,7 +7,7 @@ import json
 
 import pytest
 import torch
-from tiny_models import MODELS, exact, rotated_model, tiny, tiny_ids
+from tiny_models import MODELS, calibrated_in, exact, rotated_model, tiny, tiny_ids
 from transformers import AutoModelForCausalLM
 
 from rotpruner.errors import InputError
@@ -70,9 +70,7 @@ def test_learning_goes_on_where_the_pruned_model_is(placement):
     spaces = ["residual", "value_heads", "mlp"]
     given = random_rotations(dense.config, spaces, 0, torch.float64, placement)
     pruned = pruned_and_updated(dense, given)
-    rotated = rotated_model(copy.deepcopy(dense), spaces, placement=placement)
-    rotated.rotations.restart(given)
-    rotated.calibrate(ids.split(1))
+    rotated = calibrated_in(given, dense, ids, placement=placement)
     rotated.go_on_from(copy.deepcopy(dense), pruned, given)
     assert rotated.refresh_masks() == 0  # wanda would choose others
     torch.testing.assert_close(rotated(ids).logits, pruned(input_ids=ids).logits)
@@ -94,9 +92,7 @@ def test_masks_stay_in_the_basis_that_they_were_chosen_in(given, own, fits):
     dense, ids = exact(tiny("llama-3")), tiny_ids(2)
     drawn = random_rotations(dense.config, ["residual", "value_heads"], 0, torch.float64, given)
     pruned = pruned_and_updated(dense, drawn)
-    rotated = rotated_model(copy.deepcopy(dense), placement=own)
-    rotated.rotations.restart(drawn)
-    rotated.calibrate(ids.split(1))
+    rotated = calibrated_in(drawn, dense, ids, placement=own)
     if fits:
         rotated.go_on_from(dense, pruned, drawn)
         rotated.refresh_masks()
@@ -111,9 +107,7 @@ def test_a_linear_that_is_not_to_be_pruned_gets_back_what_was_removed():
     drawn = random_rotations(dense.config, ["residual", "value_heads"], 0, torch.float64)
     pruned = pruned_and_updated(dense, drawn)
     exceptions = {"*.v_proj": parse_pattern("0")}
-    rotated = rotated_model(copy.deepcopy(dense), exceptions=exceptions)
-    rotated.rotations.restart(drawn)
-    rotated.calibrate(ids.split(1))
+    rotated = calibrated_in(drawn, dense, ids, exceptions=exceptions)
     rotated.go_on_from(copy.deepcopy(dense), pruned, drawn)
     rotated.refresh_masks()
     taken = copy.deepcopy(dense)

@@ -136,6 +136,14 @@ def rotated_model(
     return RotatedModel(base, rotations, resolve_pruner(pruner), parse_pattern(pattern), **settings)
 
 
+def calibrated_in(rotations, dense, ids, **settings) -> RotatedModel:
+    """A copy of a model under the given rotations, its statistics gathered, as learning on begins."""
+    rotated = rotated_model(copy.deepcopy(dense), list(rotations), **settings)
+    rotated.rotations.restart(rotations)
+    rotated.calibrate(ids.split(1))
+    return rotated
+
+
 def byte_bpe(text: str, size: int) -> PreTrainedTokenizerFast:
     """Byte-level BPE of so many entries, cut into words like GPT-2's."""
     tokenizer = Tokenizer(models.BPE())
