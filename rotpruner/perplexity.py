@@ -66,7 +66,8 @@ def perplexity(
     """exp of the mean negative log-likelihood over `seq_len − 1` targets per window.
 
     Args:
-        model: a causal language model in evaluation mode; without a device any callable of `input_ids` does.
+        model: a causal language model in evaluation mode; without a device any callable of
+            `input_ids` and `use_cache` does.
         input_ids: (tokens,), a text tokenised once without special tokens; a copy goes to the model.
         seq_len: tokens per window.
         max_tokens: use only the first tokens of the text.

@@ -312,7 +312,7 @@ class RotatedModel(nn.Module):
 
     # -- what is minimised -----------------------------------------------------------------------
 
-    def forward(self, input_ids: Tensor, *, pruned: bool = True) -> Any:
+    def forward(self, input_ids: Tensor, *, pruned: bool = True, use_cache: bool = False) -> Any:
         """The rotated model's output as `transformers` returns it, for ids (batch, seq_len).
 
         Raises:
@@ -321,7 +321,7 @@ class RotatedModel(nn.Module):
         if pruned:
             self._check_masks()
         self._enter_rotated(pruned)
-        return self.base(input_ids=input_ids, use_cache=False)
+        return self.base(input_ids=input_ids, use_cache=use_cache)
 
     def loss(self, input_ids: Tensor, index: Tensor | None = None) -> dict[str, Tensor]:
         """The objective of one batch.
