@@ -130,6 +130,11 @@ class Ending(Callback, ABC):
             "online_flops": online_cost(model).flops,
         }
 
+    @property
+    def evaluation(self) -> str:
+        """How models are evaluated, in words."""
+        return evaluation_of(self.seq_len, self.max_tokens)
+
     def described(self, trainer: Trainer) -> Row:
         """What model cards say of every training and its evaluation, by `Origin`'s names."""
         data: Any = trainer.datamodule  # type: ignore[attr-defined]
@@ -139,7 +144,7 @@ class Ending(Callback, ABC):
             "seq_len": data.seq_len,
             "steps": trainer.global_step,
             "training_tokens": data.sequences_learned * data.seq_len if read else 0,
-            "evaluation": evaluation_of(self.seq_len, self.max_tokens),
+            "evaluation": self.evaluation,
             "config": self.config,
         }
 
@@ -153,6 +158,7 @@ class Ending(Callback, ABC):
                 "training_tokens": described["training_tokens"],
                 "trainable_parameters": trainer.lightning_module.trainable_parameters,
             },
+            "evaluation": described["evaluation"],
             "config": self.config,
             "commit": self._commit,
             "device": device_name(self._device),

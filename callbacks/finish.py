@@ -6,6 +6,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -48,13 +49,15 @@ class Finish(Ending):
     the basis that learning started from, such as that of a permutation; `no_update`, if it is asked for and
     `compensate` is set, is `rotpruner` without the weight update. Every row but the first is saved, loaded
     again by plain `transformers` and evaluated in float32; `export/README.md` is a model card with all rows.
-    Finished rows survive an interruption.
+    Finished rows survive an interruption. A fit that goes on from another one may name it by `before`, and has its
+    rows, too, with what that has made as `not_learned_on`; steps, tokens and seconds are then those of both.
 
     Args:
         texts: names or paths of test texts, none of which calibrated anything.
         seq_len: tokens per window.
         max_tokens: the first tokens of each text that are used; None takes all.
         controls: which of the control rows `pruner`, `start`, `random_rotation` and `no_update` to make.
+        before: run directory of the fit that this one goes on from, which was evaluated likewise.
     """
 
     def __init__(
@@ -63,9 +66,11 @@ class Finish(Ending):
         seq_len: int = 1024,
         max_tokens: int | None = 16384,
         controls: list[Literal["pruner", "start", "random_rotation", "no_update"]] = ["pruner", "random_rotation"],  # noqa: B006
+        before: str | None = None,
     ) -> None:
         super().__init__(texts, seq_len, max_tokens)
         self.controls = controls
+        self._before = None if before is None else _Before.read(Path(before))
         self._learned = Learned()
 
     def check(self, module: Any) -> None:
@@ -73,6 +78,19 @@ class Finish(Ending):
         super().check(module)
         if "no_update" in self.controls and not module.compensate:
             raise InputError("controls: no_update is rotpruner itself where compensate is 0: leave it out")
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Compare what is evaluated with what was."""
+        super().on_fit_start(trainer, pl_module)
+        if self._before is not None:
+            self._before.check(list(self._windows), self.evaluation)
+
+    def described(self, trainer: Trainer) -> Row:
+        """Steps and tokens of both fits, if there was one before."""
+        found = super().described(trainer)
+        if self._before is not None:
+            found |= {name: found[name] + self._before.budget[name] for name in ("steps", "training_tokens")}
+        return found
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
         """Delete rows left by an earlier finish; they describe older rotations."""
@@ -122,6 +140,9 @@ class Finish(Ending):
 
         Rotations.of(learned.rotations or {}, module.rotated.base).save_pretrained(run / "rotations", replace=True)
         rows = [self._kept(run, "dense", lambda: self._dense(name))]
+        if self._before is not None:
+            rows += self._before.rows
+            seconds += self._before.seconds
         made = {
             # The controls have the same sparsity in each block, as OWL may have shared it out.
             "pruner": (Learned(patterns=learned.patterns), module.compensate, 0.0),
@@ -190,3 +211,49 @@ class Finish(Ending):
         row = make()
         write_json(row, kept)
         return row
+
+
+@dataclass(frozen=True)
+class _Before:
+    """What a fit that another one goes on from has left in its results.
+
+    Attributes:
+        directory: of its run.
+        rows: of its controls, and of what it has made as `not_learned_on`.
+        budget: its steps and training tokens, by those names.
+        evaluation: how it was evaluated.
+    """
+
+    directory: Path
+    rows: list[Row]
+    budget: dict[str, int]
+    evaluation: str | None
+
+    @classmethod
+    def read(cls, directory: Path) -> _Before:
+        """Raises: InputError: it is no finished fit."""
+        try:
+            results = read_json(directory / "results.json")
+            rows = {row["name"]: row for row in results["rows"]}
+            made = {**rows["rotpruner"], "name": "not_learned_on"}
+            others = [row for name, row in rows.items() if name not in ("dense", "rotpruner", "not_learned_on")]
+            return cls(directory, [*others, made], results["budget"], results.get("evaluation"))
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise InputError(
+                f"before '{directory}' holds no results of a fit ({error!r}); name the run directory of one that has "
+                "ended"
+            ) from error
+
+    @property
+    def seconds(self) -> float:
+        """That it took to make what it has made."""
+        return self.rows[-1]["seconds"]
+
+    def check(self, texts: list[str], evaluation: str) -> None:
+        """Raise `InputError` if it was evaluated otherwise."""
+        known = list(self.rows[-1]["ppl"])
+        if (known, self.evaluation) != (texts, evaluation):
+            raise InputError(
+                f"before '{self.directory}' was evaluated on {', '.join(known)} ({self.evaluation}), and this fit is "
+                f"to be on {', '.join(texts)} ({evaluation}); evaluate both alike, or leave before out"
+            )

@@ -6,6 +6,7 @@ Options are LightningCLI's: `-c` stacks config files, and every argument can be 
 
 from __future__ import annotations
 
+import gc
 import logging
 import os
 import re
@@ -23,7 +24,7 @@ import yaml
 from jsonargparse import ArgumentError, Namespace
 from lightning import LightningModule
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
-from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.loggers import CSVLogger, WandbLogger
 from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
@@ -32,8 +33,9 @@ from callbacks.ending import Ending
 from callbacks.rotation_checkpoint import last_checkpoint
 from callbacks.terminal import console
 from datamodules.calibration import CalibrationDataModule
+from experiments.learn_on import LearnOn, first_fit, second_fit
 from experiments.run_directory import DTYPES, WANDB_ID, RunRecord, check_checkpoint, differences, show, with_defaults
-from lightning_modules.rotation_module import RotationModule
+from lightning_modules.rotation_module import RotationModule, check_takes_weights
 from rotpruner.distributed import lost_rank
 from rotpruner.errors import InputError
 
@@ -42,14 +44,20 @@ class FitCLI(LightningCLI):
     """LightningCLI over one run directory, `trainer.default_root_dir`.
 
     A run directory belongs to one configuration: a finished run is shown again, an unfinished one goes on
-    from its last checkpoint, and another configuration is refused.
+    from its last checkpoint, and another configuration is refused. With `learn_on` it is two fits
+    (`experiments.learn_on`): what is built here is the second one, and the first is run before it.
     """
 
+    finished = False
     resume_from: Path | None = None
     wandb_id: str | None = None
+    _first: dict[str, Any] | None = None
 
     def __init__(
-        self, arguments: list[str], module: type[LightningModule] = RotationModule, command: str = "fit"
+        self,
+        arguments: list[str] | dict[str, Any],
+        module: type[LightningModule] = RotationModule,
+        command: str = "fit",
     ) -> None:
         # Lightning's notes on seeds and accelerators would stand between a mistake and its one line of explanation.
         for name in ("lightning.pytorch", "lightning.fabric"):
@@ -75,12 +83,14 @@ class FitCLI(LightningCLI):
         parser.link_arguments("model.model", "data.model")
         parser.link_arguments("seed_everything", "data.seed")
         parser.link_arguments("seed_everything", "model.seed")
+        if self.command == "fit":
+            parser.add_argument("--learn_on", type=LearnOn | None, default=None, help="Second fit behind the update.")
         parser.set_defaults({"trainer.default_root_dir": f"runs/{self.command}", "trainer.barebones": False})
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Parse, with one-line errors."""
         try:
-            self.config = parser.parse_args(args)
+            self.config = parser.parse_args(args) if isinstance(args, list) else parser.parse_object(args)
         except ArgumentError as error:
             raise InputError(f"{error}; see python -m experiments {self.command} --help") from error
 
@@ -96,6 +106,10 @@ class FitCLI(LightningCLI):
             self.config.trainer.accelerator = "cpu"  # `check_trainer` would refuse what Lightning takes
         config = yaml.safe_load(self.parser.dump(self.config, skip_link_targets=False, skip_none=False))
         self.config_record = {key: value for key, value in config.items() if key != "config"}
+        if (learn_on := self.config_record.get("learn_on")) is not None:
+            both = self.config_record, self.run_directory
+            self._first = first_fit(*both)
+            self.config = self.parser.parse_object(second_fit(*both, LearnOn(**learn_on)))
         recorded = self.run_directory / "config.yaml"
         known = yaml.safe_load(recorded.read_text(encoding="utf-8")) if recorded.is_file() else {}
         self._house_wandb()
@@ -112,7 +126,8 @@ class FitCLI(LightningCLI):
             )
         if finished:
             show(self.run_directory)
-            sys.exit(0)
+            self.finished = True
+            return
         self.resume_from = last_checkpoint(self.run_directory)
         if self.resume_from is not None:
             check_checkpoint(self.resume_from)
@@ -138,9 +153,34 @@ class FitCLI(LightningCLI):
         return with_defaults(known, defaults)
 
     def instantiate_classes(self) -> None:
-        """Build everything."""
+        """Build everything, of a run that has not ended."""
+        if self.finished:
+            return
+        if self._first is not None:
+            self._run_first(self._first)
+            self._set_seed()  # as if this fit were alone
         with plain_refusals():
             super().instantiate_classes()
+
+    def _run_first(self, settings: dict[str, Any]) -> None:
+        """Run the first of two fits, once it is known that the second can go on from it."""
+        existed = self.run_directory.exists()
+        try:
+            first = FitCLI(settings)
+            if not first.finished:
+                sharded = isinstance(first.trainer.strategy, ModelParallelStrategy)
+                check_takes_weights(first.model.surrogate, first.model.pattern, sharded)
+            run_to_the_end(first)
+        except InputError:
+            if not existed and self.run_directory.is_dir() and not any(self.run_directory.iterdir()):
+                self.run_directory.rmdir()
+            raise
+        if not first.finished and first.trainer.is_global_zero:
+            for logger in first.trainer.loggers:
+                if isinstance(logger, WandbLogger):
+                    logger.experiment.finish()  # or the second fit would log into its run
+        del first
+        gc.collect()  # now, before a model is loaded again: modules and trainers refer to each other
 
     def instantiate_trainer(self, **kwargs: Any) -> Any:
         """Log to CSV files in the run directory, from which reports are made, besides loggers that are asked for."""
@@ -206,6 +246,8 @@ def main(arguments: list[str]) -> None:
 
 def run_to_the_end(cli: FitCLI) -> None:
     """Train, with the configuration recorded; what refuses its input before a step leaves no run directory behind."""
+    if cli.finished:
+        return
     for callback in cli.trainer.callbacks:  # type: ignore[attr-defined]
         if isinstance(callback, (Ending, Dashboard)):
             callback.config = cli.config_record

@@ -16,7 +16,7 @@ from experiments.arguments import report as print_json
 from experiments.gpus import GPUS, dtype_on
 from experiments.plan_setup import read_setup
 from experiments.planning.costs import disk_space, step_flops
-from experiments.planning.memory import MemoryPlan, largest, memory_plan
+from experiments.planning.memory import largest, memory_plan
 from experiments.planning.sizes import Setup, Term, total
 from rotpruner.precision import DtypeName
 
@@ -32,16 +32,42 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--count", type=at_least(1), help="GPUs; the config's trainer.devices if left out")
     options, rest = parser.parse_known_args(arguments)
     setup, model = read_setup(rest, options.gpu, options.count)
-    memory = memory_plan(setup)
     capacity = _capacity(options.gpu, setup.ranks)
-    flops = step_flops(setup)
-    seconds, rates = _seconds(flops, setup, options.gpu)
-    fits = memory.peak <= capacity
+    fits = _peak(setup) <= capacity
     result = {
         "model": model.model,
         "parameters": setup.parameters,
         "trainable_parameters": setup.trainable,
         "hardware": {"name": options.gpu, "count": setup.ranks, "bytes": capacity, "sharded": setup.sharded},
+        **_reckoned(setup, options.gpu),
+        "learn_on": setup.second and _reckoned(setup.second, options.gpu),
+        "disk": _terms(_disk(setup)),
+        "fits": fits,
+        "changes": [] if fits else _changes(setup, model.base_dtype, options.gpu, capacity),
+    }
+    if options.json:
+        print_json(result, True)
+    else:
+        _show(result, setup)
+
+
+def _peak(setup: Setup) -> int:
+    """Of the fit, and of the one behind its update."""
+    return max(memory_plan(fit).peak for fit in (setup, setup.second) if fit is not None)
+
+
+def _disk(setup: Setup) -> list[Term]:
+    """Of the run directory, in which a second fit keeps the first one's."""
+    again = [] if setup.second is None else disk_space(setup.second)
+    return [*disk_space(setup), *(replace(term, name=f"{term.name}, second fit") for term in again)]
+
+
+def _reckoned(setup: Setup, gpu: str) -> dict[str, Any]:
+    """What one fit takes."""
+    memory, flops = memory_plan(setup), step_flops(setup)
+    seconds, rates = _seconds(flops, setup, gpu)
+    return {
+        "steps": setup.steps,
         "memory": {
             "peak": memory.peak,
             "learning": memory.learning,
@@ -53,14 +79,8 @@ def main(arguments: list[str]) -> None:
         },
         "flops": _terms(flops),
         "seconds_per_step": seconds,
-        "disk": _terms(disk_space(setup)),
-        "fits": fits,
-        "changes": [] if fits else _changes(setup, model.base_dtype, options.gpu, capacity),
+        "seconds_formula": rates,
     }
-    if options.json:
-        print_json(result, True)
-    else:
-        _show(result, setup, memory, rates)
 
 
 def _capacity(gpu: str, ranks: int) -> int:
@@ -100,7 +120,7 @@ def _changes(setup: Setup, asked: DtypeName, gpu: str, capacity: int) -> list[di
     found: list[dict[str, Any]] = []
 
     def weigh(change: str, changed: Setup, room: int) -> bool:
-        peak = memory_plan(changed).peak
+        peak = _peak(changed)
         found.append({"change": change, "peak": peak, "fits": peak <= room})
         return peak <= room
 
@@ -119,7 +139,7 @@ def _changes(setup: Setup, asked: DtypeName, gpu: str, capacity: int) -> list[di
     for name in [gpu, *(other for other in GPUS if GPUS[other].memory > capacity)]:
         for ranks in (2, 4, 8, 16, 32):
             shared = replace(setup, dtype=dtype_on(asked, name), ranks=ranks, sharded=True, offload=False)
-            if memory_plan(shared).peak <= GPUS[name].memory or ranks == 32:
+            if _peak(shared) <= GPUS[name].memory or ranks == 32:
                 change = f"--gpu {name} --count {ranks}, and a ModelParallelStrategy"
                 weigh(change + " without offload" * setup.offload, shared, int(GPUS[name].memory))
                 break
@@ -142,9 +162,10 @@ def _savings(setup: Setup) -> list[tuple[list[str], dict[str, Any], bool]]:
     ]
 
 
-def _show(result: dict[str, Any], setup: Setup, memory: MemoryPlan, rates: str) -> None:
+def _show(result: dict[str, Any], setup: Setup) -> None:
     """For a person, on standard output."""
-    hardware, worst = result["hardware"], largest(memory.phases)
+    memory, hardware = memory_plan(setup), result["hardware"]
+    worst = largest(memory.phases)
     where = f"{hardware['count']} × {hardware['name']}" + ", weights sharded" * hardware["sharded"]
     print(f"{result['model']}: {setup.parameters:,} parameters, {setup.trainable:,} of rotations learn\n")
     print(*setup.legend(), sep="\n")
@@ -159,9 +180,8 @@ def _show(result: dict[str, Any], setup: Setup, memory: MemoryPlan, rates: str) 
     _table("operations of a step", [Term(**term) for term in result["flops"]], _TERA, "TFLOP")
     _table("disk", [Term(**term) for term in result["disk"]])
     if (seconds := result["seconds_per_step"]) is not None:
-        print(
-            f"\ntime: {rates} = {seconds:.2f} s a step: TFLOP by peak TFLOP/s, the orthogonal map in single precision,"
-        )
+        print(f"\ntime: {result['seconds_formula']} = {seconds:.2f} s a step: TFLOP by peak TFLOP/s,")
+        print("the orthogonal map in single precision,")
         if setup.fetches:
             print("and GB copied from the host, forward and again backward, by the link's peak GB/s; products")
         print(f"at {_EFFICIENCY:.0%} of the peak (assumed); {setup.steps} steps take {seconds * setup.steps / 60:.0f} "
@@ -173,7 +193,12 @@ def _show(result: dict[str, Any], setup: Setup, memory: MemoryPlan, rates: str) 
         dearest = largest(memory.host_phases)
         print(f"\nmain memory that it takes besides: {memory.host / _GIB:.2f} GiB, most of it when: {dearest};")
         print("less if the model, its copies and its states fit into half of what the GPU has free at the end")
-    print(f"\npeak {memory.peak / _GIB:.2f} GiB of {hardware['bytes'] / _GIB:.0f} GiB: {verdict}")
+    if (second := result["learn_on"]) is not None:
+        peak, host = (second["memory"][name] / _GIB for name in ("peak", "host"))
+        beside = "" if hardware["name"] == "cpu" else f", {host:.2f} GiB of main memory besides"
+        minutes = "" if seconds is None else f", {second['seconds_per_step'] * second['steps'] / 60:.0f} minutes"
+        print(f"\nlearning on behind the update: {second['steps']} steps, peak {peak:.2f} GiB{beside}{minutes}")
+    print(f"\npeak {_peak(setup) / _GIB:.2f} GiB of {hardware['bytes'] / _GIB:.0f} GiB: {verdict}")
     for change in result["changes"]:
         print(f"  {change['peak'] / _GIB:8.2f} GiB {'fits' if change['fits'] else 'too large':10} {change['change']}")
 

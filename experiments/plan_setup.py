@@ -12,6 +12,7 @@ from callbacks.ending import Ending
 from callbacks.perplexity import Perplexity
 from experiments.fit import FitCLI, check_limited, plain_refusals
 from experiments.gpus import dtype_on
+from experiments.learn_on import LearnOn
 from experiments.planning.sizes import Setup
 from lightning_modules.rotation_module import RotationModule
 from rotpruner.batches import CalibrationBatches
@@ -84,6 +85,7 @@ def read_setup(arguments: list[str], gpu: str, count: int | None) -> tuple[Setup
         steps=_steps(trainer, data, count),
         gradient_checkpointing=module.gradient_checkpointing,
         offload=module.offload,
+        learn_on=LearnOn(**learn_on.as_dict()).steps if (learn_on := cli.config.learn_on) else 0,
         second_teacher=module.init_weights is not None,
         optimizer_states=_states(module.optimizer_of([torch.nn.Parameter(torch.eye(4))])),
         keeps_unmasked=module.surrogate.keeps_unmasked,

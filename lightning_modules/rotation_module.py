@@ -25,7 +25,7 @@ from rotpruner.kept_weights import check_kept_weights
 from rotpruner.loading import check_pattern, check_seq_len, load_config, load_model, meta_model
 from rotpruner.objectives import Objective
 from rotpruner.orthogonal import MapName, orthogonality_error
-from rotpruner.patterns import Scope, Slice, parse_pattern
+from rotpruner.patterns import Pattern, Scope, Slice, parse_pattern
 from rotpruner.placements import Placement, residual_sites
 from rotpruner.precision import DtypeName, resolve_dtype
 from rotpruner.progress import Progress, unseen
@@ -152,9 +152,7 @@ class RotationModule(LightningModule):
         if init_weights is not None:
             if init_rotations is None:
                 raise InputError("init_weights are of a model that was pruned in a basis: give its init_rotations, too")
-            if surrogate.learns_masks or isinstance(self.pattern, Slice):
-                which = f"surrogate {surrogate.name}" if surrogate.learns_masks else f"pattern {self.pattern}"
-                raise InputError(f"init_weights keep the masks that they come with, and {which} has none of a pruner's")
+            check_takes_weights(surrogate, self.pattern)
             check_kept_weights(config, load_config(init_weights))
         self.model_config = config
         self.orthogonal_map, self.start, self.seed = orthogonal_map, start, seed
@@ -193,8 +191,8 @@ class RotationModule(LightningModule):
             raise InputError(
                 f"ModelParallelStrategy needs torch 2.7 or newer, this is {torch.__version__}; update it, or use ddp"
             )
-        if sharded and self.init_weights is not None:
-            raise InputError("init_weights go into whole weights, which ModelParallelStrategy shards: use ddp")
+        if self.init_weights is not None:
+            check_takes_weights(self.surrogate, self.pattern, sharded)
         if sharded and self.surrogate.learns_masks:
             raise InputError("surrogate gumbel learns masks, which ModelParallelStrategy does not share out; use ddp")
         if sharded and self.orthogonal_map == "manifold":
@@ -338,3 +336,17 @@ class RotationModule(LightningModule):
         # Those of earlier versions have one random state.
         self._restored = {"mask_rng_state": checkpoint.get("mask_rng_state", checkpoint["rng_state"]), **kept}
         torch.set_rng_state(checkpoint["rng_state"])  # a run that has only its end before it never starts to train
+
+
+def check_takes_weights(surrogate: Surrogate, pattern: Pattern | Slice, sharded: bool = False) -> None:
+    """Raise `InputError` if what a pruned model has kept cannot be gone on from, by `init_weights` or `learn_on`."""
+    if surrogate.learns_masks or isinstance(pattern, Slice):
+        which = f"surrogate {surrogate.name}" if surrogate.learns_masks else f"pattern {pattern}"
+        raise InputError(
+            f"init_weights (learn_on gives them, too) keep the masks that they come with, and {which} has none of a "
+            "pruner's"
+        )
+    if sharded:
+        raise InputError(
+            "init_weights (learn_on gives them, too) go into whole weights, which ModelParallelStrategy shards: use ddp"
+        )

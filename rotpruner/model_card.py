@@ -35,6 +35,7 @@ _ROWS = {
     "pca": "control: the same slice in the basis of principal directions, nothing learned",
     "random_rotation": "control: the same pruner in a random basis",
     "no_update": "control: this model before the weight update",
+    "not_learned_on": "control: this model before its rotations learned on behind the weight update",
     "rotpruner": "this model",
     "pruned": "this model",
     "recovered": "this model",

@@ -27,6 +27,8 @@ from processes import (
 )
 from safetensors.torch import load_file
 
+from experiments.__main__ import main
+
 
 def logged(run: Path) -> dict[str, list[float]]:
     """What the run has logged, by name, in order."""
@@ -138,6 +140,33 @@ def test_a_config_file_alone_fits_on_two_ranks_and_goes_on_after_a_kill(parallel
     assert start_ranks([*together(parallel_config, tmp_path / "whole"), *unfinished]) == [0, 0]
     for space, Q in load_file(tmp_path / "whole" / "rotations" / "rotations.safetensors").items():
         assert torch.equal(resumed[space], Q), space
+
+
+@pytest.mark.parametrize(
+    "own", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["ranks of a launcher", "ranks of its own"]
+)
+def test_two_ranks_learn_on_behind_the_update(own, parallel_config, test_text_file, tmp_path):
+    """The second fit runs in the processes, and the process group, of the first."""
+
+    def arguments(name: str) -> list[str]:
+        both = ["--model.compensate", "2", "--learn_on.steps", "3", "--model.base_dtype", "float64"]
+        return [*finishing(parallel_config, test_text_file, 4, tmp_path / name), *both]
+
+    if own:
+        fit = [sys.executable, "-m", "experiments", *arguments("two")]
+        done = subprocess.run(
+            fit, capture_output=True, text=True, timeout=200, env={**os.environ, "OMP_NUM_THREADS": "1"}
+        )
+        assert done.returncode == 0, done.stderr
+    else:
+        assert start_ranks(arguments("two"), target=command) == [0, 0]
+    one = ["--trainer.devices", "1", "--trainer.strategy", "auto", "--data.batch_size", "4"]
+    assert main([*arguments("one"), *one]) == 0
+    for part in ("first-fit", "."):
+        rotations = {
+            name: load_file(tmp_path / name / part / "rotations" / "rotations.safetensors") for name in ("one", "two")
+        }
+        assert_alike(rotations["two"], rotations["one"], 1e-5)
 
 
 SMOLLM2 = """

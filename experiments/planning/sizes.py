@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -70,6 +70,7 @@ class Setup:
         test_tokens: of the longest text on which perplexity is measured at the end.
         gradient_checkpointing: whether blocks are recomputed in the backward pass.
         offload: whether the decoder linears' weights wait in main memory; with gradient checkpointing, unsharded.
+        learn_on: steps of a second fit behind the update of the kept weights, see `second`; 0 is none.
         second_teacher: whether the dense model is there besides a base that has taken over other weights.
         optimizer_states: tensors that the optimiser keeps for each parameter; Adam has 2.
         keeps_unmasked: whether the surrogate keeps W' besides the masked weight (SR-STE does).
@@ -98,6 +99,7 @@ class Setup:
     steps: int = 100
     gradient_checkpointing: bool = False
     offload: bool = False
+    learn_on: int = 0
     second_teacher: bool = False
     optimizer_states: int = 2
     keeps_unmasked: bool = False
@@ -109,6 +111,14 @@ class Setup:
     def __post_init__(self) -> None:
         if self.model is None:
             object.__setattr__(self, "model", meta_model(self.config))
+
+    @property
+    def second(self) -> Setup | None:
+        """The fit that goes on behind the update, if there is one."""
+        if not self.learn_on:
+            return None
+        changed: dict[str, Any] = {"steps": self.learn_on, "learn_on": 0, "compensate": 0, "start": "identity"}
+        return replace(self, **changed, second_teacher=True)
 
     @cached_property
     def linears(self) -> list[tuple[BlockLinear, int, int]]:

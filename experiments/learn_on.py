@@ -1,0 +1,93 @@
+"""Learning on behind the update: a fit of two, the second of which begins where the first has ended."""
+
+from __future__ import annotations
+
+import copy
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rotpruner.errors import InputError
+
+#: Where a run directory has that of its first fit.
+FIRST_FIT = "first-fit"
+
+_FINISH = "callbacks.finish.Finish"
+
+
+@dataclass(frozen=True)
+class LearnOn:
+    """A second fit of the same run: rotations go on learning behind the weight update, under its masks.
+
+    Args:
+        steps: of the second fit.
+        lr_factor: of its optimiser's rate, from the first fit's.
+
+    Raises:
+        InputError: they are no steps and no factor.
+    """
+
+    steps: int
+    lr_factor: float = 0.1
+
+    def __post_init__(self) -> None:
+        if self.steps < 1:
+            raise InputError(f"learn_on.steps {self.steps} must be at least 1; learn_on null leaves it at one fit")
+        if not 0 < self.lr_factor < math.inf:
+            raise InputError(f"learn_on.lr_factor {self.lr_factor} must be above 0")
+
+
+def first_fit(config: dict[str, Any], run: Path) -> dict[str, Any]:
+    """The settings of the first fit of a run, from the whole run's configuration; it has a directory inside the run's.
+
+    Raises:
+        InputError: there is nothing to learn on behind.
+    """
+    settings = _own(config)
+    if not settings["model"]["compensate"]:
+        raise InputError(
+            "learn_on goes on behind the weight update, and model.compensate is 0: give it the sequences to fit on, or "
+            "learn_on null"
+        )
+    if settings["model"]["init_weights"] is not None:
+        raise InputError("learn_on is a fit with init_weights itself: give learn_on null to go on from your own")
+    if settings["trainer"]["fast_dev_run"]:
+        raise InputError("trainer.fast_dev_run leaves nothing to go on from: give learn_on null, too")
+    if not any(callback["class_path"] == _FINISH for callback in _callbacks(settings)):
+        raise InputError(f"learn_on goes on from what {_FINISH} exports, which is not among trainer.callbacks: add it")
+    settings["trainer"]["default_root_dir"] = str(run / FIRST_FIT)
+    for logger in _listed(settings["trainer"]["logger"]):
+        if isinstance(logger, dict):  # one run of wandb holds one fit
+            for name in ("id", "version"):
+                logger.get("init_args", {}).pop(name, None)
+    return settings
+
+
+def second_fit(config: dict[str, Any], run: Path, learn_on: LearnOn) -> dict[str, Any]:
+    """The settings of the second fit of a run, whose first one has ended; controls are taken from there."""
+    settings, first = _own(config), run / FIRST_FIT
+    model, trainer = settings["model"], settings["trainer"]
+    model |= {"compensate": 0, "init_rotations": str(first / "rotations"), "init_weights": str(first / "export")}
+    model["optimizer"]["init_args"]["lr"] *= learn_on.lr_factor
+    trainer |= {"max_steps": learn_on.steps, "max_epochs": None, "min_steps": None, "min_epochs": None}
+    for callback in _callbacks(settings):
+        if callback["class_path"] == _FINISH:
+            callback["init_args"] |= {"controls": [], "before": str(first)}
+    return settings
+
+
+def _own(config: dict[str, Any]) -> dict[str, Any]:
+    """A configuration of one fit, without what the parser links itself."""
+    settings = copy.deepcopy(config) | {"learn_on": None}
+    for part, name in (("data", "model"), ("data", "seed"), ("model", "seed")):
+        del settings[part][name]
+    return settings
+
+
+def _callbacks(settings: dict[str, Any]) -> list[dict[str, Any]]:
+    return _listed(settings["trainer"]["callbacks"])
+
+
+def _listed(given: Any) -> list[Any]:
+    return given if isinstance(given, list) else [] if given is None else [given]
