@@ -33,11 +33,13 @@ from callbacks.ending import Ending
 from callbacks.rotation_checkpoint import last_checkpoint
 from callbacks.terminal import console
 from datamodules.calibration import CalibrationDataModule
-from experiments.learn_on import LearnOn, first_fit, second_fit
+from experiments.learn_on import first_fit, second_fit
 from experiments.run_directory import DTYPES, WANDB_ID, RunRecord, check_checkpoint, differences, show, with_defaults
-from lightning_modules.rotation_module import RotationModule, check_takes_weights
+from lightning_modules.rotation_module import RotationModule
 from rotpruner.distributed import lost_rank
 from rotpruner.errors import InputError
+from rotpruner.kept_weights import check_takes_weights
+from rotpruner.learned import LearnOn
 
 
 class FitCLI(LightningCLI):

@@ -3,39 +3,16 @@
 from __future__ import annotations
 
 import copy
-import math
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from rotpruner.errors import InputError
+from rotpruner.learned import LearnOn
 
 #: Where a run directory has that of its first fit.
 FIRST_FIT = "first-fit"
 
 _FINISH = "callbacks.finish.Finish"
-
-
-@dataclass(frozen=True)
-class LearnOn:
-    """A second fit of the same run: rotations go on learning behind the weight update, under its masks.
-
-    Args:
-        steps: of the second fit.
-        lr_factor: of its optimiser's rate, from the first fit's.
-
-    Raises:
-        InputError: they are no steps and no factor.
-    """
-
-    steps: int
-    lr_factor: float = 0.1
-
-    def __post_init__(self) -> None:
-        if self.steps < 1:
-            raise InputError(f"learn_on.steps {self.steps} must be at least 1; learn_on null leaves it at one fit")
-        if not 0 < self.lr_factor < math.inf:
-            raise InputError(f"learn_on.lr_factor {self.lr_factor} must be above 0")
 
 
 def first_fit(config: dict[str, Any], run: Path) -> dict[str, Any]:

@@ -12,11 +12,11 @@ from callbacks.ending import Ending
 from callbacks.perplexity import Perplexity
 from experiments.fit import FitCLI, check_limited, plain_refusals
 from experiments.gpus import dtype_on
-from experiments.learn_on import LearnOn
 from experiments.planning.sizes import Setup
 from lightning_modules.rotation_module import RotationModule
 from rotpruner.batches import CalibrationBatches
 from rotpruner.errors import InputError
+from rotpruner.learned import LearnOn
 from rotpruner.placements import turns
 
 #: Tokens of WikiText-2's test split, about.

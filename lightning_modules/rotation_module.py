@@ -21,11 +21,11 @@ from rotpruner.choices import Choices
 from rotpruner.compensation import check_compensation
 from rotpruner.distributed import Ranks
 from rotpruner.errors import InputError
-from rotpruner.kept_weights import check_kept_weights
+from rotpruner.kept_weights import check_kept_weights, check_takes_weights
 from rotpruner.loading import check_pattern, check_seq_len, load_config, load_model, meta_model
 from rotpruner.objectives import Objective
 from rotpruner.orthogonal import MapName, orthogonality_error
-from rotpruner.patterns import Pattern, Scope, Slice, parse_pattern
+from rotpruner.patterns import Scope, parse_pattern
 from rotpruner.placements import Placement, residual_sites
 from rotpruner.precision import DtypeName, resolve_dtype
 from rotpruner.progress import Progress, unseen
@@ -336,17 +336,3 @@ class RotationModule(LightningModule):
         # Those of earlier versions have one random state.
         self._restored = {"mask_rng_state": checkpoint.get("mask_rng_state", checkpoint["rng_state"]), **kept}
         torch.set_rng_state(checkpoint["rng_state"])  # a run that has only its end before it never starts to train
-
-
-def check_takes_weights(surrogate: Surrogate, pattern: Pattern | Slice, sharded: bool = False) -> None:
-    """Raise `InputError` if what a pruned model has kept cannot be gone on from, by `init_weights` or `learn_on`."""
-    if surrogate.learns_masks or isinstance(pattern, Slice):
-        which = f"surrogate {surrogate.name}" if surrogate.learns_masks else f"pattern {pattern}"
-        raise InputError(
-            f"init_weights (learn_on gives them, too) keep the masks that they come with, and {which} has none of a "
-            "pruner's"
-        )
-    if sharded:
-        raise InputError(
-            "init_weights (learn_on gives them, too) go into whole weights, which ModelParallelStrategy shards: use ddp"
-        )

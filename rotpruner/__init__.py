@@ -1,7 +1,9 @@
 """Learn orthogonal rotations of a language model so that it prunes well, merge them away, keep a plain checkpoint."""
 
-from rotpruner.api import learn, prune, save
+from rotpruner.api import prune, save
 from rotpruner.errors import InputError
+from rotpruner.learned import LearnOn
+from rotpruner.learning import learn
 from rotpruner.loading import load_model, load_tokenizer
 from rotpruner.loading import load_model as load
 from rotpruner.objectives import Objective
@@ -19,6 +21,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "InputError",
+    "LearnOn",
     "LearnedRotations",
     "Objective",
     "RotatedModel",

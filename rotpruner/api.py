@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import copy
-import gc
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -17,76 +15,26 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rotpruner.allotment import LayerSparsity, check_allotment, parse_exceptions
 from rotpruner.artifacts import check_new_directory, save_model
-from rotpruner.batches import CalibrationBatches, chosen_windows
+from rotpruner.batches import chosen_windows
 from rotpruner.choices import Choices
 from rotpruner.compensation import check_compensation
-from rotpruner.compensation import compensate as compensate_weights
 from rotpruner.embedded import embedded_name
 from rotpruner.errors import InputError
-from rotpruner.learned import Learned
+from rotpruner.kept_weights import check_takes_weights
+from rotpruner.learned import Learned, LearnOn
 from rotpruner.loading import check_pattern, check_seq_len
 from rotpruner.model_card import Origin, pruner_name, write_card
 from rotpruner.objectives import Objective
-from rotpruner.oneshot import prune_model
 from rotpruner.patterns import Pattern, Scope, Slice, parse_pattern
 from rotpruner.perplexity import windows
 from rotpruner.placements import Placement, check_placement
-from rotpruner.precision import cast_parameters, fast_dtype
+from rotpruner.precision import fast_dtype
 from rotpruner.progress import Progress, unseen
 from rotpruner.pruners import Pruner, resolve_pruner
-from rotpruner.rotated_model import RotatedModel
+from rotpruner.pruning import Pruning, Rotating
 from rotpruner.rotation_artifact import Rotations
-from rotpruner.rotations import LearnedRotations, Start
+from rotpruner.rotations import Start
 from rotpruner.surrogates import Surrogate
-
-
-def learn(
-    rotated: RotatedModel,
-    batches: Iterable[tuple[Tensor, Tensor | None]],
-    *,
-    steps: int,
-    lr: float = 2e-3,
-    refresh_every: int = 5,
-    on_step: Callable[[int, dict[str, float]], None] = lambda step, losses: None,
-    progress: Progress = unseen,
-) -> None:
-    """Learn the rotations, and a surrogate's logits, with Adam under a cosine schedule, re-pruning every few steps.
-
-    Args:
-        rotated: calibrated.
-        batches: at least `steps` pairs of ids (batch, seq_len) and their row numbers or None.
-        steps: optimiser steps.
-        lr: of the rotations at the first step; it falls to zero at the last.
-        refresh_every: steps between re-applications of the pruner.
-        on_step: called with the step and its losses, in the units of `Objective`.
-        progress: wraps the iteration over steps.
-
-    Raises:
-        InputError: `refresh_every` is no number of steps, there are fewer batches than steps, the model is not
-            calibrated, learning diverges, or the rotations are parametrised by points of the manifold, which are for
-            `CayleySGD`.
-    """
-    if refresh_every < 1:
-        raise InputError(f"refresh_every {refresh_every} must be at least 1")
-    if any(matrices.map_name == "manifold" for matrices in rotated.rotations.spaces.values()):
-        raise InputError("orthogonal map manifold does not go with Adam, which leaves it; use cayley or exponential")
-    optimizer = torch.optim.Adam(rotated.parameter_groups(), lr=lr)
-    scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
-    remaining = iter(batches)
-    for step in progress(range(steps), "learning"):
-        batch = next(remaining, None)
-        if batch is None:
-            raise InputError(f"the batches ended after {step} of {steps} steps; give as many as there are steps")
-        input_ids, index = batch
-        if step % refresh_every == 0:
-            rotated.refresh_masks()
-        rotated.relaxation.advance(step, steps)
-        losses = rotated.loss(input_ids, index)
-        losses["loss"].backward()
-        optimizer.step()
-        scheduler.step()
-        optimizer.zero_grad()
-        on_step(step, {name: value.item() for name, value in losses.items()})
 
 
 def prune(
@@ -106,6 +54,7 @@ def prune(
     layer_sparsity: LayerSparsity = "uniform",
     exceptions: Mapping[str, str | float] = MappingProxyType({}),
     compensate: int = 0,
+    learn_on: LearnOn | None = None,
     num_sequences: int = 64,
     seq_len: int = 1024,
     seed: int = 0,
@@ -134,6 +83,7 @@ def prune(
             counts; 0.0 leaves them dense.
         compensate: on how many of the sequences the kept weights are fitted, in closed form, see
             `rotpruner.compensation`; 0 leaves them as they are.
+        learn_on: how rotations go on learning behind that, under its masks; None leaves them.
         num_sequences, seq_len: size of the calibration set, taken from the texts by `seed`.
         dtype: of the frozen weights while learning, and of the products that give a float32 model's statistics; weights
             are pruned in the model's own dtype. None is bfloat16 where the model's device has instructions for it, else
@@ -163,6 +113,11 @@ def prune(
         )
     check_allotment(parsed, layer_sparsity, excepted)
     rotating = _rotating(rotate, model, spaces, parsed)
+    if learn_on is not None:
+        if not compensate or rotating is None:
+            why = "nothing rotates" if rotating is None else "compensate is 0, so no update comes before it"
+            raise InputError(f"learn_on goes on behind the update of kept weights, and {why}: leave it out")
+        check_takes_weights(surrogate, parsed)
     if rotating is not None and (steps or rotating.given is None):
         Choices(
             pattern=parsed,
@@ -198,65 +153,47 @@ def prune(
         layer_sparsity=layer_sparsity,
         exceptions={names: str(pattern) for names, pattern in excepted.items()},
     )
+    pruning = Pruning(
+        model,
+        rows,
+        resolved,
+        parsed,
+        layer_sparsity,
+        excepted,
+        surrogate,
+        objective,
+        dtype=dtype or fast_dtype(model.device),
+        gradient_checkpointing=gradient_checkpointing,
+        seed=seed,
+        on_step=on_step,
+        progress=progress,
+    )
+
+    def keep(found: Learned) -> Rotations:
+        given = Rotations.of(found.rotations or {}, model)
+        if rotations_directory is not None:
+            given.save_pretrained(rotations_directory, replace=True)
+        return given
+
     found = Learned()
     if rotating is not None:
-        base: Any = copy.deepcopy(model)
-        cast_parameters(base, dtype or fast_dtype(model.device))
-        rotated = RotatedModel(
-            base,
-            rotating.module(model),
-            resolved,
-            parsed,
-            surrogate,
-            objective,
-            gradient_checkpointing=gradient_checkpointing,
-            layer_sparsity=layer_sparsity,
-            exceptions=excepted,
-            seed=seed,
-        )
-        rotated.calibrate(rows.split(1), progress)
-        rotated.start_from_statistics(rotating.start, progress)
-        with torch.enable_grad():
-            learn(rotated, _passes(rows, seed), steps=steps, lr=lr, on_step=on_step, progress=progress)
-        found = rotated.learned()
-        if rotations_directory is not None:
-            Rotations.of(rotated.rotations(), model).save_pretrained(rotations_directory)
+        found = pruning.learn(rotating, steps, lr)
+        given = keep(found)
+    pruned = pruning.prune(found)
+    if compensate:
+        pruning.compensate(pruned, compensate, found)
+    if rotating is not None and learn_on is not None:
+        going_on = replace(rotating, given=given)
+        found = pruning.learn(going_on, learn_on.steps, learn_on.lr_factor * lr, kept=pruned, done=steps)
+        keep(found)
+        pruned = pruning.prune(found, kept=pruned, given=given)
+        steps += learn_on.steps
+    if rotating is not None:
         learned = rotating.described(steps) | {"learned_masks": found.masks is not None}
         read = steps * seq_len if objective.runs_model else 0
         origin = replace(origin, steps=steps, training_tokens=read, **learned)
-        del base, rotated
-        gc.collect()  # now, before the model is copied again: the hooks of a rotated model refer to it
-    pruned: Any = copy.deepcopy(model).eval()
-    running: dict[str, Any] = {"calibration_dtype": dtype or fast_dtype(model.device), "progress": progress}
-    sharing: dict[str, Any] = {"layer_sparsity": layer_sparsity, "exceptions": excepted}
-    prune_model(pruned, resolved, parsed, rows.split(1), **sharing, **running, **found._asdict())
-    if compensate:
-        fitted = rows[:compensate].split(1)
-        compensate_weights(pruned, copy.deepcopy(model).eval(), fitted, rotations=found.rotations, **running)
     pruned.origin = origin
     return pruned
-
-
-@dataclass(frozen=True)
-class _Rotating:
-    """What rotates, and from where; `given` are rotations to go on from."""
-
-    spaces: Sequence[str]
-    placement: Placement = "shared"
-    start: Start = "identity"
-    given: Rotations | None = None
-
-    def module(self, model: PreTrainedModel) -> LearnedRotations:
-        rotations = LearnedRotations(model.config, self.spaces, start=self.start, placement=self.placement)
-        if self.given is not None:
-            rotations.restart(self.given)
-        return rotations.to(model.device)
-
-    def described(self, steps: int) -> dict[str, Any]:
-        """`basis` and `spaces` of an `Origin`, after so many steps of learning."""
-        untouched = self.start == "identity" and self.given is None
-        basis = "learned" if steps or self.given is not None else "none" if untouched else self.start
-        return {"basis": basis, "spaces": () if basis == "none" else tuple(self.spaces)}
 
 
 def _rotating(
@@ -264,13 +201,13 @@ def _rotating(
     model: PreTrainedModel,
     spaces: Sequence[str],
     pattern: Pattern | Slice,
-) -> _Rotating | None:
+) -> Rotating | None:
     """What `rotate` and `spaces` of `prune` ask for; None if nothing rotates."""
     if isinstance(rotate, Rotations):
         rotate.check_model(model)
         if isinstance(pattern, Slice) and set(rotate) != {"residual"}:
             raise InputError(f"pattern {pattern} removes residual directions only, but rotate has {sorted(rotate)}")
-        return _Rotating(list(rotate), len(rotate["residual"]) if "residual" in rotate else "shared", given=rotate)
+        return Rotating(list(rotate), len(rotate["residual"]) if "residual" in rotate else "shared", given=rotate)
     if rotate == "none":
         return None
     if isinstance(spaces, str):
@@ -282,7 +219,7 @@ def _rotating(
     if sliced:
         spaces = ["residual"]
     start: Start = "pca" if sliced else "permutation" if "mlp" in spaces else "identity"
-    return _Rotating(spaces, rotate, start)
+    return Rotating(spaces, rotate, start)
 
 
 def _calibration_rows(
@@ -318,11 +255,3 @@ def save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, directory: 
     origin = getattr(model, "origin", None)
     if isinstance(origin, Origin):
         write_card(directory, origin, model.config)
-
-
-def _passes(rows: Tensor, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """One sequence at a time, in the order of a fit."""
-    batches = CalibrationBatches(rows, 1, seed)
-    while True:
-        for batch in batches:
-            yield batch["input_ids"], batch["index"]

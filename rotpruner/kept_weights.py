@@ -19,8 +19,9 @@ from rotpruner.errors import InputError
 from rotpruner.fusion import check_foldable, folded, reset_block_norms
 from rotpruner.layout import BlockLinear, block_linears, module_at
 from rotpruner.orthogonal import is_order, rotate_weight
-from rotpruner.patterns import Pattern
+from rotpruner.patterns import Pattern, Slice
 from rotpruner.rotations import check_rotation, sides
+from rotpruner.surrogates import Surrogate
 
 #: The least cosine between what is kept and the weights that it came of: SmolLM2's updates have left 0.92 and more.
 _ALIKE = 0.5
@@ -120,6 +121,20 @@ def check_kept_weights(config: Any, pruned: Any) -> None:
                 f"the pruned model has a {name} of {given}, the model one of {own}; "
                 "give the export of a fit or prune of this model"
             )
+
+
+def check_takes_weights(surrogate: Surrogate, pattern: Pattern | Slice, sharded: bool = False) -> None:
+    """Raise `InputError` if what a pruned model has kept cannot be gone on from, by `init_weights` or `learn_on`."""
+    if surrogate.learns_masks or isinstance(pattern, Slice):
+        which = f"surrogate {surrogate.name}" if surrogate.learns_masks else f"pattern {pattern}"
+        raise InputError(
+            f"init_weights (learn_on gives them, too) keep the masks that they come with, and {which} has none of a "
+            "pruner's"
+        )
+    if sharded:
+        raise InputError(
+            "init_weights (learn_on gives them, too) go into whole weights, which ModelParallelStrategy shards: use ddp"
+        )
 
 
 def _back(Q: Tensor | None) -> Tensor | None:

@@ -1,16 +1,41 @@
-"""What learning has found, in the form in which a plain model is pruned by it."""
+"""What learning has found, in the form in which a plain model is pruned by it, and whether it goes on from there."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from rotpruner.errors import InputError
 from rotpruner.patterns import Pattern
 from rotpruner.rotations import RotationSet
 from rotpruner.statistics import Moment
+
+
+@dataclass(frozen=True)
+class LearnOn:
+    """A second fit: rotations go on learning behind the weight update, under its masks (`rotpruner.kept_weights`).
+
+    Args:
+        steps: of the second fit.
+        lr_factor: of its optimiser's rate, from the first fit's.
+
+    Raises:
+        InputError: they are no steps and no factor.
+    """
+
+    steps: int
+    lr_factor: float = 0.1
+
+    def __post_init__(self) -> None:
+        if self.steps < 1:
+            raise InputError(f"learn_on.steps {self.steps} must be at least 1; learn_on null leaves it at one fit")
+        if not 0 < self.lr_factor < math.inf:
+            raise InputError(f"learn_on.lr_factor {self.lr_factor} must be above 0")
 
 
 class Learned(NamedTuple):

@@ -12,10 +12,10 @@ from elsewhere import ELSEWHERE, elsewhere
 from tiny_models import exact, rotated_model, tiny
 
 from experiments.__main__ import main
-from rotpruner.api import learn
 from rotpruner.calibration import gather_model_moments
 from rotpruner.compensation import compensate
 from rotpruner.diagnostics import layer_table
+from rotpruner.learning import learn
 from rotpruner.objectives import Objective
 from rotpruner.oneshot import prune_model
 from rotpruner.patterns import parse_pattern

@@ -13,6 +13,7 @@ import rotpruner
 from rotpruner.batches import chosen_windows
 from rotpruner.families import _FAMILIES, LLAMA
 from rotpruner.layout import linear_modules
+from rotpruner.learning import passes
 from rotpruner.measures import sparsity_of
 from rotpruner.oneshot import prune_model
 from rotpruner.patterns import parse_pattern
@@ -113,6 +114,35 @@ def test_a_call_does_what_a_fit_does(fit, model_directory, text_file, tmp_path):
         torch.testing.assert_close(weight, exported[name], atol=1e-5, rtol=0, msg=name)
 
 
+def test_a_call_that_learns_on_does_what_such_a_fit_does(fit, model_directory, text_file, tmp_path):
+    changes = ["--trainer.max_steps", "3", "--model.compensate", "4", "--learn_on", "{steps: 4, lr_factor: 0.5}"]
+    status, run = fit(*changes, "--trainer.callbacks.init_args.controls", "[]")
+    assert status == 0
+    told = []
+    pruned = rotpruner.prune(
+        rotpruner.load_model(model_directory),
+        rotpruner.load_tokenizer(model_directory),
+        [text_file.read_text()],
+        steps=3,
+        compensate=4,
+        learn_on=rotpruner.LearnOn(steps=4, lr_factor=0.5),
+        num_sequences=4,
+        seq_len=32,
+        dtype=torch.float32,
+        rotations_directory=tmp_path / "kept",
+        on_step=lambda step, losses: told.append(step),
+    )
+    assert told == [*range(7)]
+    assert (pruned.origin.steps, pruned.origin.training_tokens) == (7, 7 * 32)
+    kept = rotpruner.Rotations.from_pretrained(tmp_path / "kept")
+    for part, alike in (("first-fit", False), (".", True)):
+        learned = rotpruner.Rotations.from_pretrained(run / part / "rotations")
+        assert all(torch.allclose(kept[space], Q, atol=1e-6) for space, Q in learned.items()) == alike
+    exported = rotpruner.load_model(run / "export").state_dict()
+    for name, weight in pruned.state_dict().items():
+        torch.testing.assert_close(weight, exported[name], atol=1e-5, rtol=0, msg=name)
+
+
 def test_a_notebooks_global_state_changes_nothing(tokenizer, texts):
     settings = dict(num_sequences=4, seq_len=32, dtype=torch.float32, steps=2, lr=1e-2)
     expected = rotpruner.prune(tiny_llama(), tokenizer, texts, **settings)
@@ -167,7 +197,7 @@ def test_objectives_surrogates_and_layer_sparsity_reach_what_learns(tokenizer, t
 
 def test_compensate_takes_the_first_sequences(tokenizer, texts, monkeypatch):
     seen = []
-    monkeypatch.setattr("rotpruner.api.compensate_weights", lambda pruned, dense, fitted, **_: seen.extend(fitted))
+    monkeypatch.setattr("rotpruner.pruning.compensate", lambda pruned, dense, fitted, **_: seen.extend(fitted))
     settings = dict(num_sequences=4, seq_len=32, rotate="none", seed=3)
     rotpruner.prune(tiny_llama(), tokenizer, texts, **settings, compensate=2)
     rows = rotpruner.api._calibration_rows(tokenizer, texts, 4, 32, 3)
@@ -200,8 +230,8 @@ def test_all_that_takes_long_shows_its_progress(tokenizer, texts):
 def test_batches_are_rows_by_their_numbers():
     """By which the teacher's states are found again."""
     rows = torch.arange(5)[:, None] + 100 * torch.arange(3)
-    passes = rotpruner.api._passes(rows, 0)
-    batches = [next(passes) for _ in range(10)]
+    order = passes(rows, 0)
+    batches = [next(order) for _ in range(10)]
     assert all(torch.equal(ids, rows[index]) for ids, index in batches)
     assert sorted(index.item() for _, index in batches) == sorted([*range(5)] * 2)
     assert [index.item() for _, index in batches] != [*range(5)] * 2
@@ -296,7 +326,7 @@ def test_learning_in_16_bits_keeps_the_rotary_frequencies(tokenizer, texts, monk
         bases.append(base)
         return RotatedModel(base, *given, **settings)
 
-    monkeypatch.setattr(import_module("rotpruner.api"), "RotatedModel", spied)
+    monkeypatch.setattr(import_module("rotpruner.pruning"), "RotatedModel", spied)
     model = tiny_llama(tie_word_embeddings=True)
     rotpruner.prune(model, tokenizer, texts, steps=1, num_sequences=2, seq_len=32, dtype=torch.bfloat16)
     (base,) = bases

@@ -20,7 +20,7 @@ def test_learning_that_diverges_at_its_last_step_leaves_no_rotations_behind(toke
         for parameter in rotated.rotations.parameters():
             parameter.data.fill_(math.nan)
 
-    monkeypatch.setattr("rotpruner.api.learn", diverge)
+    monkeypatch.setattr("rotpruner.pruning.learn", diverge)
     settings = dict(num_sequences=2, seq_len=32, steps=3, rotations_directory=tmp_path / "rotations")
     with pytest.raises(rotpruner.InputError, match="learning has diverged"):
         rotpruner.prune(tiny_llama(), tokenizer, texts, **settings)
@@ -47,6 +47,9 @@ def test_learning_that_diverges_at_its_last_step_leaves_no_rotations_behind(toke
         (dict(rotate="per_layer", spaces=("value_heads",)), "add residual"),
         (dict(dtype=torch.float16), "float16"),
         (dict(layer_sparsity="owl"), "owl"),
+        (dict(learn_on=rotpruner.LearnOn(2)), "compensate is 0"),
+        (dict(learn_on=rotpruner.LearnOn(2), compensate=2, rotate="none"), "nothing rotates"),
+        (dict(learn_on=rotpruner.LearnOn(2), compensate=2, surrogate=rotpruner.Surrogate("gumbel")), "gumbel has none"),
         (dict(surrogate=rotpruner.Surrogate("gumbel"), pattern=0.5), "gumbel"),
         (dict(objective=rotpruner.Objective(entropy=1), pattern="slice:0.25"), "entropy"),
     ],

@@ -11,11 +11,11 @@ import torch
 from conftest import tiny_llama
 from tiny_models import exact, rotated_model
 
-from rotpruner.api import learn
 from rotpruner.calibration import gather_model_moments
 from rotpruner.errors import InputError
 from rotpruner.fusion import fuse_norms
 from rotpruner.layout import block_linears
+from rotpruner.learning import learn
 from rotpruner.measures import sparsity_of
 from rotpruner.objectives import Objective
 from rotpruner.oneshot import prune_model

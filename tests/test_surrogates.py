@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from scipy.stats import chisquare, gumbel_r, kstest
 from tiny_models import exact, rotated_model
 
-from rotpruner.api import learn
 from rotpruner.errors import InputError
+from rotpruner.learning import learn
 from rotpruner.objectives import Objective
 from rotpruner.patterns import parse_pattern
 from rotpruner.pruners import resolve_pruner

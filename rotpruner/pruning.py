@@ -1,0 +1,156 @@
+"""The work of `rotpruner.prune`, once its arguments are checked: learn, prune, fit what is kept, learn on."""
+
+from __future__ import annotations
+
+import copy
+import gc
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from rotpruner.allotment import LayerSparsity
+from rotpruner.compensation import compensate
+from rotpruner.kept_weights import take_kept_weights
+from rotpruner.learned import Learned
+from rotpruner.learning import learn, passes
+from rotpruner.objectives import Objective
+from rotpruner.oneshot import prune_model
+from rotpruner.patterns import Pattern, Slice
+from rotpruner.placements import Placement
+from rotpruner.precision import cast_parameters
+from rotpruner.progress import Progress
+from rotpruner.pruners import Pruner
+from rotpruner.rotated_model import RotatedModel
+from rotpruner.rotation_artifact import Rotations
+from rotpruner.rotations import LearnedRotations, Start
+from rotpruner.surrogates import Surrogate
+
+
+@dataclass(frozen=True)
+class Rotating:
+    """What rotates, and from where.
+
+    Attributes:
+        spaces: that rotate.
+        placement: of the residual rotations.
+        start: where learning begins.
+        given: rotations to go on from instead.
+    """
+
+    spaces: Sequence[str]
+    placement: Placement = "shared"
+    start: Start = "identity"
+    given: Rotations | None = None
+
+    def module(self, model: PreTrainedModel) -> LearnedRotations:
+        """Rotations that learn, on the model's device."""
+        rotations = LearnedRotations(model.config, self.spaces, start=self.start, placement=self.placement)
+        if self.given is not None:
+            rotations.restart(self.given)
+        return rotations.to(model.device)
+
+    def described(self, steps: int) -> dict[str, Any]:
+        """`basis` and `spaces` of an `Origin`, after so many steps of learning."""
+        untouched = self.start == "identity" and self.given is None
+        basis = "learned" if steps or self.given is not None else "none" if untouched else self.start
+        return {"basis": basis, "spaces": () if basis == "none" else tuple(self.spaces)}
+
+
+@dataclass(frozen=True)
+class Pruning:
+    """How a model is to be pruned. The model itself is copied whenever something would change it.
+
+    Attributes:
+        model: dense.
+        rows: calibration sequences (count, seq_len).
+        pruner, pattern, layer_sparsity, exceptions: what goes.
+        surrogate, objective: how rotations learn.
+        dtype: of the frozen weights while they learn, and of the products that give statistics.
+        gradient_checkpointing: recompute each block in the backward pass.
+        seed: of the order of sequences.
+        on_step: called with each step and its losses.
+        progress: wraps what is iterated over.
+    """
+
+    model: PreTrainedModel
+    rows: Tensor
+    pruner: Pruner
+    pattern: Pattern | Slice
+    layer_sparsity: LayerSparsity
+    exceptions: Mapping[str, Pattern]
+    surrogate: Surrogate
+    objective: Objective
+    dtype: torch.dtype
+    gradient_checkpointing: bool
+    seed: int
+    on_step: Callable[[int, dict[str, float]], None]
+    progress: Progress
+
+    def learn(
+        self,
+        rotating: Rotating,
+        steps: int,
+        lr: float,
+        kept: PreTrainedModel | None = None,
+        done: int = 0,
+    ) -> Learned:
+        """Learn for so many steps; behind an update from what its model has `kept`, in the rotations that are given.
+
+        Steps are counted from those that are `done`.
+        """
+        rotated = RotatedModel(
+            self._frozen(),
+            rotating.module(self.model),
+            self.pruner,
+            self.pattern,
+            self.surrogate,
+            self.objective,
+            gradient_checkpointing=self.gradient_checkpointing,
+            layer_sparsity=self.layer_sparsity,
+            exceptions=self.exceptions,
+            seed=self.seed,
+        )
+        rotated.calibrate(self.rows.split(1), self.progress)
+        if rotating.given is None:
+            rotated.start_from_statistics(rotating.start, self.progress)
+        elif kept is not None:
+            rotated.go_on_from(self._frozen(), kept, rotating.given)
+
+        def told(step: int, losses: dict[str, float]) -> None:
+            self.on_step(done + step, losses)
+
+        with torch.enable_grad():
+            learn(rotated, passes(self.rows, self.seed), steps=steps, lr=lr, on_step=told, progress=self.progress)
+        found = rotated.learned()
+        del rotated
+        gc.collect()  # now, before the model is copied again: the hooks of a rotated model refer to it
+        return found
+
+    def prune(self, found: Learned, kept: PreTrainedModel | None = None, given: Rotations | None = None) -> Any:
+        """A copy that is pruned as was learned: the model, or what one has `kept` in `given` rotations."""
+        pruned: Any = copy.deepcopy(self.model).eval()
+        if kept is not None and given is not None:
+            take_kept_weights(pruned, kept, given)
+        sharing: dict[str, Any] = {"layer_sparsity": self.layer_sparsity, "exceptions": self.exceptions}
+        batches = self.rows.split(1)
+        prune_model(pruned, self.pruner, self.pattern, batches, **sharing, **self._running, **found._asdict())
+        return pruned
+
+    def compensate(self, pruned: PreTrainedModel, sequences: int, found: Learned) -> None:
+        """Fit what a pruned copy keeps on the first sequences, in place."""
+        dense: Any = copy.deepcopy(self.model).eval()
+        fitted = self.rows[:sequences].split(1)
+        compensate(pruned, dense, fitted, rotations=found.rotations, **self._running)
+
+    @property
+    def _running(self) -> dict[str, Any]:
+        return {"calibration_dtype": self.dtype, "progress": self.progress}
+
+    def _frozen(self) -> Any:
+        base = copy.deepcopy(self.model)
+        cast_parameters(base, self.dtype)
+        return base
