@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import WandbLogger
 
+from callbacks.ending import Ending
 from callbacks.steps import EverySteps
 from rotpruner.artifacts import read_json
 from rotpruner.diagnostics import LAYERS, block_means, masked_share
@@ -67,6 +68,12 @@ class Dashboard(Callback):
                 "as -c experiments/configs/logging/wandb.yaml does"
             )
         self._logger = loggers[0]
+        callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+        if any(isinstance(later, Ending) for later in callbacks[callbacks.index(self) :]):
+            raise InputError(
+                "Dashboard stands before Finish in trainer.callbacks, whose results it would not see: put it behind, "
+                "for instance by -c experiments/configs/logging/wandb.yaml as the last config"
+            )
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Record the settings."""

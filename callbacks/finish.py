@@ -17,7 +17,6 @@ from transformers import AutoModelForCausalLM
 
 from callbacks.ending import Ending, Row
 from callbacks.terminal import console, track
-from rotpruner.allotment import described
 from rotpruner.artifacts import read_json, save_model, write_json
 from rotpruner.compensation import compensate
 from rotpruner.diagnostics import write_diagnostics
@@ -115,7 +114,7 @@ class Finish(Ending):
         """Prune in the learned space and as the controls do; export, evaluate and describe."""
         learned = self._learned
         name, pruner, pattern, dtype = module.model_name, module.pruner, module.pattern, module.base_dtype
-        shown = described(pattern, module.exceptions)
+        shown = str(module.allotment)
         tokenizer, tokens = load_tokenizer(name), trainer.datamodule.statistics_tokens  # type: ignore[attr-defined]
         for left in (*run.glob(".export.*"), *run.glob(".rotations.*")):  # by an ending that was killed
             shutil.rmtree(left, ignore_errors=True)
@@ -130,8 +129,7 @@ class Finish(Ending):
             home = home_of(model, self._device, tokens.numel(), tokens[:updated].numel())
             model.to(home)  # type: ignore[arg-type]
             batches = tokens.to(home).split(1)
-            sharing = {"layer_sparsity": module.layer_sparsity, "exceptions": module.exceptions}
-            prune_model(model, pruner, pattern, batches, **basis._asdict(), **sharing, **running)
+            prune_model(model, pruner, module.allotment, batches, **basis._asdict(), **running)
             if updated:
                 fitted, dense = batches[:updated], load_model(name, device=home)
                 found["step_length"] = compensate(model, dense, fitted, rotations=basis.rotations, **running)
@@ -171,15 +169,13 @@ class Finish(Ending):
     def _origin(self, trainer: Trainer, module: Any, rows: list[Row]) -> Origin:
         return Origin(
             base_model=module.model_name,
-            pattern=str(module.pattern),
+            **module.allotment.in_words(),
             pruner=None if isinstance(module.pattern, Slice) else pruner_name(module.pruner),
             basis="learned",
             taken_over=module.init_weights,
             spaces=module.spaces,
             update="compensation" if module.compensate else None,
             learned_masks=module.surrogate.learns_masks,
-            layer_sparsity=module.layer_sparsity,
-            exceptions={names: str(pattern) for names, pattern in module.exceptions.items()},
             num_sequences=trainer.datamodule.statistics_sequences,  # type: ignore[attr-defined]
             seed=module.seed,
             rows=rows,

@@ -72,7 +72,7 @@ def read_setup(arguments: list[str], gpu: str, count: int | None) -> tuple[Setup
         placement=module.placement,
         orthogonal_map=module.orthogonal_map,
         start=module.start if module.init_rotations is None else "identity",
-        layer_sparsity=module.layer_sparsity,
+        layer_sparsity=module.allotment.layer_sparsity,
         compensate=module.compensate,
         objective=module.objective,
         dtype=dtype_on(cli.config.model.base_dtype, gpu),

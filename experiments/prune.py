@@ -17,7 +17,7 @@ from datamodules.evaluation import perplexities, text_windows
 from datamodules.texts import check_text
 from datamodules.tokens import calibration_tokens
 from experiments.arguments import Parser, add_device, at_least, report
-from rotpruner.allotment import LayerSparsity, check_allotment, described, parse_exceptions
+from rotpruner.allotment import Allotment, LayerSparsity
 from rotpruner.artifacts import check_new_directory, save_model
 from rotpruner.calibration import gather_model_moments
 from rotpruner.compensation import check_compensation, compensate
@@ -28,7 +28,7 @@ from rotpruner.measures import parameter_count, sparsity_of
 from rotpruner.memory import home_of
 from rotpruner.model_card import Origin, evaluation_of, pruner_name, write_card
 from rotpruner.oneshot import check_update, prune_model
-from rotpruner.patterns import Pattern, Scope, Slice, parse_pattern
+from rotpruner.patterns import Pattern, Scope, Slice
 from rotpruner.precision import resolve_dtype
 from rotpruner.provenance import commit, device_name, public_command
 from rotpruner.pruners import PRUNERS, resolve_pruner
@@ -44,9 +44,9 @@ def main(arguments: list[str]) -> None:
     """Print `{"pattern", "sparsity", "seconds", "dtype", "device", "parameters"}`; if asked, `"output"` and `"ppl"`."""
     options = _parser().parse_args(arguments)
     begun_at = commit()
-    pattern = _checked_pattern(options)
+    allotment = _checked_allotment(options)
     config = load_config(options.model)
-    check_pattern(meta_model(config), pattern, _exceptions(options))
+    check_pattern(meta_model(config), allotment)
     check_seq_len(config, options.seq_len)
     tokenizer = load_tokenizer(options.model)
     texts = text_windows(options.text, tokenizer, options.seq_len, options.max_tokens)
@@ -62,11 +62,11 @@ def main(arguments: list[str]) -> None:
     rotations = _rotations(options, model)
     home = home_of(model, options.device, tokens.numel(), tokens[: options.compensate].numel())
     model.to(home)  # type: ignore[arg-type]
-    result = _prune(model, pattern, rotations, tokens.to(home).split(1), options)
+    result = _prune(model, allotment, rotations, tokens.to(home).split(1), options)
 
     def describe() -> None:
         command = f"python -m experiments prune {public_command(arguments)}"
-        origin = _origin(options, rotations, [{"name": "pruned", **result}], command)
+        origin = _origin(options, allotment, rotations, [{"name": "pruned", **result}], command)
         write_card(options.output, origin, config, begun_at)
 
     if options.output is not None:
@@ -81,11 +81,12 @@ def main(arguments: list[str]) -> None:
     report(result, options.json)
 
 
-def _checked_pattern(options: argparse.Namespace) -> Pattern | Slice:
-    """The pattern, if all options go together; raises InputError before anything is loaded."""
+def _checked_allotment(options: argparse.Namespace) -> Allotment:
+    """What is to go, if all options go together; raises InputError before anything is loaded."""
     if options.output is None and not options.text:
         raise InputError("nothing to do with the pruned model: give --output, --text, or both")
-    pattern = parse_pattern(options.pattern, options.scope)
+    allotment = _allotment(options)
+    pattern = allotment.pattern
     if isinstance(pattern, Slice):
         _check_slice(options)
     elif options.placement != "shared":
@@ -98,18 +99,17 @@ def _checked_pattern(options: argparse.Namespace) -> Pattern | Slice:
         resolve_pruner(options.pruner)
     check_update(None if options.update is None else resolve_pruner(options.update))
     check_compensation(options.compensate, options.num_sequences, pattern)
-    check_allotment(pattern, options.layer_sparsity, _exceptions(options))
     if options.output is not None:
         check_new_directory(options.output)
     check_text(options.calibration)
-    return pattern
+    return allotment
 
 
-def _exceptions(options: argparse.Namespace) -> dict[str, Pattern]:
+def _allotment(options: argparse.Namespace) -> Allotment:
     names = [names for names, _ in options.exceptions]
     if twice := {each for each in names if names.count(each) > 1}:
         raise InputError(f"--except {', '.join(sorted(twice))} is given twice; the last match counts: leave one out")
-    return parse_exceptions(dict(options.exceptions), options.scope)
+    return Allotment.parse(options.pattern, options.layer_sparsity, dict(options.exceptions), options.scope)
 
 
 def _rotations(options: argparse.Namespace, model: PreTrainedModel) -> RotationSet | None:
@@ -125,7 +125,7 @@ def _rotations(options: argparse.Namespace, model: PreTrainedModel) -> RotationS
 
 def _prune(
     model: PreTrainedModel,
-    pattern: Pattern | Slice,
+    allotment: Allotment,
     rotations: RotationSet | None,
     batches: Sequence[Tensor],
     options: argparse.Namespace,
@@ -137,6 +137,7 @@ def _prune(
     if options.calibration_dtype is not None:
         dtype = resolve_dtype(options.calibration_dtype, options.device)
     running: dict[str, Any] = {"calibration_dtype": dtype, "device": options.device, "progress": track}
+    pattern = allotment.pattern
     width = sliced_width(model.config, pattern) if isinstance(pattern, Slice) else None
     length = parameters = None
     flops = 0
@@ -145,22 +146,21 @@ def _prune(
     else:
         pruner = resolve_pruner(options.pruner or "magnitude")  # a slice asks none
         moments = None
-        if options.statistics == "dense" and isinstance(pattern, Pattern) and (pattern.sparsity or options.exceptions):
+        if options.statistics == "dense" and isinstance(pattern, Pattern) and allotment.prunes:
             gather = partial(moments_by_block, dtype=dtype, device=options.device, progress=track)
             # A copy where it is to be fused: what is pruned is fused and rotated in one, and rounded once.
             dense = load_there() if "residual" in (rotations or {}) else model
             moments = gather_model_moments(dense, pruner, rotations or {}, batches, gather)
             del dense
         update = None if options.update is None else resolve_pruner(options.update)
-        sharing = {"layer_sparsity": options.layer_sparsity, "exceptions": _exceptions(options)}
-        prune_model(model, pruner, pattern, batches, rotations, moments, update=update, **sharing, **running)
+        prune_model(model, pruner, allotment, batches, rotations, moments, update=update, **running)
     if options.compensate:
         fitted = batches[: options.compensate]
         length = compensate(model, load_there(), fitted, rotations=rotations, **running)
     # What calibrated it: `BlockReplay` runs 16-bit models in their own dtype.
     computed = model.dtype if dtype is None or model.dtype.itemsize < 4 else dtype
     result: dict[str, Any] = {
-        "pattern": described(pattern, _exceptions(options)),
+        "pattern": str(allotment),
         "sparsity": sparsity_of(model),
         "seconds": round(time.perf_counter() - started, 1),
         "dtype": str(computed).removeprefix("torch."),
@@ -177,7 +177,11 @@ def _prune(
 
 
 def _origin(
-    options: argparse.Namespace, rotations: RotationSet | None, rows: list[dict[str, Any]], command: str
+    options: argparse.Namespace,
+    allotment: Allotment,
+    rotations: RotationSet | None,
+    rows: list[dict[str, Any]],
+    command: str,
 ) -> Origin:
     """What the model card says."""
     sliced = options.pruner is None
@@ -186,13 +190,11 @@ def _origin(
         basis = "pca"
     return Origin(
         base_model=options.model,
-        pattern=str(parse_pattern(options.pattern, options.scope)),
+        **allotment.in_words(),
         pruner=None if sliced else pruner_name(resolve_pruner(options.pruner)),
         basis=basis,
         spaces=["residual"] if basis == "pca" else list(rotations or ()),
         update=" and ".join(filter(None, [options.update, options.compensate and "compensation"])) or None,
-        layer_sparsity=options.layer_sparsity,
-        exceptions={names: str(pattern) for names, pattern in _exceptions(options).items()},
         calibration=options.calibration,
         num_sequences=options.num_sequences,
         seq_len=options.seq_len,

@@ -15,7 +15,7 @@ from callbacks.terminal import track
 from lightning_modules.devices import root_device
 from lightning_modules.schedules import check_schedule, with_schedule
 from lightning_modules.trainers import check_trainer, endless, logged
-from rotpruner.allotment import LayerSparsity, parse_exceptions
+from rotpruner.allotment import Allotment, LayerSparsity
 from rotpruner.basis import check_offload
 from rotpruner.choices import Choices
 from rotpruner.compensation import check_compensation
@@ -25,7 +25,7 @@ from rotpruner.kept_weights import check_kept_weights, check_takes_weights
 from rotpruner.loading import check_pattern, check_seq_len, load_config, load_model, meta_model
 from rotpruner.objectives import Objective
 from rotpruner.orthogonal import MapName, orthogonality_error
-from rotpruner.patterns import Scope, parse_pattern
+from rotpruner.patterns import Scope
 from rotpruner.placements import Placement, residual_sites
 from rotpruner.precision import DtypeName, resolve_dtype
 from rotpruner.progress import Progress, unseen
@@ -120,17 +120,16 @@ class RotationModule(LightningModule):
         # Checkpoints hold no base weights, so loading one must not ask for them.
         self.strict_loading = False
         self.pruner = resolve_pruner(pruner)
-        self.pattern, self.exceptions = parse_pattern(pattern, scope), parse_exceptions(exceptions, scope)
+        self.allotment = Allotment.parse(pattern, layer_sparsity, exceptions, scope)
+        self.pattern = self.allotment.pattern
         self.compensate = compensate
-        self.layer_sparsity, self.cache_dense = layer_sparsity, cache_dense
+        self.cache_dense = cache_dense
         self.model_name, self.spaces = model, spaces
         config = load_config(model)
-        check_pattern(meta_model(config), self.pattern, self.exceptions)
+        check_pattern(meta_model(config), self.allotment)
         choices = Choices(
-            pattern=self.pattern,
+            allotment=self.allotment,
             pruner=self.pruner,
-            layer_sparsity=layer_sparsity,
-            exceptions=self.exceptions,
             objective=objective,
             surrogate=surrogate,
             spaces=spaces,
@@ -225,12 +224,10 @@ class RotationModule(LightningModule):
             base,
             rotations,
             self.pruner,
-            self.pattern,
+            self.allotment,
             self.surrogate,
             self.objective,
             gradient_checkpointing=self.gradient_checkpointing,
-            layer_sparsity=self.layer_sparsity,
-            exceptions=self.exceptions,
             ranks=Ranks.world(),
             seed=self.seed,
             offload=self.offload,

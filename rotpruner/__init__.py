@@ -1,5 +1,6 @@
 """Learn orthogonal rotations of a language model so that it prunes well, merge them away, keep a plain checkpoint."""
 
+from rotpruner.allotment import Allotment
 from rotpruner.api import prune, save
 from rotpruner.errors import InputError
 from rotpruner.learned import LearnOn
@@ -20,6 +21,7 @@ from rotpruner.surrogates import Surrogate
 __version__ = "0.1.0"
 
 __all__ = [
+    "Allotment",
     "InputError",
     "LearnOn",
     "LearnedRotations",

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
+from types import MappingProxyType
 from typing import Any, Literal, get_args
 
 from rotpruner.errors import InputError
@@ -12,6 +14,80 @@ from rotpruner.owl import outlier_sparsities
 from rotpruner.patterns import Pattern, Scope, Slice, Unstructured, parse_pattern
 
 LayerSparsity = Literal["uniform", "owl"]
+
+
+@dataclass(frozen=True)
+class Allotment:
+    """What is taken from a model: a pattern, how its blocks share that, and linears that get another one.
+
+    Attributes:
+        pattern: of all blocks together.
+        layer_sparsity: `uniform`, or `owl` to let blocks with many outliers keep more (unstructured patterns only).
+        exceptions: patterns of the decoder linears whose names match shell-style ones, the last match counts.
+
+    Raises:
+        InputError: the pattern cannot be shared out like that.
+    """
+
+    pattern: Pattern | Slice
+    layer_sparsity: LayerSparsity = "uniform"
+    exceptions: Mapping[str, Pattern] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.layer_sparsity not in get_args(LayerSparsity):
+            raise InputError(
+                f"unknown layer_sparsity '{self.layer_sparsity}'; choose one of {', '.join(get_args(LayerSparsity))}"
+            )
+        if self.layer_sparsity == "owl":
+            if not isinstance(self.pattern, Unstructured):
+                raise InputError(f"layer_sparsity owl needs an unstructured pattern such as 0.5, not '{self.pattern}'")
+            outlier_sparsities([], self.pattern.sparsity)
+        if self.exceptions and isinstance(self.pattern, Slice):
+            raise InputError(
+                f"pattern {self.pattern} narrows all linears alike: leave out the exceptions "
+                f"{', '.join(self.exceptions)}"
+            )
+
+    @classmethod
+    def of(cls, given: Pattern | Slice | Allotment) -> Allotment:
+        """A pattern for all linears alike, or what is an allotment already."""
+        return given if isinstance(given, Allotment) else cls(given)
+
+    @classmethod
+    def parse(
+        cls,
+        pattern: str | float,
+        layer_sparsity: LayerSparsity = "uniform",
+        exceptions: Mapping[str, str | float] = MappingProxyType({}),
+        scope: Scope = "row",
+    ) -> Allotment:
+        """As users write it.
+
+        Args:
+            pattern: what `parse_pattern` reads.
+            layer_sparsity: see above.
+            exceptions: what `parse_exceptions` reads.
+            scope: where unstructured sparsities are counted.
+
+        Raises:
+            InputError: one of them is no pattern, or they do not go together.
+        """
+        return cls(parse_pattern(pattern, scope), layer_sparsity, parse_exceptions(exceptions, scope))
+
+    @property
+    def prunes(self) -> bool:
+        """Whether something may be taken at all."""
+        return isinstance(self.pattern, Slice) or bool(self.pattern.sparsity or self.exceptions)
+
+    def in_words(self) -> dict[str, Any]:
+        """Its three parts as they are written, by the names that a model card has for them."""
+        exceptions = {names: str(pattern) for names, pattern in self.exceptions.items()}
+        return {"pattern": str(self.pattern), "layer_sparsity": self.layer_sparsity, "exceptions": exceptions}
+
+    def __str__(self) -> str:
+        """Pattern and exceptions, as `2:4 (*.v_proj 0)`."""
+        excepted = ", ".join(f"{names} {other}" for names, other in self.exceptions.items())
+        return f"{self.pattern} ({excepted})" if excepted else str(self.pattern)
 
 
 def parse_exceptions(given: Mapping[str, str | float], scope: Scope = "row") -> dict[str, Pattern]:
@@ -58,25 +134,3 @@ def allot(config: Any, blocks: Pattern | Sequence[Pattern], exceptions: Mapping[
     if exceptions and not any(pattern.sparsity for pattern in found.values()):
         raise InputError(f"the exceptions {', '.join(exceptions)} leave no linear to prune; except fewer")
     return found
-
-
-def described(pattern: Pattern | Slice, exceptions: Mapping[str, Pattern]) -> str:
-    """A pattern and its exceptions in words, as `2:4 (*.v_proj 0)`."""
-    excepted = ", ".join(f"{names} {other}" for names, other in exceptions.items())
-    return f"{pattern} ({excepted})" if excepted else str(pattern)
-
-
-def check_allotment(pattern: Pattern | Slice, layer_sparsity: str, exceptions: Mapping[str, Pattern]) -> None:
-    """Raise `InputError` if a pattern cannot be shared out like that."""
-    if layer_sparsity not in get_args(LayerSparsity):
-        raise InputError(
-            f"unknown layer_sparsity '{layer_sparsity}'; choose one of {', '.join(get_args(LayerSparsity))}"
-        )
-    if layer_sparsity == "owl":
-        if not isinstance(pattern, Unstructured):
-            raise InputError(f"layer_sparsity owl needs an unstructured pattern such as 0.5, not '{pattern}'")
-        outlier_sparsities([], pattern.sparsity)
-    if exceptions and isinstance(pattern, Slice):
-        raise InputError(
-            f"pattern {pattern} narrows all linears alike: leave out the exceptions {', '.join(exceptions)}"
-        )

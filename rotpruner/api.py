@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from rotpruner.allotment import LayerSparsity, check_allotment, parse_exceptions
+from rotpruner.allotment import Allotment, LayerSparsity
 from rotpruner.artifacts import check_new_directory, save_model
 from rotpruner.batches import chosen_windows
 from rotpruner.choices import Choices
@@ -25,7 +25,7 @@ from rotpruner.learned import Learned, LearnOn
 from rotpruner.loading import check_pattern, check_seq_len
 from rotpruner.model_card import Origin, pruner_name, write_card
 from rotpruner.objectives import Objective
-from rotpruner.patterns import Pattern, Scope, Slice, parse_pattern
+from rotpruner.patterns import Pattern, Scope, Slice
 from rotpruner.perplexity import windows
 from rotpruner.placements import Placement, check_placement
 from rotpruner.precision import fast_dtype
@@ -102,16 +102,15 @@ def prune(
     """
     if isinstance(texts, str):
         raise InputError("texts is one string; give a list of documents, as in [text]")
-    resolved, parsed = resolve_pruner(pruner), parse_pattern(pattern, scope)
-    excepted = parse_exceptions(exceptions, scope)
-    check_pattern(model, parsed, excepted)
+    resolved, allotment = resolve_pruner(pruner), Allotment.parse(pattern, layer_sparsity, exceptions, scope)
+    parsed = allotment.pattern
+    check_pattern(model, allotment)
     check_seq_len(model.config, seq_len)
     check_compensation(compensate, num_sequences, parsed)
     if num_sequences < 1 or steps < 0 or not 0 < lr < math.inf:
         raise InputError(
             f"num_sequences {num_sequences}, steps {steps} and lr {lr} must be at least 1, at least 0 and above 0"
         )
-    check_allotment(parsed, layer_sparsity, excepted)
     rotating = _rotating(rotate, model, spaces, parsed)
     if learn_on is not None:
         if not compensate or rotating is None:
@@ -120,10 +119,8 @@ def prune(
         check_takes_weights(surrogate, parsed)
     if rotating is not None and (steps or rotating.given is None):
         Choices(
-            pattern=parsed,
+            allotment=allotment,
             pruner=resolved,
-            layer_sparsity=layer_sparsity,
-            exceptions=excepted,
             objective=objective,
             surrogate=surrogate,
             spaces=rotating.spaces,
@@ -141,7 +138,7 @@ def prune(
     sliced = isinstance(parsed, Slice)
     origin = Origin(
         base_model=embedded_name(model.config._name_or_path) or "unnamed",
-        pattern=str(parsed),
+        **allotment.in_words(),
         pruner=None if sliced else pruner_name(resolved),
         calibration=f"{len(texts)} texts given in Python",
         num_sequences=num_sequences,
@@ -150,16 +147,12 @@ def prune(
         basis="pca" if sliced else "none",
         spaces=("residual",) if sliced else (),
         update="compensation" if compensate else None,
-        layer_sparsity=layer_sparsity,
-        exceptions={names: str(pattern) for names, pattern in excepted.items()},
     )
     pruning = Pruning(
         model,
         rows,
         resolved,
-        parsed,
-        layer_sparsity,
-        excepted,
+        allotment,
         surrogate,
         objective,
         dtype=dtype or fast_dtype(model.device),

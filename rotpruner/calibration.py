@@ -10,12 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rotpruner.allotment import LayerSparsity, allot
+from rotpruner.allotment import Allotment, allot
 from rotpruner.distributed import whole
 from rotpruner.fusion import fuse_block_norms
 from rotpruner.layout import BlockLinear, block_linears, by_block, module_at
 from rotpruner.owl import outlier_sparsities
-from rotpruner.patterns import Pattern, Unstructured
+from rotpruner.patterns import Pattern, Slice, Unstructured
 from rotpruner.placements import space_shape, turns
 from rotpruner.pruners import Pruner, resolve_pruner
 from rotpruner.pruners.base import Needs
@@ -69,9 +69,7 @@ def linears_to_watch(
 
 def linear_patterns(
     model: nn.Module,
-    pattern: Pattern,
-    layer_sparsity: LayerSparsity,
-    exceptions: Mapping[str, Pattern],
+    allotment: Allotment,
     batches: Sequence[Tensor],
     gather: Gather = gather_moments,
     fused: bool = False,
@@ -81,18 +79,18 @@ def linear_patterns(
 
     Args:
         model: plain model in its own basis; a basis of its own would blur the outliers.
-        pattern: of all blocks together.
-        layer_sparsity: how they share it.
-        exceptions: patterns of linears whose names match; what they lose or keep is not shared out again.
+        allotment: of a pattern that is no `Slice`; what exceptions lose or keep is not shared out again.
         batches: calibration token ids, each (sequences, seq_len); read for `owl` only.
         gather: as in `gather_model_moments`.
         fused: judge it with its block norms fused, as learning does where the residual stream rotates; norms with a
             bias make a difference.
     """
     config: Any = model.config
-    if layer_sparsity == "uniform":
+    pattern, exceptions = allotment.pattern, allotment.exceptions
+    assert not isinstance(pattern, Slice)
+    if allotment.layer_sparsity == "uniform":
         return allot(config, pattern, exceptions)
-    assert isinstance(pattern, Unstructured)
+    assert isinstance(pattern, Unstructured), "an Allotment sees to that"
     wanda = resolve_pruner("wanda")
     if fused:
         model = copy.deepcopy(model)

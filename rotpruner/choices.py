@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from rotpruner.allotment import LayerSparsity, check_allotment
+from rotpruner.allotment import Allotment
 from rotpruner.errors import InputError
 from rotpruner.families import SPACES, check_space
 from rotpruner.objectives import Objective
 from rotpruner.optimizers import CayleySGD
 from rotpruner.orthogonal import MapName
-from rotpruner.patterns import Pattern, Slice
+from rotpruner.patterns import Slice
 from rotpruner.placements import Placement, check_placement
 from rotpruner.pruners import Pruner
 from rotpruner.rotations import Start, check_start, space_constraint
@@ -26,37 +26,35 @@ class Choices:
     """Settings of a fit that depend on each other.
 
     Attributes:
-        pattern, pruner, layer_sparsity, exceptions: what is pruned, and how.
+        allotment, pruner: what is pruned, and how.
         objective, surrogate: what is minimised, and how its gradient passes the masks.
         spaces, placement, orthogonal_map: what rotates, and by which matrices.
         start: of the rotations; None stands for rotations that are given.
     """
 
-    pattern: Pattern | Slice
+    allotment: Allotment
     pruner: Pruner
-    layer_sparsity: LayerSparsity
     objective: Objective
     surrogate: Surrogate
     spaces: Sequence[str]
     placement: Placement
     orthogonal_map: MapName
     start: Start | None
-    exceptions: Mapping[str, Pattern] = field(default_factory=dict)
 
     def check(self, config: Any, optimizer: torch.optim.Optimizer | None = None) -> None:
         """Raise `InputError` if these do not go with each other, with the model of a config, or with an optimiser."""
-        check_allotment(self.pattern, self.layer_sparsity, self.exceptions)
+        pattern = self.allotment.pattern
         if not self.spaces:
             raise InputError(f"spaces is empty; name at least one of {', '.join(SPACES)}")
         for space in self.spaces:
             check_space(config, space)
         check_placement(config, self.placement, self.spaces)
-        if isinstance(self.pattern, Slice):
-            self._check_slice(self.pattern)
-        check_start(self.start, self.spaces, self.pattern)
+        if isinstance(pattern, Slice):
+            self._check_slice(pattern)
+        check_start(self.start, self.spaces, pattern)
         if self.start == "pca":
             self._check_principal_start(config)
-        check_surrogate(self.surrogate, self.pattern, self.pruner, self.objective, self.exceptions)
+        check_surrogate(self.surrogate, self.allotment, self.pruner, self.objective)
         if optimizer is not None:
             self._check_optimizer(optimizer)
 
@@ -73,7 +71,7 @@ class Choices:
     def _check_principal_start(self, config: Any) -> None:
         if space_constraint(config, "residual") != "none":
             raise InputError(f"start pca would change what this {config.model_type} model computes; use identity")
-        if self.pruner.needs == "nothing" and not isinstance(self.pattern, Slice):
+        if self.pruner.needs == "nothing" and not isinstance(self.allotment.pattern, Slice):
             raise InputError(
                 f"start pca needs statistics, and {type(self.pruner).__name__} has none gathered; take wanda, or start "
                 "identity"

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -20,7 +18,7 @@ from transformers import (
 )
 
 from rotpruner import embedded
-from rotpruner.allotment import allot
+from rotpruner.allotment import Allotment, allot
 from rotpruner.errors import InputError, explained
 from rotpruner.families import family_of
 from rotpruner.layout import check_described, linear_modules
@@ -137,14 +135,13 @@ def check_seq_len(config: Any, seq_len: int) -> None:
         raise InputError(f"seq_len {seq_len} is longer than the model's {limit} positions; shorten it")
 
 
-def check_pattern(
-    model: nn.Module, pattern: Pattern | Slice, exceptions: Mapping[str, Pattern] = MappingProxyType({})
-) -> None:
+def check_pattern(model: nn.Module, pattern: Pattern | Slice | Allotment) -> None:
     """Raise `InputError` if the model (on the meta device will do) cannot take the pattern, or its table is wrong."""
     check_described(model)
-    if isinstance(pattern, Slice):
-        sliced_width(model.config, pattern)
+    allotment = Allotment.of(pattern)
+    if isinstance(allotment.pattern, Slice):
+        sliced_width(model.config, allotment.pattern)
         return
-    patterns = allot(model.config, pattern, exceptions)
+    patterns = allot(model.config, allotment.pattern, allotment.exceptions)
     for name, linear in linear_modules(model).items():
         patterns[name].validate(name, linear.weight.shape)

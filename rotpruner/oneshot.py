@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import partial
-from types import MappingProxyType
 from typing import get_args
 
 import torch
 from torch import Tensor, nn
 
-from rotpruner.allotment import LayerSparsity, check_allotment
+from rotpruner.allotment import Allotment
 from rotpruner.calibration import linear_patterns, linears_to_watch
 from rotpruner.errors import InputError
 from rotpruner.families import family_of
@@ -31,15 +30,13 @@ from rotpruner.statistics import Moment, watch_inputs
 def prune_model(
     model: nn.Module,
     pruner: Pruner,
-    pattern: Pattern | Slice,
+    pattern: Pattern | Slice | Allotment,
     batches: Sequence[Tensor] = (),
     rotations: Mapping[str, Tensor] | None = None,
     moments: Mapping[str, Moment] | None = None,
     *,
     masks: Mapping[str, Tensor] | None = None,
     update: Pruner | None = None,
-    layer_sparsity: LayerSparsity = "uniform",
-    exceptions: Mapping[str, Pattern] = MappingProxyType({}),
     patterns: Mapping[str, Pattern] | None = None,
     calibration_dtype: torch.dtype | None = None,
     device: torch.device | None = None,
@@ -53,15 +50,13 @@ def prune_model(
 
     Args:
         model: plain model. Without `rotations` it is not fused and not untied: it is the control.
-        pruner, pattern: choose the masks.
+        pruner, pattern: choose the masks; an `Allotment` has other patterns for some of the linears.
         batches: calibration token ids, each (sequences, seq_len); with `moments`, only `update` and `owl` read them.
         rotations: of its spaces, or None.
         moments: statistics of the dense model gathered before, in the original basis (fused if the residual rotates).
         masks: of all decoder linears by name, each (O, I) bool, to be kept instead of choosing any.
         update: a pruner whose weight update follows under the masks that `pruner` chose, with statistics of what
             the pruned predecessors give, whatever chose the masks.
-        layer_sparsity: `uniform`, or `owl` to let blocks with many outliers keep more (unstructured patterns only).
-        exceptions: patterns of linears whose names match, see `rotpruner.allotment`.
         patterns: of all decoder linears by name, if the pattern has been shared out before.
         calibration_dtype: of the matrix products that give the statistics of a block; None is the model's own.
         device: where blocks are run and pruned, one at a time, while the rest of the model stays where it is; None
@@ -72,8 +67,9 @@ def prune_model(
         InputError: a linear cannot take the pattern, the pattern has no sparsity to share out, statistics are needed
             and no batches are given, or a slice is given what is of masks.
     """
-    check_pattern(model, pattern, exceptions)
-    check_allotment(pattern, layer_sparsity, exceptions)
+    allotment = Allotment.of(pattern)
+    pattern = allotment.pattern
+    check_pattern(model, allotment)
     check_update(update)
     rotations = rotations or {}
     if isinstance(pattern, Slice):
@@ -87,12 +83,11 @@ def prune_model(
     needs = "nothing" if moments is not None else pruner.needs
     if update is not None:
         needs = max(needs, update.needs, key=get_args(Needs).index)
-    if layer_sparsity == "owl" and patterns is None:
+    if allotment.layer_sparsity == "owl" and patterns is None:
         _check_batches(batches, "layer_sparsity owl")
     if patterns is None:
         there = partial(moments_by_block, dtype=calibration_dtype, device=device, progress=progress)
-        sharing = layer_sparsity, exceptions
-        patterns = linear_patterns(model, pattern, *sharing, batches, there, fused="residual" in rotations)
+        patterns = linear_patterns(model, allotment, batches, there, fused="residual" in rotations)
     prunes = any(pattern.sparsity for pattern in patterns.values())
     if prunes and needs != "nothing":
         _check_batches(batches, type(update or pruner).__name__)

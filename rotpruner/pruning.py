@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import gc
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,14 +12,13 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from rotpruner.allotment import LayerSparsity
+from rotpruner.allotment import Allotment
 from rotpruner.compensation import compensate
 from rotpruner.kept_weights import take_kept_weights
 from rotpruner.learned import Learned
 from rotpruner.learning import learn, passes
 from rotpruner.objectives import Objective
 from rotpruner.oneshot import prune_model
-from rotpruner.patterns import Pattern, Slice
 from rotpruner.placements import Placement
 from rotpruner.precision import cast_parameters
 from rotpruner.progress import Progress
@@ -67,7 +66,7 @@ class Pruning:
     Attributes:
         model: dense.
         rows: calibration sequences (count, seq_len).
-        pruner, pattern, layer_sparsity, exceptions: what goes.
+        pruner, allotment: what goes.
         surrogate, objective: how rotations learn.
         dtype: of the frozen weights while they learn, and of the products that give statistics.
         gradient_checkpointing: recompute each block in the backward pass.
@@ -79,9 +78,7 @@ class Pruning:
     model: PreTrainedModel
     rows: Tensor
     pruner: Pruner
-    pattern: Pattern | Slice
-    layer_sparsity: LayerSparsity
-    exceptions: Mapping[str, Pattern]
+    allotment: Allotment
     surrogate: Surrogate
     objective: Objective
     dtype: torch.dtype
@@ -106,12 +103,10 @@ class Pruning:
             self._frozen(),
             rotating.module(self.model),
             self.pruner,
-            self.pattern,
+            self.allotment,
             self.surrogate,
             self.objective,
             gradient_checkpointing=self.gradient_checkpointing,
-            layer_sparsity=self.layer_sparsity,
-            exceptions=self.exceptions,
             seed=self.seed,
         )
         rotated.calibrate(self.rows.split(1), self.progress)
@@ -135,9 +130,7 @@ class Pruning:
         pruned: Any = copy.deepcopy(self.model).eval()
         if kept is not None and given is not None:
             take_kept_weights(pruned, kept, given)
-        sharing: dict[str, Any] = {"layer_sparsity": self.layer_sparsity, "exceptions": self.exceptions}
-        batches = self.rows.split(1)
-        prune_model(pruned, self.pruner, self.pattern, batches, **sharing, **self._running, **found._asdict())
+        prune_model(pruned, self.pruner, self.allotment, self.rows.split(1), **self._running, **found._asdict())
         return pruned
 
     def compensate(self, pruned: PreTrainedModel, sequences: int, found: Learned) -> None:

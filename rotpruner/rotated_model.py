@@ -12,14 +12,13 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
-from types import MappingProxyType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from rotpruner.allotment import LayerSparsity, allot, check_allotment
+from rotpruner.allotment import Allotment, allot
 from rotpruner.basis import Basis, RotatedLinear, change_bases, check_offload, grouped, turn_residual_ends
 from rotpruner.calibration import linear_patterns, linears_to_watch
 from rotpruner.concentration import concentration
@@ -52,14 +51,13 @@ class RotatedModel(nn.Module):
         base: causal language model of a known family. It is taken over: frozen, its block norms fused,
             its dropout off, its decoder linears replaced by modules that hold the same weights.
         rotations: of its spaces.
-        pruner, pattern: how masks are chosen; a `Slice` needs no masks, the last residual directions run as zeros.
+        pruner, pattern: how masks are chosen; an `Allotment` has other patterns for some of the linears. A `Slice`
+            needs no masks, the last residual directions run as zeros.
         surrogate: how the gradient passes them.
         objective: what is minimised.
         gradient_checkpointing: recompute each block, and its rotated weights, in the backward pass.
         offload: keep the decoder linears' weights in main memory, whence they come one linear at a time, forward and
             again in the recomputation; needs `gradient_checkpointing`.
-        layer_sparsity: `uniform`, or `owl` to let blocks with many outliers keep more.
-        exceptions: patterns of linears whose names match, see `rotpruner.allotment`.
         ranks: processes that hold a copy each, or shards of one. They share calibration and the choice of masks;
             losses and their gradients are each rank's own.
         seed: of the noise of a surrogate that has any.
@@ -74,27 +72,25 @@ class RotatedModel(nn.Module):
         base: PreTrainedModel,
         rotations: LearnedRotations,
         pruner: Pruner,
-        pattern: Pattern | Slice,
+        pattern: Pattern | Slice | Allotment,
         surrogate: Surrogate | None = None,
         objective: Objective | None = None,
         *,
         gradient_checkpointing: bool = False,
-        layer_sparsity: LayerSparsity = "uniform",
-        exceptions: Mapping[str, Pattern] = MappingProxyType({}),
         ranks: Ranks | None = None,
         seed: int = 0,
         offload: bool = False,
     ) -> None:
         super().__init__()
-        check_pattern(base, pattern, exceptions)
-        check_allotment(pattern, layer_sparsity, exceptions)
+        self.allotment = Allotment.of(pattern)
+        pattern = self.allotment.pattern
+        check_pattern(base, self.allotment)
         check_offload(offload, gradient_checkpointing)
-        self.layer_sparsity, self.exceptions = layer_sparsity, exceptions
         surrogate = surrogate or Surrogate()
         self.rotations = rotations
         self.pruner, self.pattern = pruner, pattern
         self.objective = objective or Objective()
-        check_surrogate(surrogate, pattern, pruner, self.objective, exceptions)
+        check_surrogate(surrogate, self.allotment, pruner, self.objective)
         self.ranks = ranks or Ranks()
         self.basis = Basis(base.config)
         self.moments: dict[str, Moment] = {}
@@ -102,7 +98,7 @@ class RotatedModel(nn.Module):
         #: Of each linear by name; `calibrate` shares the sparsity out.
         self.patterns: dict[str, Pattern] = {}
         if not isinstance(pattern, Slice):
-            self.patterns = allot(base.config, pattern, exceptions)
+            self.patterns = allot(base.config, pattern, self.allotment.exceptions)
         self._dense_states = DenseStates(self._run_dense, self.ranks)
         self._teacher: Teacher | None = None  # the base itself
 
@@ -172,8 +168,7 @@ class RotatedModel(nn.Module):
                 linears, widths = residual_readers(base)
             else:
                 together = partial(gather_moments, ranks=self.ranks)
-                sharing = self.layer_sparsity, self.exceptions
-                self.patterns = linear_patterns(base, self.pattern, *sharing, batches, together)
+                self.patterns = linear_patterns(base, self.allotment, batches, together)
                 spaces = set(self.rotations.spaces)
                 linears, widths = linears_to_watch(base, block_linears(base.config), self.pruner.needs, spaces)
 
@@ -300,10 +295,10 @@ class RotatedModel(nn.Module):
         return self.masks.choose(chosen_in, self.moments, self.patterns, self.base.device)
 
     def _check_calibrated(self) -> None:
-        shares_out = self.layer_sparsity != "uniform"
+        shares_out = self.allotment.layer_sparsity != "uniform"
         reads = shares_out or (self.pruner.needs != "nothing" and not isinstance(self.pattern, Slice))
         if reads and not self._calibrated:
-            reader = f"layer_sparsity {self.layer_sparsity}" if shares_out else type(self.pruner).__name__
+            reader = f"layer_sparsity {self.allotment.layer_sparsity}" if shares_out else type(self.pruner).__name__
             raise InputError(f"{reader} needs statistics, and none are gathered: call calibrate(batches) first")
 
     def _check_masks(self) -> None:

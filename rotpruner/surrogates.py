@@ -9,15 +9,15 @@ Shapes: O = output features, I = input features, G = groups of M neighbours in a
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import combinations
-from types import MappingProxyType
 from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
 
+from rotpruner.allotment import Allotment
 from rotpruner.errors import InputError
 from rotpruner.objectives import Objective
 from rotpruner.patterns import NM, Pattern, Slice
@@ -214,12 +214,12 @@ class Surrogate:
 
 def check_surrogate(
     surrogate: Surrogate,
-    pattern: Pattern | Slice,
+    allotment: Allotment,
     pruner: Pruner,
     objective: Objective,
-    exceptions: Mapping[str, Pattern] = MappingProxyType({}),
 ) -> None:
     """Raise `InputError` if a surrogate does not go with the other settings of a fit."""
+    pattern, exceptions = allotment.pattern, allotment.exceptions
     if isinstance(pattern, Slice) and surrogate.name != "constant":
         raise InputError(f"surrogate {surrogate.name} is of masks, and pattern {pattern} has none; set it to constant")
     if surrogate.follows_saliency:

@@ -13,13 +13,13 @@ from transformers import AutoModelForCausalLM
 import rotpruner
 from experiments.__main__ import main
 from lightning_modules.rotation_module import RotationModule
-from rotpruner.allotment import allot, parse_exceptions
+from rotpruner.allotment import Allotment, allot, parse_exceptions
 from rotpruner.calibration import gather_model_moments
 from rotpruner.errors import InputError
 from rotpruner.layout import linear_modules
 from rotpruner.objectives import Objective
 from rotpruner.oneshot import prune_model
-from rotpruner.patterns import NM, Unstructured, parse_pattern
+from rotpruner.patterns import NM, Unstructured
 from rotpruner.pruners import PRUNERS, resolve_pruner
 from rotpruner.rotations import random_rotations
 from rotpruner.surrogates import Surrogate
@@ -64,7 +64,7 @@ def test_what_is_excepted_changes_nothing_for_the_rest_of_its_group(pruner):
     found = []
     for exceptions in ({}, EXCEPTIONS):
         model = copy.deepcopy(dense)
-        prune_model(model, resolved, parse_pattern("2:4"), moments=moments, exceptions=exceptions)
+        prune_model(model, resolved, Allotment(NM(2, 4), exceptions=exceptions), moments=moments)
         found.append(linear_modules(model))
     assert_excepted(model)
     own = linear_modules(dense)
@@ -78,10 +78,10 @@ def test_what_is_excepted_changes_nothing_for_the_rest_of_its_group(pruner):
 @pytest.mark.parametrize("pruner", ["wanda", "sparsegpt"])
 @torch.no_grad()
 def test_nothing_but_exceptions_can_be_pruned(pruner):
-    model, given = exact(tiny("opt")), {"*.fc1": NM(2, 4)}
+    model, given = exact(tiny("opt")), Allotment(Unstructured(0.0), exceptions={"*.fc1": NM(2, 4)})
     with pytest.raises(InputError, match="no calibration batches"):
-        prune_model(model, resolve_pruner(pruner), parse_pattern(0.0), exceptions=given)
-    prune_model(model, resolve_pruner(pruner), parse_pattern(0.0), tiny_ids(2).split(1), exceptions=given)
+        prune_model(model, resolve_pruner(pruner), given)
+    prune_model(model, resolve_pruner(pruner), given, tiny_ids(2).split(1))
     assert all(share == ("fc1" in name) / 2 for name, share in shares(model).items())
 
 
@@ -149,7 +149,7 @@ def test_learning_goes_on_behind_an_update_under_exceptions():
     dense, ids = exact(tiny("llama-3")), tiny_ids(2)
     rotations = random_rotations(dense.config, MODELS["llama-3"][2], 0, torch.float64)
     pruned = copy.deepcopy(dense)
-    prune_model(pruned, resolve_pruner("magnitude"), parse_pattern("2:4"), rotations=rotations, exceptions=EXCEPTIONS)
+    prune_model(pruned, resolve_pruner("magnitude"), Allotment(NM(2, 4), exceptions=EXCEPTIONS), rotations=rotations)
     for exceptions in (EXCEPTIONS, {}):
         rotated = calibrated_in(rotations, dense, ids, exceptions=exceptions)
         if exceptions:
@@ -193,10 +193,8 @@ def test_the_prune_command_and_python_make_exceptions(model_directory, text_file
 @torch.no_grad()
 def test_owl_shares_out_around_them():
     model = tiny("llama-2")
-    given = {"*.o_proj": Unstructured(0.0)}
-    prune_model(
-        model, resolve_pruner("wanda"), parse_pattern(0.5), tiny_ids(4).split(1), layer_sparsity="owl", exceptions=given
-    )
+    given = Allotment(Unstructured(0.5), "owl", {"*.o_proj": Unstructured(0.0)})
+    prune_model(model, resolve_pruner("wanda"), given, tiny_ids(4).split(1))
     found = shares(model)
     assert found["model.layers.0.self_attn.o_proj"] == 0
     assert found["model.layers.0.mlp.up_proj"] != found["model.layers.1.mlp.up_proj"]

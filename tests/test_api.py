@@ -280,7 +280,7 @@ def test_a_pruner_of_ones_own_is_named_by_its_import_path(tokenizer, texts):
         tiny_llama(), tokenizer, texts, pruner="test_api.RelativeToColumn", spaces=(), num_sequences=4, seq_len=32
     )
     expected = tiny_llama().model.layers[0].mlp.up_proj.weight
-    kept = rotpruner.api.parse_pattern("2:4").mask(RelativeToColumn().saliency(expected, None))
+    kept = parse_pattern("2:4").mask(RelativeToColumn().saliency(expected, None))
     assert torch.equal(own.model.layers[0].mlp.up_proj.weight != 0, kept)
     assert not torch.equal(kept, parse_pattern("2:4").mask(expected.abs())), "magnitude's masks would do as well"
 

@@ -168,6 +168,14 @@ def test_a_dashboard_without_wandb_is_refused_in_one_line(settings, capsys):
         Dashboard(0)
 
 
+def test_a_dashboard_that_would_see_no_results_is_refused(settings, capsys):
+    arguments, run = settings
+    other = [{"class_path": f"callbacks.{name}"} for name in ("dashboard.Dashboard", "finish.Finish")]
+    assert main(["fit", *arguments, "--trainer.callbacks", json.dumps(other)]) == 2
+    assert "Dashboard stands before Finish" in capsys.readouterr().err
+    assert not run.exists()
+
+
 def agent_command(sweep: dict, choice: dict) -> list[str]:
     """What wandb's agent runs for one choice of parameters, by its own code."""
     from wandb.sdk.launch.sweeps import utils

@@ -112,7 +112,7 @@ def test_a_linear_that_is_not_to_be_pruned_gets_back_what_was_removed():
     rotated.refresh_masks()
     taken = copy.deepcopy(dense)
     take_kept_weights(taken, pruned, drawn)
-    prune_model(taken, rotated.pruner, rotated.pattern, **rotated.learned()._asdict(), exceptions=exceptions)
+    prune_model(taken, rotated.pruner, rotated.allotment, **rotated.learned()._asdict())
     assert (linear_modules(taken)["model.layers.0.self_attn.v_proj"].weight != 0).all()
     torch.testing.assert_close(taken(input_ids=ids).logits, rotated(ids).logits)
 

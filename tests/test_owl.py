@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_models import tiny
 
-from rotpruner.allotment import allot
+from rotpruner.allotment import Allotment, allot
 from rotpruner.calibration import linear_patterns
 from rotpruner.errors import InputError
 from rotpruner.oneshot import prune_model
@@ -81,7 +81,7 @@ def test_the_block_with_outliers_keeps_more():
                             (linear.weight.abs() * args[0].square().mean((0, 1)).sqrt()).flatten()
                         )
                     )
-        found.append(shares(linear_patterns(model, Unstructured(0.5), "owl", {}, [ids])))
+        found.append(shares(linear_patterns(model, Allotment(Unstructured(0.5), "owl"), [ids])))
         for own in saliencies:
             own.clear()
         model(input_ids=ids)
@@ -109,18 +109,18 @@ def test_learning_and_pruning_share_the_sparsity_out_alike(name):
     """Masks of a fit under OWL are those of one-shot pruning with the same statistics, in the learned basis."""
     model = tiny(name)
     batches = torch.randint(0, 64, (4, 16), generator=torch.Generator().manual_seed(0)).split(1)
-    pruner, pattern = resolve_pruner("wanda"), Unstructured(0.5)
+    pruner, shared_out = resolve_pruner("wanda"), Allotment(Unstructured(0.5), "owl")
     rotations = LearnedRotations(model.config, ["residual"], start="random")
-    online = RotatedModel(copy.deepcopy(model), rotations, pruner, pattern, layer_sparsity="owl")
+    online = RotatedModel(copy.deepcopy(model), rotations, pruner, shared_out)
     online.calibrate(batches)
     online.refresh_masks()
     sparsities = shares(online.patterns)
     assert sum(sparsities) / 2 == pytest.approx(0.5)
     assert sparsities[0] != sparsities[1]
-    assert shares(linear_patterns(model, pattern, "owl", {}, batches, fused=True)) == sparsities
-    prune_model(model, pruner, pattern, batches, rotations(), online.moments, layer_sparsity="owl")
+    assert shares(linear_patterns(model, shared_out, batches, fused=True)) == sparsities
+    prune_model(model, pruner, shared_out, batches, rotations(), online.moments)
     for linear in online.linears:
         kept = model.get_submodule(linear.place.name).weight != 0
         assert (kept == linear.mask).float().mean() > 0.995  # float32 products against float64 ones
     with pytest.raises(InputError, match="unstructured"):
-        RotatedModel(tiny(name), rotations, pruner, NM(2, 4), layer_sparsity="owl")
+        Allotment(NM(2, 4), "owl")

@@ -13,6 +13,7 @@ from tiny_models import tiny
 
 from experiments.__main__ import main
 from experiments.plan_setup import read_setup
+from rotpruner.allotment import Allotment
 from rotpruner.compensation import compensate
 from rotpruner.errors import InputError
 from rotpruner.loading import load_model
@@ -111,8 +112,8 @@ def test_products_are_taken_in_the_dtype_that_is_asked_for(dtype):
     recovery = SparseRecovery(watched(copy.deepcopy(pruned), "recovery"), tiny("llama-2"), compute_dtype=dtype)
     prune_model(watched(pruned, "pruner"), resolve_pruner("wanda"), parse_pattern("2:4"), ids, calibration_dtype=dtype)
     recovery.loss(ids[0])
-    sharing = {"layer_sparsity": "owl", "calibration_dtype": dtype}
-    prune_model(watched(tiny("llama-2"), "owl"), resolve_pruner("magnitude"), parse_pattern("0.5"), ids, **sharing)
+    owl = Allotment(parse_pattern("0.5"), "owl")
+    prune_model(watched(tiny("llama-2"), "owl"), resolve_pruner("magnitude"), owl, ids, calibration_dtype=dtype)
     compensate(pruned, watched(tiny("llama-2"), "compensation"), ids, calibration_dtype=dtype)
     assert seen.pop("recovery") == {dtype or fast_dtype(CPU)}
     assert seen == {name: {dtype or torch.float32} for name in ("pruner", "owl", "compensation")}

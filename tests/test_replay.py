@@ -6,6 +6,7 @@ import pytest
 import torch
 from tiny_models import MODELS, tiny
 
+from rotpruner.allotment import Allotment
 from rotpruner.calibration import gather_model_moments, linears_to_watch
 from rotpruner.errors import InputError
 from rotpruner.families import family_of
@@ -65,7 +66,7 @@ def test_statistics_need_batches():
     with pytest.raises(InputError, match=r"pattern slice:0\.3 needs statistics"):
         prune_model(model, resolve_pruner("magnitude"), parse_pattern("slice:0.3"))
     with pytest.raises(InputError, match="layer_sparsity owl needs statistics"):
-        prune_model(model, resolve_pruner("magnitude"), parse_pattern("0.5"), layer_sparsity="owl")
+        prune_model(model, resolve_pruner("magnitude"), Allotment(parse_pattern("0.5"), "owl"))
     assert all(torch.equal(one, other) for one, other in zip(model.parameters(), untouched.parameters(), strict=True))
 
 

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from scipy.stats import chisquare, gumbel_r, kstest
 from tiny_models import exact, rotated_model
 
+from rotpruner.allotment import Allotment
 from rotpruner.errors import InputError
 from rotpruner.learning import learn
 from rotpruner.objectives import Objective
@@ -357,8 +358,8 @@ class WholeMoment(Wanda):
 )
 def test_combinations_that_cannot_work_are_refused(name, pattern, pruner, objective, mention):
     with pytest.raises(InputError, match=mention):
-        check_surrogate(Surrogate(name), parse_pattern(pattern), resolve_pruner(pruner), Objective(**objective))
-    check_surrogate(Surrogate(name), parse_pattern("2:4"), resolve_pruner("magnitude"), Objective())
+        check_surrogate(Surrogate(name), Allotment.parse(pattern), resolve_pruner(pruner), Objective(**objective))
+    check_surrogate(Surrogate(name), Allotment.parse("2:4"), resolve_pruner("magnitude"), Objective())
 
 
 @pytest.mark.parametrize("name", ["sigmoid", "gumbel"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from types import MappingProxyType
 
 import torch
 import torch.nn.functional as F
@@ -11,6 +12,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import nn
 from transformers import PreTrainedTokenizerFast
 
+from rotpruner.allotment import Allotment
 from rotpruner.families import SPACES, family_of
 from rotpruner.patterns import parse_pattern
 from rotpruner.pruners import resolve_pruner
@@ -127,13 +129,16 @@ def rotated_model(
     orthogonal_map="cayley",
     start="identity",
     placement="shared",
+    layer_sparsity="uniform",
+    exceptions=MappingProxyType({}),
     **settings,
 ) -> RotatedModel:
     """A model under learnable rotations, which are in float64 if it is."""
     rotations = LearnedRotations(base.config, spaces, orthogonal_map, start, placement=placement)
     if base.dtype == torch.float64:
         rotations = rotations.double()
-    return RotatedModel(base, rotations, resolve_pruner(pruner), parse_pattern(pattern), **settings)
+    allotment = Allotment(parse_pattern(pattern), layer_sparsity, exceptions)
+    return RotatedModel(base, rotations, resolve_pruner(pruner), allotment, **settings)
 
 
 def calibrated_in(rotations, dense, ids, **settings) -> RotatedModel:
