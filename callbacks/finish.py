@@ -77,17 +77,20 @@ class Finish(Ending):
         super().check(module)
         if "no_update" in self.controls and not module.compensate:
             raise InputError("controls: no_update is rotpruner itself where compensate is 0: leave it out")
+        if self._before is not None:
+            self._before.check_begins(module.init_weights)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Compare what is evaluated with what was."""
         super().on_fit_start(trainer, pl_module)
         if self._before is not None:
-            self._before.check(list(self._windows), self.evaluation)
+            self._before.check_evaluated(list(self._windows), self.evaluation)
 
     def described(self, trainer: Trainer) -> Row:
         """Steps and tokens of both fits, if there was one before."""
         found = super().described(trainer)
         if self._before is not None:
+            found["second_steps"] = found["steps"]
             found |= {name: found[name] + self._before.budget[name] for name in ("steps", "training_tokens")}
         return found
 
@@ -172,9 +175,9 @@ class Finish(Ending):
             **module.allotment.in_words(),
             pruner=None if isinstance(module.pattern, Slice) else pruner_name(module.pruner),
             basis="learned",
-            taken_over=module.init_weights,
+            taken_over=None if self._before is not None else module.init_weights,
             spaces=module.spaces,
-            update="compensation" if module.compensate else None,
+            update="compensation" if module.compensate or (self._before and self._before.updated) else None,
             learned_masks=module.surrogate.learns_masks,
             num_sequences=trainer.datamodule.statistics_sequences,  # type: ignore[attr-defined]
             seed=module.seed,
@@ -217,23 +220,29 @@ class _Before:
         directory: of its run.
         rows: of its controls, and of what it has made as `not_learned_on`.
         budget: its steps and training tokens, by those names.
-        evaluation: how it was evaluated.
+        evaluation: how it was evaluated, in words.
+        updated: whether its kept weights were fitted.
     """
 
     directory: Path
     rows: list[Row]
     budget: dict[str, int]
-    evaluation: str | None
+    evaluation: str
+    updated: bool
 
     @classmethod
     def read(cls, directory: Path) -> _Before:
         """Raises: InputError: it is no finished fit."""
         try:
             results = read_json(directory / "results.json")
-            rows = {row["name"]: row for row in results["rows"]}
-            made = {**rows["rotpruner"], "name": "not_learned_on"}
-            others = [row for name, row in rows.items() if name not in ("dense", "rotpruner", "not_learned_on")]
-            return cls(directory, [*others, made], results["budget"], results.get("evaluation"))
+            budget, rows = results["budget"], {row["name"]: row for row in results["rows"]}
+            made = {**rows.pop("rotpruner"), "name": "not_learned_on"}
+            others = [row for name, row in rows.items() if name not in ("dense", "not_learned_on")]
+            for row in (made, *others):
+                if row["name"] in ("no_update", "not_learned_on"):  # the others have learned nothing
+                    row["training_tokens"] = budget["training_tokens"]
+            updated = bool(results["config"]["model"]["compensate"])
+            return cls(directory, [*others, made], budget, results["evaluation"], updated)
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise InputError(
                 f"before '{directory}' holds no results of a fit ({error!r}); name the run directory of one that has "
@@ -245,7 +254,15 @@ class _Before:
         """That it took to make what it has made."""
         return self.rows[-1]["seconds"]
 
-    def check(self, texts: list[str], evaluation: str) -> None:
+    def check_begins(self, init_weights: str | None) -> None:
+        """Raise `InputError` if a fit begins with other weights than those that it has exported."""
+        if init_weights is None or Path(init_weights).resolve() != (self.directory / "export").resolve():
+            raise InputError(
+                f"before '{self.directory}' is not what this fit goes on from: set model.init_weights to its export, "
+                "or leave before out"
+            )
+
+    def check_evaluated(self, texts: list[str], evaluation: str) -> None:
         """Raise `InputError` if it was evaluated otherwise."""
         known = list(self.rows[-1]["ppl"])
         if (known, self.evaluation) != (texts, evaluation):

@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 import yaml
-from jsonargparse import ArgumentError, Namespace
+from jsonargparse import ArgumentError
 from lightning import LightningModule
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import CSVLogger, WandbLogger
@@ -33,8 +33,17 @@ from callbacks.ending import Ending
 from callbacks.rotation_checkpoint import last_checkpoint
 from callbacks.terminal import console
 from datamodules.calibration import CalibrationDataModule
-from experiments.learn_on import first_fit, second_fit
-from experiments.run_directory import DTYPES, WANDB_ID, RunRecord, check_checkpoint, differences, show, with_defaults
+from experiments.learn_on import FIRST_FIT, first_fit, second_fit
+from experiments.run_directory import (
+    DTYPES,
+    WANDB_ID,
+    RunRecord,
+    check_checkpoint,
+    differences,
+    show,
+    wandb_settings,
+    with_defaults,
+)
 from lightning_modules.rotation_module import RotationModule
 from rotpruner.distributed import lost_rank
 from rotpruner.errors import InputError
@@ -51,6 +60,8 @@ class FitCLI(LightningCLI):
     """
 
     finished = False
+    #: Whether it is the first of two fits, of which the whole run says what may change and what is shown.
+    of_two = False
     resume_from: Path | None = None
     wandb_id: str | None = None
     _first: dict[str, Any] | None = None
@@ -106,14 +117,18 @@ class FitCLI(LightningCLI):
         self.run_directory = Path(self.config.trainer.default_root_dir)
         if self.config.trainer.accelerator == "auto" and torch.backends.mps.is_available():
             self.config.trainer.accelerator = "cpu"  # `check_trainer` would refuse what Lightning takes
-        config = yaml.safe_load(self.parser.dump(self.config, skip_link_targets=False, skip_none=False))
-        self.config_record = {key: value for key, value in config.items() if key != "config"}
-        if (learn_on := self.config_record.get("learn_on")) is not None:
-            both = self.config_record, self.run_directory
-            self._first = first_fit(*both)
-            self.config = self.parser.parse_object(second_fit(*both, LearnOn(**learn_on)))
+        self.config_record = self.recorded()
         recorded = self.run_directory / "config.yaml"
         known = yaml.safe_load(recorded.read_text(encoding="utf-8")) if recorded.is_file() else {}
+        if (learn_on := self.config_record.get("learn_on")) is not None:
+            self._first = first_fit(self.config_record, self.run_directory)
+            second = second_fit(self.config_record, self.run_directory, LearnOn(**learn_on))
+            self.config = self.parser.parse_object(second)
+        elif not known and (first := self.run_directory / FIRST_FIT / "config.yaml").is_file():
+            raise InputError(
+                f"run directory '{self.run_directory}' has begun with the first of two fits ({first}), and learn_on is "
+                "null; choose another --trainer.default_root_dir, or remove it"
+            )
         self._house_wandb()
         if not known:
             return
@@ -121,19 +136,25 @@ class FitCLI(LightningCLI):
             if self.config_record["model"].get(name) == "auto":
                 self.config.model[name] = self.config_record["model"][name] = known["model"].get(name, "auto")
         known, finished = self._complete(known), (self.run_directory / "results.json").is_file()
-        if differing := differences(known, self.config_record, finished):
+        if differing := differences(known, self.config_record, finished and not self.of_two):
             raise InputError(
                 f"run directory '{self.run_directory}' belongs to another configuration ({recorded}), where "
                 f"{', '.join(differing)}; choose another --trainer.default_root_dir, or remove it"
             )
         if finished:
-            show(self.run_directory)
             self.finished = True
+            if not self.of_two:
+                show(self.run_directory)
             return
         self.resume_from = last_checkpoint(self.run_directory)
         if self.resume_from is not None:
             check_checkpoint(self.resume_from)
             rank_zero_only(console.print)(f"resuming from {self.resume_from}")
+
+    def recorded(self) -> dict[str, Any]:
+        """The configuration as a run directory keeps it."""
+        config = yaml.safe_load(self.parser.dump(self.config, skip_link_targets=False, skip_none=False))
+        return {key: value for key, value in config.items() if key != "config"}
 
     def _house_wandb(self) -> None:
         """Let one run of wandb live in one run directory, however often that is resumed.
@@ -141,7 +162,7 @@ class FitCLI(LightningCLI):
         The recorded configuration stays as it was given: in another directory, it is another run.
         """
         recorded = self.run_directory / WANDB_ID
-        for settings in _wandb_settings(self.config):
+        for settings in wandb_settings(self.config):
             if settings.get("save_dir") == ".":  # Lightning's default
                 settings["save_dir"] = str(self.run_directory)
             # Users may say which run it is, and agents of wandb's sweeps do, in the environment.
@@ -168,10 +189,10 @@ class FitCLI(LightningCLI):
         """Run the first of two fits, once it is known that the second can go on from it."""
         existed = self.run_directory.exists()
         try:
-            first = FitCLI(settings)
+            first = _FirstOfTwo(settings)
             if not first.finished:
                 sharded = isinstance(first.trainer.strategy, ModelParallelStrategy)
-                check_takes_weights(first.model.surrogate, first.model.pattern, sharded)
+                check_takes_weights("learn_on", first.model.surrogate, first.model.pattern, sharded)
             run_to_the_end(first)
         except InputError:
             if not existed and self.run_directory.is_dir() and not any(self.run_directory.iterdir()):
@@ -181,6 +202,9 @@ class FitCLI(LightningCLI):
             for logger in first.trainer.loggers:
                 if isinstance(logger, WandbLogger):
                     logger.experiment.finish()  # or the second fit would log into its run
+        for name in DTYPES:  # of both alike, wherever the second one runs
+            if self.config_record["model"].get(name) == "auto":
+                self.config.model[name] = self.config_record["model"][name] = first.config_record["model"][name]
         del first
         gc.collect()  # now, before a model is loaded again: modules and trainers refer to each other
 
@@ -201,6 +225,12 @@ class FitCLI(LightningCLI):
                 "under any number of processes"
             )
         return trainer
+
+
+class _FirstOfTwo(FitCLI):
+    """The first fit of a run that learns on."""
+
+    of_two = True
 
 
 @contextmanager
@@ -228,17 +258,6 @@ def check_limited(trainer: Any) -> None:
             "nothing says how long to learn: give a config with -c, as those in experiments/configs, or "
             "--trainer.max_steps"
         )
-
-
-def _wandb_settings(config: Any) -> list[Any]:
-    """The arguments of each `WandbLogger` of a configuration."""
-    given = config.get("trainer", {}).get("logger")
-    loggers = given if isinstance(given, list) else [given]
-    return [
-        logger["init_args"]
-        for logger in loggers
-        if isinstance(logger, (dict, Namespace)) and logger["class_path"].endswith(".WandbLogger")
-    ]
 
 
 def main(arguments: list[str]) -> None:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import copy
+import os
 from pathlib import Path
 from typing import Any
 
+from experiments.run_directory import wandb_settings
 from rotpruner.errors import InputError
 from rotpruner.learned import LearnOn
 
@@ -19,25 +21,14 @@ def first_fit(config: dict[str, Any], run: Path) -> dict[str, Any]:
     """The settings of the first fit of a run, from the whole run's configuration; it has a directory inside the run's.
 
     Raises:
-        InputError: there is nothing to learn on behind.
+        InputError: no second fit could go on from it.
     """
+    _check(config)
     settings = _own(config)
-    if not settings["model"]["compensate"]:
-        raise InputError(
-            "learn_on goes on behind the weight update, and model.compensate is 0: give it the sequences to fit on, or "
-            "learn_on null"
-        )
-    if settings["model"]["init_weights"] is not None:
-        raise InputError("learn_on is a fit with init_weights itself: give learn_on null to go on from your own")
-    if settings["trainer"]["fast_dev_run"]:
-        raise InputError("trainer.fast_dev_run leaves nothing to go on from: give learn_on null, too")
-    if not any(callback["class_path"] == _FINISH for callback in _callbacks(settings)):
-        raise InputError(f"learn_on goes on from what {_FINISH} exports, which is not among trainer.callbacks: add it")
     settings["trainer"]["default_root_dir"] = str(run / FIRST_FIT)
-    for logger in _listed(settings["trainer"]["logger"]):
-        if isinstance(logger, dict):  # one run of wandb holds one fit
-            for name in ("id", "version"):
-                logger.get("init_args", {}).pop(name, None)
+    for arguments in wandb_settings(settings):  # one run of wandb holds one fit
+        for name in ("id", "version"):
+            arguments.pop(name, None)
     return settings
 
 
@@ -47,11 +38,40 @@ def second_fit(config: dict[str, Any], run: Path, learn_on: LearnOn) -> dict[str
     model, trainer = settings["model"], settings["trainer"]
     model |= {"compensate": 0, "init_rotations": str(first / "rotations"), "init_weights": str(first / "export")}
     model["optimizer"]["init_args"]["lr"] *= learn_on.lr_factor
-    trainer |= {"max_steps": learn_on.steps, "max_epochs": None, "min_steps": None, "min_epochs": None}
+    limits = ("max_epochs", "max_time", "min_steps", "min_epochs")
+    trainer |= {"max_steps": learn_on.steps, **dict.fromkeys(limits)}
     for callback in _callbacks(settings):
         if callback["class_path"] == _FINISH:
             callback["init_args"] |= {"controls": [], "before": str(first)}
     return settings
+
+
+def _check(config: dict[str, Any]) -> None:
+    model, trainer = config["model"], config["trainer"]
+    if not model["compensate"]:
+        raise InputError(
+            "learn_on goes on behind the weight update, and model.compensate is 0: give it the sequences to fit on, or "
+            "learn_on null"
+        )
+    if model["init_weights"] is not None:
+        raise InputError("learn_on is a fit with init_weights itself: give learn_on null to go on from your own")
+    if not isinstance((model["optimizer"].get("init_args") or {}).get("lr"), (int, float)):
+        raise InputError(
+            "learn_on lowers the rate lr of model.optimizer, which says none: give it one, or learn_on null"
+        )
+    if model["lr_scheduler"] not in ("constant", "cosine"):
+        raise InputError(
+            "learn_on has steps and a rate of its own, to which model.lr_scheduler would not keep: give it constant or "
+            "cosine, or learn_on null"
+        )
+    if trainer["fast_dev_run"]:
+        raise InputError("trainer.fast_dev_run leaves nothing to go on from: give learn_on null, too")
+    if not any(callback["class_path"] == _FINISH for callback in _callbacks(config)):
+        raise InputError(f"learn_on goes on from what {_FINISH} exports, which is not among trainer.callbacks: add it")
+    if os.environ.get("WANDB_RUN_ID") and wandb_settings(config):
+        raise InputError(
+            "WANDB_RUN_ID names one run of wandb, and with learn_on there are two fits: give learn_on null"
+        )
 
 
 def _own(config: dict[str, Any]) -> dict[str, Any]:
@@ -63,8 +83,5 @@ def _own(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def _callbacks(settings: dict[str, Any]) -> list[dict[str, Any]]:
-    return _listed(settings["trainer"]["callbacks"])
-
-
-def _listed(given: Any) -> list[Any]:
-    return given if isinstance(given, list) else [] if given is None else [given]
+    given = settings["trainer"]["callbacks"] or []
+    return given if isinstance(given, list) else [given]

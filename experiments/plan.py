@@ -26,7 +26,10 @@ _GIB, _TERA, _GIGA = 2**30, 1e12, 1e9
 
 
 def main(arguments: list[str]) -> None:
-    """Print the plan; with `--json` one object of parameters, memory, flops, time, disk and changes that would help."""
+    """Print the plan; with `--json` one object of parameters, memory, flops, time, disk and changes that would help.
+
+    What a second fit takes stands in `learn_on`, of the same form.
+    """
     parser = Parser("plan", "What a fit would take: memory by part, arithmetic, disk. Other options are those of fit.")
     parser.add_argument("--gpu", choices=[*GPUS, "cpu"], default="h100-80gb", help="where; cpu is this machine")
     parser.add_argument("--count", type=at_least(1), help="GPUs; the config's trainer.devices if left out")
@@ -41,7 +44,7 @@ def main(arguments: list[str]) -> None:
         "hardware": {"name": options.gpu, "count": setup.ranks, "bytes": capacity, "sharded": setup.sharded},
         **_reckoned(setup, options.gpu),
         "learn_on": setup.second and _reckoned(setup.second, options.gpu),
-        "disk": _terms(_disk(setup)),
+        "disk": _terms(disk_space(setup)),
         "fits": fits,
         "changes": [] if fits else _changes(setup, model.base_dtype, options.gpu, capacity),
     }
@@ -54,12 +57,6 @@ def main(arguments: list[str]) -> None:
 def _peak(setup: Setup) -> int:
     """Of the fit, and of the one behind its update."""
     return max(memory_plan(fit).peak for fit in (setup, setup.second) if fit is not None)
-
-
-def _disk(setup: Setup) -> list[Term]:
-    """Of the run directory, in which a second fit keeps the first one's."""
-    again = [] if setup.second is None else disk_space(setup.second)
-    return [*disk_space(setup), *(replace(term, name=f"{term.name}, second fit") for term in again)]
 
 
 def _reckoned(setup: Setup, gpu: str) -> dict[str, Any]:
@@ -136,6 +133,8 @@ def _changes(setup: Setup, asked: DtypeName, gpu: str, capacity: int) -> list[di
     for name, hardware in GPUS.items():
         if hardware.memory >= capacity and name != gpu:
             weigh(f"--gpu {name}", replace(setup, dtype=dtype_on(asked, name)), int(hardware.memory))
+    if setup.learn_on or setup.second_teacher:  # which do not go with shards
+        return found
     for name in [gpu, *(other for other in GPUS if GPUS[other].memory > capacity)]:
         for ranks in (2, 4, 8, 16, 32):
             shared = replace(setup, dtype=dtype_on(asked, name), ranks=ranks, sharded=True, offload=False)
@@ -158,6 +157,7 @@ def _savings(setup: Setup) -> list[tuple[list[str], dict[str, Any], bool]]:
         ([*recompute, "--model.offload true"], {**recomputed, "offload": True}, waits),
         (["--data.batch_size 1"], {"batch_size": 1}, setup.batch_size > 1),
         ([f"--data.seq_len {half}"], {"seq_len": half}, half >= 512),
+        (["--learn_on null"], {"learn_on": 0}, setup.learn_on > 0),
         (["--model.spaces [value_heads]"], {"spaces": ("value_heads",)}, "residual" in setup.spaces and not needed),
     ]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,10 +13,12 @@ from callbacks.ending import Ending
 from callbacks.perplexity import Perplexity
 from experiments.fit import FitCLI, check_limited, plain_refusals
 from experiments.gpus import dtype_on
+from experiments.learn_on import first_fit
 from experiments.planning.sizes import Setup
 from lightning_modules.rotation_module import RotationModule
 from rotpruner.batches import CalibrationBatches
 from rotpruner.errors import InputError
+from rotpruner.kept_weights import check_takes_weights
 from rotpruner.learned import LearnOn
 from rotpruner.placements import turns
 
@@ -29,7 +32,9 @@ class PlanCLI(FitCLI):
     built: Any
 
     def before_instantiate_classes(self) -> None:
-        """Leave the run directory alone."""
+        """Leave the run directory alone; of two fits, what is looked at is the first."""
+        if self.config.learn_on is not None:
+            first_fit(self.recorded(), Path())
 
     def instantiate_classes(self) -> None:
         """Build what checks itself: the module, which loads no weights yet, its data, and the callbacks."""
@@ -55,6 +60,9 @@ def read_setup(arguments: list[str], gpu: str, count: int | None) -> tuple[Setup
     count = count or _processes(trainer)
     sharded = count > 1 and _shards(trainer.strategy)
     module.check(data.seq_len, data.statistics_sequences, sharded)
+    learn_on = cli.config.learn_on and LearnOn(**cli.config.learn_on.as_dict())
+    if learn_on is not None:
+        check_takes_weights("learn_on", module.surrogate, module.pattern, sharded)
     callbacks = cli.built.trainer.callbacks or ()
     callbacks = [callbacks] if isinstance(callbacks, Callback) else callbacks
     for callback in callbacks:
@@ -85,7 +93,7 @@ def read_setup(arguments: list[str], gpu: str, count: int | None) -> tuple[Setup
         steps=_steps(trainer, data, count),
         gradient_checkpointing=module.gradient_checkpointing,
         offload=module.offload,
-        learn_on=LearnOn(**learn_on.as_dict()).steps if (learn_on := cli.config.learn_on) else 0,
+        learn_on=0 if learn_on is None else learn_on.steps,
         second_teacher=module.init_weights is not None,
         optimizer_states=_states(module.optimizer_of([torch.nn.Parameter(torch.eye(4))])),
         keeps_unmasked=module.surrogate.keeps_unmasked,

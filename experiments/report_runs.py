@@ -14,6 +14,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from experiments.learn_on import FIRST_FIT
 from rotpruner.artifacts import read_json
 from rotpruner.diagnostics import HEAT_MAP, LAYERS
 from rotpruner.errors import InputError
@@ -103,7 +104,19 @@ def _json(path: Path) -> Any:
 
 
 def read_curves(directory: Path) -> dict[str, Curve]:
-    """Metric → points of a run's CSV logs; later logs win where a resumed run has repeated a step."""
+    """Metric → points of a run's CSV logs; those of a second fit count on from the steps of the first."""
+    curves, first = _logged(directory), directory / FIRST_FIT
+    if not (first / "results.json").is_file():
+        return curves
+    done, before = _json(first / "results.json")["budget"]["steps"], _logged(first)
+    return {
+        name: before.get(name, []) + [(step + done, value) for step, value in curves.get(name, [])]
+        for name in dict.fromkeys([*before, *curves])
+    }
+
+
+def _logged(directory: Path) -> dict[str, Curve]:
+    """Metric → points; later logs win where a resumed run has repeated a step."""
     found: dict[str, dict[int, float]] = {}
     # Lightning counts them up; times of files do not survive every copy.
     logs = sorted((directory / "logs").glob("version_*/metrics.csv"), key=lambda path: (len(str(path)), path))

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 import yaml
+from jsonargparse import Namespace
 from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
@@ -96,6 +97,9 @@ def _differences(known: Any, given: Any, name: str = "") -> Iterator[str]:
     if isinstance(known, dict) and isinstance(given, dict):
         for key in dict.fromkeys([*known, *given]):
             yield from _differences(known.get(key), given.get(key), f"{name}.{key}" if name else key)
+    elif isinstance(known, list) and isinstance(given, list) and len(known) == len(given):
+        for place, pair in enumerate(zip(known, given, strict=True)):
+            yield from _differences(*pair, f"{name}[{place}]")
     elif known != given:
         short = len(f"{known}{given}") < 80
         yield f"{name} is {known} instead of {given}" if short else f"{name} is another"
@@ -121,3 +125,14 @@ def show(run: Path) -> None:
     results = read_json(run / "results.json")
     console.print(f"{run} is finished; remove it to run again")
     console.print(results_table(results))
+
+
+def wandb_settings(config: Any) -> list[Any]:
+    """The arguments of each `WandbLogger` of a configuration."""
+    given = config.get("trainer", {}).get("logger")
+    loggers = given if isinstance(given, list) else [given]
+    return [
+        logger["init_args"]
+        for logger in loggers
+        if isinstance(logger, (dict, Namespace)) and logger["class_path"].endswith(".WandbLogger")
+    ]

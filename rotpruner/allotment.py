@@ -31,7 +31,7 @@ class Allotment:
 
     pattern: Pattern | Slice
     layer_sparsity: LayerSparsity = "uniform"
-    exceptions: Mapping[str, Pattern] = field(default_factory=dict)
+    exceptions: Mapping[str, Pattern] = field(default_factory=dict, hash=False)
 
     def __post_init__(self) -> None:
         if self.layer_sparsity not in get_args(LayerSparsity):

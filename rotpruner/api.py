@@ -116,7 +116,7 @@ def prune(
         if not compensate or rotating is None:
             why = "nothing rotates" if rotating is None else "compensate is 0, so no update comes before it"
             raise InputError(f"learn_on goes on behind the update of kept weights, and {why}: leave it out")
-        check_takes_weights(surrogate, parsed)
+        check_takes_weights("learn_on", surrogate, parsed)
     if rotating is not None and (steps or rotating.given is None):
         Choices(
             allotment=allotment,
@@ -175,16 +175,19 @@ def prune(
     pruned = pruning.prune(found)
     if compensate:
         pruning.compensate(pruned, compensate, found)
+    second = 0
     if rotating is not None and learn_on is not None:
+        del found  # its statistics are as large as those that are gathered next
+        second = learn_on.steps
         going_on = replace(rotating, given=given)
-        found = pruning.learn(going_on, learn_on.steps, learn_on.lr_factor * lr, kept=pruned, done=steps)
+        found = pruning.learn(going_on, second, learn_on.lr_factor * lr, kept=pruned, done=steps)
         keep(found)
         pruned = pruning.prune(found, kept=pruned, given=given)
-        steps += learn_on.steps
     if rotating is not None:
-        learned = rotating.described(steps) | {"learned_masks": found.masks is not None}
-        read = steps * seq_len if objective.runs_model else 0
-        origin = replace(origin, steps=steps, training_tokens=read, **learned)
+        total = steps + second
+        learned = rotating.described(total) | {"learned_masks": surrogate.learns_masks and found.masks is not None}
+        read = total * seq_len if objective.runs_model else 0
+        origin = replace(origin, steps=total, second_steps=second, training_tokens=read, **learned)
     pruned.origin = origin
     return pruned
 

@@ -123,17 +123,14 @@ def check_kept_weights(config: Any, pruned: Any) -> None:
             )
 
 
-def check_takes_weights(surrogate: Surrogate, pattern: Pattern | Slice, sharded: bool = False) -> None:
-    """Raise `InputError` if what a pruned model has kept cannot be gone on from, by `init_weights` or `learn_on`."""
+def check_takes_weights(option: str, surrogate: Surrogate, pattern: Pattern | Slice, sharded: bool = False) -> None:
+    """Raise `InputError` if what a pruned model has kept cannot be gone on from, as an `option` asks for."""
     if surrogate.learns_masks or isinstance(pattern, Slice):
         which = f"surrogate {surrogate.name}" if surrogate.learns_masks else f"pattern {pattern}"
-        raise InputError(
-            f"init_weights (learn_on gives them, too) keep the masks that they come with, and {which} has none of a "
-            "pruner's"
-        )
+        raise InputError(f"{option} keeps masks that a pruner has chosen, and {which} has none: leave {option} out")
     if sharded:
         raise InputError(
-            "init_weights (learn_on gives them, too) go into whole weights, which ModelParallelStrategy shards: use ddp"
+            f"{option} changes whole weights, which ModelParallelStrategy shards: use ddp, or leave {option} out"
         )
 
 

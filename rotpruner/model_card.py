@@ -60,6 +60,7 @@ class Origin:
         layer_sparsity: how the blocks share the pattern.
         exceptions: patterns of linears whose names match.
         calibration: name of the text, with `num_sequences` of `seq_len` tokens of it.
+        second_steps: those of the steps that were of a second fit, behind the update of the first one.
         steps: of learning; `training_tokens` were read by all of them together.
         seed: of calibration, order and random starts.
         rows: measured models, as in `results.json`.
@@ -83,6 +84,7 @@ class Origin:
     num_sequences: int = 0
     seq_len: int = 0
     steps: int = 0
+    second_steps: int = 0
     training_tokens: int = 0
     seed: int = 0
     rows: Sequence[Mapping[str, Any]] = ()
@@ -261,6 +263,8 @@ def _facts(origin: Origin, hub_name: str, license: Mapping[str, str]) -> list[tu
     tokens = f"{origin.num_sequences} × {origin.seq_len:,} = {origin.num_sequences * origin.seq_len:,} tokens"
     facts.append(("calibration", f"{origin.calibration}: {tokens}" if origin.num_sequences else "none"))
     learning = f"{origin.steps} steps, {origin.training_tokens:,} tokens" if origin.steps else "none"
+    if origin.second_steps:
+        learning += f"; the last {origin.second_steps} steps after the update, under its masks"
     if origin.basis == "learned" and not origin.steps:
         learning = "in another run, whose rotations were given"
     return [*facts, ("learning", learning), ("seed", str(origin.seed))]

@@ -133,7 +133,8 @@ def test_a_call_that_learns_on_does_what_such_a_fit_does(fit, model_directory, t
         on_step=lambda step, losses: told.append(step),
     )
     assert told == [*range(7)]
-    assert (pruned.origin.steps, pruned.origin.training_tokens) == (7, 7 * 32)
+    assert (pruned.origin.steps, pruned.origin.second_steps, pruned.origin.training_tokens) == (7, 4, 7 * 32)
+    assert not pruned.origin.learned_masks
     kept = rotpruner.Rotations.from_pretrained(tmp_path / "kept")
     for part, alike in (("first-fit", False), (".", True)):
         learned = rotpruner.Rotations.from_pretrained(run / part / "rotations")

@@ -13,12 +13,15 @@ from command_line import refused
 from safetensors.torch import load_file
 
 from callbacks.finish import Finish
+from experiments.report_runs import read_curves
 from rotpruner.layout import linear_modules
 from rotpruner.loading import load_model
 from rotpruner.patterns import parse_pattern
 
 UPDATED = ["--model.compensate", "2", "--model.optimizer.lr", "0.01"]
 BOTH = [*UPDATED, "--learn_on.steps", "3"]
+CHECKPOINTS = ["--trainer.callbacks+", "callbacks.rotation_checkpoint.RotationCheckpoint"]
+SCHEDULER = '{"class_path": "torch.optim.lr_scheduler.StepLR", "init_args": {"step_size": 2}}'
 
 
 def learned(run: Path) -> dict[str, torch.Tensor]:
@@ -63,7 +66,7 @@ def test_its_results_are_those_of_both(fit):
     assert {name: rows[name] for name in ("pruner", "random_rotation")} == {
         name: first[name] for name in ("pruner", "random_rotation")
     }
-    assert rows["not_learned_on"] == {**first["rotpruner"], "name": "not_learned_on"}
+    assert rows["not_learned_on"] == {**first["rotpruner"], "name": "not_learned_on", "training_tokens": 2 * 32}
     assert rows["rotpruner"]["seconds"] > first["rotpruner"]["seconds"]
     results = json.loads((run / "results.json").read_text())
     assert (results["budget"]["steps"], results["budget"]["training_tokens"]) == (5, 5 * 32)
@@ -73,32 +76,90 @@ def test_its_results_are_those_of_both(fit):
     assert (recorded["model"]["compensate"], recorded["trainer"]["max_steps"]) == (2, 2), "as they were given"
     card = (run / "export" / "README.md").read_text()
     assert "before its rotations learned on" in card
-    assert "learned on from" in card
+    assert "weights updated by compensation" in card
+    assert "5 steps, 160 tokens; the last 3 steps after the update" in card
 
 
 def test_it_goes_on_wherever_it_was_stopped(fit, monkeypatch, capsys):
     def cut(*_):
         raise KeyError("cut short")
 
-    checkpoints = ["--trainer.callbacks+", "callbacks.rotation_checkpoint.RotationCheckpoint"]
-    expected = {space: Q.clone() for space, Q in learned(fit(*BOTH, *checkpoints)[1]).items()}
-    run = fit(*BOTH, *checkpoints)[1]
+    expected = {space: Q.clone() for space, Q in learned(fit(*BOTH, *CHECKPOINTS)[1]).items()}
+    run = fit(*BOTH, *CHECKPOINTS)[1]
     assert "is finished; remove it to run again" in " ".join(capsys.readouterr().err.split())
     shutil.rmtree(run)
+    with monkeypatch.context() as here:
+        here.setattr(Finish, "finish", cut)
+        with pytest.raises(KeyError, match="cut short"):
+            fit(*BOTH, *CHECKPOINTS)
+    stopped_in_the_second(fit, monkeypatch)
+    capsys.readouterr()
+    assert (run / "first-fit" / "results.json").is_file()
+    monkeypatch.setattr("callbacks.finish.compensate", lambda *_, **__: pytest.fail("the first fit is done"))
+    assert fit(*BOTH, *CHECKPOINTS)[0] == 0
+    assert "remove it" not in capsys.readouterr().err
+    assert all(torch.equal(Q, expected[space]) for space, Q in learned(run).items())
+
+
+def stopped_in_the_second(fit, monkeypatch, *more: str) -> None:
+    """Learned, and stopped before anything was exported."""
     finish = Finish.finish
 
     def ends(callback, directory, *rest):
-        return finish(callback, directory, *rest) if directory.name == "first-fit" else cut()
+        if directory.name != "first-fit":
+            raise KeyError("cut short")
+        return finish(callback, directory, *rest)
 
-    for place, method in (("finish", cut), ("finish", ends)):
-        with monkeypatch.context() as here:
-            here.setattr(Finish, place, method)
-            with pytest.raises(KeyError, match="cut short"):
-                fit(*BOTH, *checkpoints)
-    assert (run / "first-fit" / "results.json").is_file()
-    monkeypatch.setattr("callbacks.finish.compensate", lambda *_, **__: pytest.fail("the first fit is done"))
-    assert fit(*BOTH, *checkpoints)[0] == 0
-    assert all(torch.equal(Q, expected[space]) for space, Q in learned(run).items())
+    with monkeypatch.context() as here:
+        here.setattr(Finish, "finish", ends)
+        with pytest.raises(KeyError, match="cut short"):
+            fit(*BOTH, *CHECKPOINTS, *more)
+
+
+def test_it_may_go_on_with_other_batches_of_the_same_size(fit, monkeypatch):
+    """As a run may that was out of memory: here the second fit was, which holds more."""
+    stopped_in_the_second(fit, monkeypatch, "--data.batch_size", "2")
+    halves = ["--data.batch_size", "1", "--trainer.accumulate_grad_batches", "1"]
+    assert fit(*BOTH, *CHECKPOINTS, *halves)[0] == 2, "half of them alone"
+    assert fit(*BOTH, *CHECKPOINTS, "--data.batch_size", "2", "--model.gradient_checkpointing", "true")[0] == 0
+
+
+def test_both_fits_have_the_dtype_that_the_first_ones_device_chose(fit, monkeypatch):
+    chosen = ["--model.base_dtype", "auto"]
+    with monkeypatch.context() as here:
+        here.setattr("rotpruner.precision.fast_dtype", lambda device: torch.float64)
+        here.setattr("lightning_modules.rotation_module.take_kept_weights", None, raising=False)
+        here.setattr("lightning_modules.rotation_module.RotationModule.kept_weights", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            fit(*BOTH, *chosen)
+    monkeypatch.setattr("rotpruner.precision.fast_dtype", lambda device: torch.float32)
+    status, run = fit(*BOTH, *chosen)
+    assert status == 0
+    for part in (run, run / "first-fit"):
+        assert yaml.safe_load((part / "config.yaml").read_text())["model"]["base_dtype"] == "float64"
+
+
+def test_a_directory_with_a_first_fit_is_not_begun_with_one_alone(fit, monkeypatch, capsys):
+    with monkeypatch.context() as here:
+        here.setattr("callbacks.finish.compensate", lambda *_, **__: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            fit(*BOTH)
+    assert fit(*UPDATED)[0] == 2
+    assert "has begun with the first of two fits" in " ".join(capsys.readouterr().err.split())
+
+
+def test_a_report_draws_both(fit):
+    _, run = fit(*BOTH, "--trainer.log_every_n_steps", "1")
+    curves = read_curves(run)
+    assert [step for step, _ in curves["train/loss"]] == [0, 1, 2, 3, 4]
+    assert read_curves(run / "first-fit")["train/loss"] == curves["train/loss"][:2]
+
+
+def test_one_run_of_wandb_does_not_hold_two_fits(fit, monkeypatch, capsys):
+    monkeypatch.setenv("WANDB_RUN_ID", "a1b2")
+    logger = {"class_path": "lightning.pytorch.loggers.WandbLogger", "init_args": {"offline": True}}
+    status, run = fit(*BOTH, "--trainer.logger", json.dumps(logger))
+    refused(status, run, capsys, "WANDB_RUN_ID", "learn_on null")
 
 
 @pytest.mark.parametrize(
@@ -110,7 +171,8 @@ def test_it_goes_on_wherever_it_was_stopped(fit, monkeypatch, capsys):
         ({"--model.surrogate.name": "gumbel"}, ["learn_on", "surrogate gumbel"]),
         ({"--trainer.fast_dev_run": "true"}, ["fast_dev_run"]),
         ({"--trainer.callbacks": "[callbacks.repruning.Repruning]"}, ["callbacks.finish.Finish"]),
-        ({"--learn_on.step": 3}, ["step"]),
+        ({"--learn_on.step": 3}, ["Option 'step' is not accepted"]),
+        ({"--model.lr_scheduler": SCHEDULER}, ["model.lr_scheduler"]),
     ],
 )
 def test_what_cannot_be_learned_on_is_refused_before_anything_is_learned(changes, mentions, fit, tmp_path, capsys):
@@ -118,14 +180,20 @@ def test_what_cannot_be_learned_on_is_refused_before_anything_is_learned(changes
     refused(status, run, capsys, *mentions)
 
 
-def test_rows_of_another_evaluation_do_not_stand_beside(fit, tmp_path, capsys):
+def test_rows_of_another_run_or_evaluation_do_not_stand_beside(fit, tmp_path, capsys):
     assert fit()[0] == 0
     first = (tmp_path / "run").rename(tmp_path / "first")
-    before = ["--trainer.callbacks.init_args.before"]
-    longer = ["--trainer.callbacks.init_args.max_tokens", "512"]
-    capsys.readouterr()
-    status, run = fit(*before, str(first), *longer)
-    assert status == 2
-    assert "the first 256 tokens of each text), and this fit is" in " ".join(capsys.readouterr().err.split())
-    status, run = fit(*before, str(tmp_path / "none"))
-    refused(status, run, capsys, "holds no results of a fit")
+    before = ["--trainer.callbacks.init_args.before", str(first)]
+    going_on = ["--model.init_rotations", str(first / "rotations"), "--model.init_weights", str(first / "export")]
+    for more, complaint in (
+        (before, "set model.init_weights to its export"),
+        (
+            [*before, *going_on, "--trainer.callbacks.init_args.max_tokens", "512"],
+            "each text), and this fit is to be on",
+        ),
+        ([before[0], str(tmp_path / "none"), *going_on], "holds no results of a fit"),
+    ):
+        capsys.readouterr()
+        assert fit(*more)[0] == 2
+        assert complaint in " ".join(capsys.readouterr().err.split())
+    assert fit(*before, *going_on)[0] == 0

@@ -292,6 +292,26 @@ def test_optimizers_and_spaces_count(plan):
     assert states[2] == 2 * 4 * 32 * 8 * 128 * 127 // 2
 
 
+def test_a_second_fit_holds_the_dense_model_beside_its_own(plan):
+    one, both = (plan("llama3-8b", *more, "--gpu", "rtx4090-24gb") for more in ([], ["--learn_on.steps", "60"]))
+    assert one["learn_on"] is None
+    second = both["learn_on"]
+    assert both["memory"] == one["memory"]
+    assert second["steps"] == 60
+    teacher = next(term for term in second["memory"]["resident"] if term["name"] == "teacher weights")
+    assert second["memory"]["peak"] == one["memory"]["peak"] + teacher["amount"]
+    assert teacher["amount"] == 2 * one["parameters"]
+    assert "update" not in " ".join(second["memory"]["host_phases"])
+    disk = {term["name"]: term["amount"] for term in both["disk"]}
+    assert {name: amount for name, amount in disk.items() if not name.endswith("second fit")} == {
+        term["name"]: term["amount"] for term in one["disk"]
+    }
+    assert disk["export, second fit"] == disk["export"]
+    peaks = {change["change"]: change["peak"] for change in both["changes"]}
+    assert peaks["--learn_on null"] == one["memory"]["peak"]
+    assert not any("ModelParallel" in change for change in peaks)
+
+
 @pytest.mark.parametrize(
     ("options", "mentions"),
     [
@@ -309,6 +329,8 @@ def test_optimizers_and_spaces_count(plan):
         (["--data.seq_len", "100000"], ["100000", "4096"]),
         (["--model.model", "/no/model"], ["/no/model"]),
         (["--model.banana", "1"], ["banana"]),
+        (["--learn_on.steps", "5", "--model.compensate", "0"], ["learn_on", "compensate is 0"]),
+        (["--learn_on.steps", "5", *SHARDS], ["learn_on", "ModelParallelStrategy", "ddp"]),
     ],
     ids=lambda value: "".join(value[:2]) if value[0].startswith("--") else "",
 )

@@ -87,6 +87,8 @@ def test_given_rotations_need_no_orders_of_features(model_directory, tmp_path):
         "32",
         "--trainer.callbacks",
         "[]",
+        "--learn_on",
+        "null",
     ]
     model = load_model(model_directory)
     drawn = random_rotations(model.config, ["residual", "value_heads", "mlp"], seed=0)

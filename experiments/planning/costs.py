@@ -5,7 +5,7 @@ A matrix product of (a, b) by (b, c) counts 2abc operations.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from experiments.planning.sizes import Setup, Term, summed
 from rotpruner.families import family_of
@@ -113,18 +113,26 @@ def _orthogonal_map(setup: Setup) -> Term:
 
 
 def disk_space(setup: Setup) -> list[Term]:
-    """Bytes that a run directory and the calibration cache take at the most, without what `cache_dense` keeps."""
+    """Bytes that a run directory and the calibration cache take at the most, without what `cache_dense` keeps.
+
+    A second fit keeps the first one's directory in its own.
+    """
     config, r = setup.config, setup.r
     K, k = setup.rotation_entries, setup.trainable
     tied = getattr(config, "tie_word_embeddings", False) and "residual" in setup.spaces
     exported, size = setup.exported_parameters, setup.checkpoint_size
     text = f"P · {size} = {exported:,} · {size}" + ", the head untied" * tied + ", sliced" * setup.sliced
-    return [
+    fit = [
         Term("export", exported * size, text),
-        Term("a control, until it is evaluated", exported * size, text),
         Term("rotations", K * 4, f"4 K = 4 · {K:,}"),
         Term("checkpoint", (2 * K + (1 + setup.optimizer_states) * k) * r,
              f"(2 K + {1 + setup.optimizer_states} k) r = (2 · {K:,} + {1 + setup.optimizer_states} · {k:,}) · {r}"),
+    ]  # fmt: skip
+    second = [replace(term, name=f"{term.name}, second fit") for term in fit] if setup.learn_on else []
+    return [
+        *fit,
+        *second,
+        Term("a control, until it is evaluated", exported * size, text),
         Term("calibration tokens", 8 * setup.num_sequences * setup.seq_len,
              f"8 N T = 8 · {setup.num_sequences} · {setup.seq_len}"),
     ]  # fmt: skip
