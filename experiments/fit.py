@@ -97,7 +97,7 @@ class FitCLI(LightningCLI):
         parser.link_arguments("seed_everything", "data.seed")
         parser.link_arguments("seed_everything", "model.seed")
         if self.command == "fit":
-            parser.add_argument("--learn_on", type=LearnOn | None, default=None, help="Second fit behind the update.")
+            parser.add_argument("--learn_on", type=LearnOn | None, default=None, help="A second fit after the weight update of the first.")
         parser.set_defaults({"trainer.default_root_dir": f"runs/{self.command}", "trainer.barebones": False})
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:

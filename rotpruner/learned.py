@@ -18,7 +18,7 @@ from rotpruner.statistics import Moment
 
 @dataclass(frozen=True)
 class LearnOn:
-    """A second fit: rotations go on learning behind the weight update, under its masks (`rotpruner.kept_weights`).
+    """A second fit: rotations go on learning after the weight update, under its masks (`rotpruner.kept_weights`).
 
     Args:
         steps: of the second fit.
