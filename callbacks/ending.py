@@ -33,6 +33,11 @@ def training_device(trainer: Trainer) -> torch.device:
     return trainer.strategy.root_device
 
 
+def global_batch(trainer: Trainer) -> int:
+    """Sequences that all processes together take at a time."""
+    return trainer.datamodule.batch_size * trainer.world_size  # type: ignore[attr-defined]
+
+
 class Ending(Callback, ABC):
     """After the last step, and only then, something is exported and evaluated.
 
@@ -157,6 +162,7 @@ class Ending(Callback, ABC):
                 "steps": described["steps"],
                 "training_tokens": described["training_tokens"],
                 "trainable_parameters": trainer.lightning_module.trainable_parameters,
+                "global_batch": global_batch(trainer),
             },
             "evaluation": described["evaluation"],
             "config": self.config,

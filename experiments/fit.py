@@ -33,7 +33,8 @@ from callbacks.ending import Ending
 from callbacks.rotation_checkpoint import last_checkpoint
 from callbacks.terminal import console
 from datamodules.calibration import CalibrationDataModule
-from experiments.learn_on import FIRST_FIT, first_fit, second_fit
+from experiments.learn_on import check_batches, first_fit, second_fit
+from experiments.report_runs import FIRST_FIT
 from experiments.run_directory import (
     DTYPES,
     WANDB_ID,
@@ -60,8 +61,6 @@ class FitCLI(LightningCLI):
     """
 
     finished = False
-    #: Whether it is the first of two fits, of which the whole run says what may change and what is shown.
-    of_two = False
     resume_from: Path | None = None
     wandb_id: str | None = None
     _first: dict[str, Any] | None = None
@@ -71,6 +70,7 @@ class FitCLI(LightningCLI):
         arguments: list[str] | dict[str, Any],
         module: type[LightningModule] = RotationModule,
         command: str = "fit",
+        is_first: bool = False,
     ) -> None:
         # Lightning's notes on seeds and accelerators would stand between a mistake and its one line of explanation.
         for name in ("lightning.pytorch", "lightning.fabric"):
@@ -79,7 +79,8 @@ class FitCLI(LightningCLI):
         logging.getLogger("lightning.fabric.strategies.launchers.subprocess_script").setLevel(logging.INFO)
         # Lightning 2.6 asks torch 2.13 about pytrees in a way that torch has deprecated.
         warnings.filterwarnings("ignore", message=".*LeafSpec.* is deprecated")
-        self.command = command
+        #: Whether it is the first of two fits, of which the whole run says what may change and what is shown.
+        self.command, self.is_first = command, is_first
         super().__init__(
             module,
             CalibrationDataModule,
@@ -97,7 +98,9 @@ class FitCLI(LightningCLI):
         parser.link_arguments("seed_everything", "data.seed")
         parser.link_arguments("seed_everything", "model.seed")
         if self.command == "fit":
-            parser.add_argument("--learn_on", type=LearnOn | None, default=None, help="A second fit after the weight update of the first.")
+            parser.add_argument(
+                "--learn_on", type=LearnOn | None, default=None, help="a second fit, after the first one's update"
+            )
         parser.set_defaults({"trainer.default_root_dir": f"runs/{self.command}", "trainer.barebones": False})
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
@@ -136,14 +139,14 @@ class FitCLI(LightningCLI):
             if self.config_record["model"].get(name) == "auto":
                 self.config.model[name] = self.config_record["model"][name] = known["model"].get(name, "auto")
         known, finished = self._complete(known), (self.run_directory / "results.json").is_file()
-        if differing := differences(known, self.config_record, finished and not self.of_two):
+        if differing := differences(known, self.config_record, finished and not self.is_first):
             raise InputError(
                 f"run directory '{self.run_directory}' belongs to another configuration ({recorded}), where "
                 f"{', '.join(differing)}; choose another --trainer.default_root_dir, or remove it"
             )
         if finished:
             self.finished = True
-            if not self.of_two:
+            if not self.is_first:
                 show(self.run_directory)
             return
         self.resume_from = last_checkpoint(self.run_directory)
@@ -189,7 +192,7 @@ class FitCLI(LightningCLI):
         """Run the first of two fits, once it is known that the second can go on from it."""
         existed = self.run_directory.exists()
         try:
-            first = _FirstOfTwo(settings)
+            first = FitCLI(settings, is_first=True)
             if not first.finished:
                 sharded = isinstance(first.trainer.strategy, ModelParallelStrategy)
                 check_takes_weights("learn_on", first.model.surrogate, first.model.pattern, sharded)
@@ -214,6 +217,8 @@ class FitCLI(LightningCLI):
         if self.config.trainer.logger is None:
             kwargs["logger"] = own
         trainer: Any = super().instantiate_trainer(**kwargs)
+        if self._first is not None:
+            check_batches(self.run_directory, self.config.data.batch_size * trainer.world_size)
         others = [getattr(logger, "root_dir", None) for logger in trainer.loggers]
         if others and own.root_dir not in others and not trainer.fast_dev_run:
             trainer.loggers = [*trainer.loggers, own]
@@ -225,12 +230,6 @@ class FitCLI(LightningCLI):
                 "under any number of processes"
             )
         return trainer
-
-
-class _FirstOfTwo(FitCLI):
-    """The first fit of a run that learns on."""
-
-    of_two = True
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""Learning on behind the update: a fit of two, the second of which begins where the first has ended."""
+"""Learning on after the weight update: a run of two fits, the second of which begins where the first has ended."""
 
 from __future__ import annotations
 
@@ -7,12 +7,11 @@ import os
 from pathlib import Path
 from typing import Any
 
+from experiments.report_runs import FIRST_FIT
 from experiments.run_directory import wandb_settings
+from rotpruner.artifacts import read_json
 from rotpruner.errors import InputError
 from rotpruner.learned import LearnOn
-
-#: Where a run directory has that of its first fit.
-FIRST_FIT = "first-fit"
 
 _FINISH = "callbacks.finish.Finish"
 
@@ -23,7 +22,7 @@ def first_fit(config: dict[str, Any], run: Path) -> dict[str, Any]:
     Raises:
         InputError: no second fit could go on from it.
     """
-    _check(config)
+    check(config)
     settings = _own(config)
     settings["trainer"]["default_root_dir"] = str(run / FIRST_FIT)
     for arguments in wandb_settings(settings):  # one run of wandb holds one fit
@@ -46,7 +45,8 @@ def second_fit(config: dict[str, Any], run: Path, learn_on: LearnOn) -> dict[str
     return settings
 
 
-def _check(config: dict[str, Any]) -> None:
+def check(config: dict[str, Any]) -> None:
+    """Raise `InputError` if no second fit could go on from the first one of a configuration."""
     model, trainer = config["model"], config["trainer"]
     if not model["compensate"]:
         raise InputError(
@@ -71,6 +71,16 @@ def _check(config: dict[str, Any]) -> None:
     if os.environ.get("WANDB_RUN_ID") and wandb_settings(config):
         raise InputError(
             "WANDB_RUN_ID names one run of wandb, and with learn_on there are two fits: give learn_on null"
+        )
+
+
+def check_batches(run: Path, given: int) -> None:
+    """Raise `InputError` if all processes of a second fit together would take other batches than those of the first."""
+    known = read_json(run / FIRST_FIT / "results.json")["budget"].get("global_batch", given)
+    if known != given:
+        raise InputError(
+            f"the first fit of '{run}' took {known} sequences at a time, and the second would take {given}: keep "
+            "data.batch_size times the number of processes"
         )
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,7 +12,7 @@ from callbacks.ending import Ending
 from callbacks.perplexity import Perplexity
 from experiments.fit import FitCLI, check_limited, plain_refusals
 from experiments.gpus import dtype_on
-from experiments.learn_on import first_fit
+from experiments.learn_on import check
 from experiments.planning.sizes import Setup
 from lightning_modules.rotation_module import RotationModule
 from rotpruner.batches import CalibrationBatches
@@ -32,9 +31,9 @@ class PlanCLI(FitCLI):
     built: Any
 
     def before_instantiate_classes(self) -> None:
-        """Leave the run directory alone; of two fits, what is looked at is the first."""
+        """Leave the run directory alone; of two fits, the first is built."""
         if self.config.learn_on is not None:
-            first_fit(self.recorded(), Path())
+            check(self.recorded())
 
     def instantiate_classes(self) -> None:
         """Build what checks itself: the module, which loads no weights yet, its data, and the callbacks."""

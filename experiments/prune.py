@@ -28,7 +28,7 @@ from rotpruner.measures import parameter_count, sparsity_of
 from rotpruner.memory import home_of
 from rotpruner.model_card import Origin, evaluation_of, pruner_name, write_card
 from rotpruner.oneshot import check_update, prune_model
-from rotpruner.patterns import Pattern, Scope, Slice
+from rotpruner.patterns import Scope, Slice
 from rotpruner.precision import resolve_dtype
 from rotpruner.provenance import commit, device_name, public_command
 from rotpruner.pruners import PRUNERS, resolve_pruner
@@ -146,7 +146,7 @@ def _prune(
     else:
         pruner = resolve_pruner(options.pruner or "magnitude")  # a slice asks none
         moments = None
-        if options.statistics == "dense" and isinstance(pattern, Pattern) and allotment.prunes:
+        if options.statistics == "dense" and allotment.prunes:
             gather = partial(moments_by_block, dtype=dtype, device=options.device, progress=track)
             # A copy where it is to be fused: what is pruned is fused and rotated in one, and rounded once.
             dense = load_there() if "residual" in (rotations or {}) else model

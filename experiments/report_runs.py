@@ -14,11 +14,13 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from experiments.learn_on import FIRST_FIT
 from rotpruner.artifacts import read_json
 from rotpruner.diagnostics import HEAT_MAP, LAYERS
 from rotpruner.errors import InputError
 from rotpruner.perplexity import gap
+
+#: Where a run directory has that of the first of two fits.
+FIRST_FIT = "first-fit"
 
 #: (x, y) of each point; x is a step where nothing else is said.
 Curve = list[tuple[float, float]]

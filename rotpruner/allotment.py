@@ -76,8 +76,8 @@ class Allotment:
 
     @property
     def prunes(self) -> bool:
-        """Whether something may be taken at all."""
-        return isinstance(self.pattern, Slice) or bool(self.pattern.sparsity or self.exceptions)
+        """Whether single weights may be taken."""
+        return isinstance(self.pattern, Pattern) and bool(self.pattern.sparsity or self.exceptions)
 
     def in_words(self) -> dict[str, Any]:
         """Its three parts as they are written, by the names that a model card has for them."""

@@ -127,10 +127,10 @@ def check_takes_weights(option: str, surrogate: Surrogate, pattern: Pattern | Sl
     """Raise `InputError` if what a pruned model has kept cannot be gone on from, as an `option` asks for."""
     if surrogate.learns_masks or isinstance(pattern, Slice):
         which = f"surrogate {surrogate.name}" if surrogate.learns_masks else f"pattern {pattern}"
-        raise InputError(f"{option} keeps masks that a pruner has chosen, and {which} has none: leave {option} out")
+        raise InputError(f"{option} keeps masks that a pruner has chosen, and {which} has none: give {option} null")
     if sharded:
         raise InputError(
-            f"{option} changes whole weights, which ModelParallelStrategy shards: use ddp, or leave {option} out"
+            f"{option} changes whole weights, which ModelParallelStrategy shards: use ddp, or give {option} null"
         )
 
 

@@ -35,7 +35,7 @@ _ROWS = {
     "pca": "control: the same slice in the basis of principal directions, nothing learned",
     "random_rotation": "control: the same pruner in a random basis",
     "no_update": "control: this model before the weight update",
-    "not_learned_on": "control: this model before its rotations learned on behind the weight update",
+    "not_learned_on": "control: what the first of its two fits has made",
     "rotpruner": "this model",
     "pruned": "this model",
     "recovered": "this model",
@@ -264,7 +264,7 @@ def _facts(origin: Origin, hub_name: str, license: Mapping[str, str]) -> list[tu
     facts.append(("calibration", f"{origin.calibration}: {tokens}" if origin.num_sequences else "none"))
     learning = f"{origin.steps} steps, {origin.training_tokens:,} tokens" if origin.steps else "none"
     if origin.second_steps:
-        learning += f"; the last {origin.second_steps} steps after the update, under its masks"
+        learning += f"; the last {origin.second_steps} steps in a second fit, under the masks of the first"
     if origin.basis == "learned" and not origin.steps:
         learning = "in another run, whose rotations were given"
     return [*facts, ("learning", learning), ("seed", str(origin.seed))]

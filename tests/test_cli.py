@@ -112,7 +112,12 @@ def test_fit_writes_results_and_export_and_is_shown_again(fit, capsys, prune):
     results = json.loads((run / "results.json").read_text())
     assert set(results) == {"rows", "budget", "evaluation", "config", "commit", "device"}
     learned = 32 * 31 // 2 + 2 * 2 * 8 * 7 // 2
-    assert results["budget"] == {"steps": 2, "training_tokens": 2 * 32, "trainable_parameters": learned}
+    assert results["budget"] == {
+        "steps": 2,
+        "training_tokens": 2 * 32,
+        "trainable_parameters": learned,
+        "global_batch": 1,
+    }
     assert [row["name"] for row in results["rows"]] == ["dense", "pruner", "random_rotation", "rotpruner"]
     for row in results["rows"]:
         assert set(row) == {"name", "pattern", "sparsity", "seconds", "ppl", "parameters", "online_flops"}

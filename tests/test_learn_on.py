@@ -12,15 +12,16 @@ import yaml
 from command_line import refused
 from safetensors.torch import load_file
 
-from callbacks.finish import Finish
 from experiments.report_runs import read_curves
+from lightning_modules.rotation_module import RotationModule
 from rotpruner.layout import linear_modules
 from rotpruner.loading import load_model
 from rotpruner.patterns import parse_pattern
 
 UPDATED = ["--model.compensate", "2", "--model.optimizer.lr", "0.01"]
 BOTH = [*UPDATED, "--learn_on.steps", "3"]
-CHECKPOINTS = ["--trainer.callbacks+", "callbacks.rotation_checkpoint.RotationCheckpoint"]
+EVERY_STEP = {"class_path": "callbacks.rotation_checkpoint.RotationCheckpoint", "init_args": {"every_n_steps": 1}}
+CHECKPOINTS = ["--trainer.callbacks+", json.dumps(EVERY_STEP)]
 SCHEDULER = '{"class_path": "torch.optim.lr_scheduler.StepLR", "init_args": {"step_size": 2}}'
 
 
@@ -75,63 +76,67 @@ def test_its_results_are_those_of_both(fit):
     assert recorded["learn_on"] == {"steps": 3, "lr_factor": 0.1}
     assert (recorded["model"]["compensate"], recorded["trainer"]["max_steps"]) == (2, 2), "as they were given"
     card = (run / "export" / "README.md").read_text()
-    assert "before its rotations learned on" in card
+    assert "what the first of its two fits has made" in card
     assert "weights updated by compensation" in card
-    assert "5 steps, 160 tokens; the last 3 steps after the update" in card
+    assert "5 steps, 160 tokens; the last 3 steps in a second fit" in card
 
 
-def test_it_goes_on_wherever_it_was_stopped(fit, monkeypatch, capsys):
-    def cut(*_):
-        raise KeyError("cut short")
+def stopped_in_the_second(fit, monkeypatch, step: int, *more: str) -> None:
+    """The second fit is cut short in one of its steps."""
+    training_step = RotationModule.training_step
 
-    expected = {space: Q.clone() for space, Q in learned(fit(*BOTH, *CHECKPOINTS)[1]).items()}
-    run = fit(*BOTH, *CHECKPOINTS)[1]
-    assert "is finished; remove it to run again" in " ".join(capsys.readouterr().err.split())
-    shutil.rmtree(run)
-    with monkeypatch.context() as here:
-        here.setattr(Finish, "finish", cut)
-        with pytest.raises(KeyError, match="cut short"):
-            fit(*BOTH, *CHECKPOINTS)
-    stopped_in_the_second(fit, monkeypatch)
-    capsys.readouterr()
-    assert (run / "first-fit" / "results.json").is_file()
-    monkeypatch.setattr("callbacks.finish.compensate", lambda *_, **__: pytest.fail("the first fit is done"))
-    assert fit(*BOTH, *CHECKPOINTS)[0] == 0
-    assert "remove it" not in capsys.readouterr().err
-    assert all(torch.equal(Q, expected[space]) for space, Q in learned(run).items())
-
-
-def stopped_in_the_second(fit, monkeypatch, *more: str) -> None:
-    """Learned, and stopped before anything was exported."""
-    finish = Finish.finish
-
-    def ends(callback, directory, *rest):
-        if directory.name != "first-fit":
+    def cut(module, batch, place):
+        if module.init_weights is not None and module.trainer.global_step == step:
             raise KeyError("cut short")
-        return finish(callback, directory, *rest)
+        return training_step(module, batch, place)
 
     with monkeypatch.context() as here:
-        here.setattr(Finish, "finish", ends)
+        here.setattr(RotationModule, "training_step", cut)
         with pytest.raises(KeyError, match="cut short"):
             fit(*BOTH, *CHECKPOINTS, *more)
 
 
-def test_it_may_go_on_with_other_batches_of_the_same_size(fit, monkeypatch):
-    """As a run may that was out of memory: here the second fit was, which holds more."""
-    stopped_in_the_second(fit, monkeypatch, "--data.batch_size", "2")
-    halves = ["--data.batch_size", "1", "--trainer.accumulate_grad_batches", "1"]
-    assert fit(*BOTH, *CHECKPOINTS, *halves)[0] == 2, "half of them alone"
-    assert fit(*BOTH, *CHECKPOINTS, "--data.batch_size", "2", "--model.gradient_checkpointing", "true")[0] == 0
+def test_it_goes_on_wherever_it_was_stopped(fit, monkeypatch, capsys):
+    run = fit(*BOTH, *CHECKPOINTS)[1]
+    rotations, ppl = learned(run), rows_of(run)["rotpruner"]["ppl"]
+    assert fit(*BOTH, *CHECKPOINTS)[0] == 0
+    assert "is finished; remove it to run again" in " ".join(capsys.readouterr().err.split())
+    shutil.rmtree(run)
+    with monkeypatch.context() as here:
+        here.setattr("callbacks.finish.compensate", lambda *_, **__: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            fit(*BOTH, *CHECKPOINTS)
+    stopped_in_the_second(fit, monkeypatch, 2)
+    assert (run / "first-fit" / "results.json").is_file()
+    capsys.readouterr()
+    monkeypatch.setattr("callbacks.finish.compensate", lambda *_, **__: pytest.fail("the first fit is done"))
+    assert fit(*BOTH, *CHECKPOINTS)[0] == 0
+    said = " ".join(capsys.readouterr().err.split())
+    assert "resuming from" in said
+    assert "step 3 of 3" in said
+    assert "step 2 of 3" not in said
+    assert "remove it" not in said
+    assert all(torch.equal(Q, rotations[space]) for space, Q in learned(run).items())
+    assert rows_of(run)["rotpruner"]["ppl"] == ppl
 
 
-def test_both_fits_have_the_dtype_that_the_first_ones_device_chose(fit, monkeypatch):
+@pytest.mark.parametrize("step", [0, 2])
+def test_both_fits_take_the_same_batches(step, fit, monkeypatch, capsys):
+    """That they may be dealt out otherwise: test_parallel.py."""
+    stopped_in_the_second(fit, monkeypatch, step, "--data.batch_size", "2")
+    assert fit(*BOTH, *CHECKPOINTS, "--data.batch_size", "1")[0] == 2
+    assert "took 2 sequences at a time, and the second would take 1" in " ".join(capsys.readouterr().err.split())
+    assert fit(*BOTH, *CHECKPOINTS, "--data.batch_size", "2")[0] == 0
+
+
+def test_both_fits_have_the_dtype_that_the_first_ones_device_chose(fit, tmp_path, monkeypatch):
     chosen = ["--model.base_dtype", "auto"]
     with monkeypatch.context() as here:
         here.setattr("rotpruner.precision.fast_dtype", lambda device: torch.float64)
-        here.setattr("lightning_modules.rotation_module.take_kept_weights", None, raising=False)
-        here.setattr("lightning_modules.rotation_module.RotationModule.kept_weights", lambda *_: 1 / 0)
+        here.setattr(RotationModule, "kept_weights", lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             fit(*BOTH, *chosen)
+    (tmp_path / "run" / "config.yaml").unlink()  # as if it had been stopped before the second fit began
     monkeypatch.setattr("rotpruner.precision.fast_dtype", lambda device: torch.float32)
     status, run = fit(*BOTH, *chosen)
     assert status == 0
@@ -196,4 +201,6 @@ def test_rows_of_another_run_or_evaluation_do_not_stand_beside(fit, tmp_path, ca
         capsys.readouterr()
         assert fit(*more)[0] == 2
         assert complaint in " ".join(capsys.readouterr().err.split())
-    assert fit(*before, *going_on)[0] == 0
+    status, run = fit(*before, *going_on)
+    assert status == 0
+    assert "weights updated" not in (run / "export" / "README.md").read_text()
