@@ -98,7 +98,7 @@ def test_recover_exports_what_it_learned_and_shows_it_again(recover, capsys):
     assert recovered["ppl"] != pruned["ppl"]
     budget = json.loads((run / "results.json").read_text())["budget"]
     kept = sum(int((linear.weight != 0).sum()) for linear in linear_modules(load_model(run / "export")).values())
-    assert budget == {"steps": 6, "training_tokens": 192, "trainable_parameters": kept}
+    assert budget == {"steps": 6, "training_tokens": 192, "trainable_parameters": kept, "global_batch": 1}
     assert sparsity_of(load_model(run / "export")) == 0.5
     card = (run / "export" / "README.md").read_text()
     assert "base_model" not in metadata_load(run / "export" / "README.md")
