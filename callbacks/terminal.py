@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.progress import track as rich_track
 from rich.table import Table
@@ -21,19 +22,28 @@ def track(items: Sequence[T], description: str) -> Iterable[T]:
 
 
 def results_table(results: Mapping[str, Any]) -> Table:
-    """The rows of a `results.json` as a table."""
-    texts = list(results["rows"][0]["ppl"])
-    table = Table(title="perplexity" if len(texts) == 1 else None)
-    for column in ("", "pattern", "sparsity", *texts, "parameters", "online FLOPs", "seconds"):
-        table.add_column(column, justify="left" if column in ("", "pattern") else "right")
-    for row in results["rows"]:
-        table.add_row(
-            row["name"],
-            row["pattern"] or "",
-            f"{row['sparsity']:.4f}",
-            *(f"{row['ppl'][text]:.2f}" for text in texts),
-            f"{row['parameters'] / 1e6:.1f} M",
-            f"{row.get('online_flops', 0) / 1e6:.1f} M",
-            f"{row['seconds']:.0f}",
-        )
+    """The rows of a `results.json` as a table, which at 80 columns has two texts; long names of texts are broken."""
+    rows, texts = results["rows"], list(results["rows"][0]["ppl"])
+    columns: dict[str, list[str]] = {
+        "": [row["name"] for row in rows],
+        "pattern": [row["pattern"] or "" for row in rows],
+        "sparsity": [f"{row['sparsity']:.4f}" for row in rows],
+        **{text: [_perplexity(row["ppl"][text]) for row in rows] for text in texts},
+        "parameters": [f"{row['parameters'] / 1e6:.1f} M" for row in rows],
+        "online FLOPs": [f"{row.get('online_flops', 0) / 1e6:.1f} M" for row in rows],
+        "seconds": [f"{row['seconds']:.0f}" for row in rows],
+    }
+    if not any(row.get("online_flops") for row in rows):
+        del columns["online FLOPs"]
+    table = Table(title="perplexity", title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    for column, cells in columns.items():
+        justify: Literal["left", "right"] = "left" if column in ("", "pattern") else "right"
+        table.add_column(column, justify=justify, overflow="fold", no_wrap=column not in texts)
+    for row in zip(*columns.values(), strict=True):
+        table.add_row(*row)
     return table
+
+
+def _perplexity(value: float) -> str:
+    """Two decimals, or none where they say nothing."""
+    return f"{value:.2f}" if value < 10_000 else f"{value:,.0f}"
