@@ -36,7 +36,7 @@ def results_table(results: Mapping[str, Any]) -> Table:
     if not any(row.get("online_flops") for row in rows):
         del columns["online FLOPs"]
     table = Table(title="perplexity", title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    for column, cells in columns.items():
+    for column in columns:
         justify: Literal["left", "right"] = "left" if column in ("", "pattern") else "right"
         table.add_column(column, justify=justify, overflow="fold", no_wrap=column not in texts)
     for row in zip(*columns.values(), strict=True):
