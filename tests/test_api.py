@@ -89,29 +89,34 @@ def test_pruners_that_rebuild_outputs_see_pruned_predecessors(rotate, tokenizer,
         torch.testing.assert_close(module.weight, linear_modules(expected)[name].weight, atol=1e-4, rtol=1e-3)
 
 
+#: The sizes and the dtype of the fixture's fits.
+AS_A_FIT = dict(num_sequences=4, seq_len=32, dtype=torch.float32)
+
+
+def given(model_directory, text_file):
+    """What a call is given first, from what a fit names."""
+    return rotpruner.load_model(model_directory), rotpruner.load_tokenizer(model_directory), [text_file.read_text()]
+
+
+def assert_exported(pruned, run) -> None:
+    exported = rotpruner.load_model(run / "export").state_dict()
+    for name, weight in pruned.state_dict().items():
+        torch.testing.assert_close(weight, exported[name], atol=1e-5, rtol=0, msg=name)
+
+
 def test_a_call_does_what_a_fit_does(fit, model_directory, text_file, tmp_path):
     status, run = fit(
         "--trainer.max_steps", "7", "--seed_everything", "3", "--trainer.callbacks.init_args.controls", "[]"
     )
     assert status == 0
     pruned = rotpruner.prune(
-        rotpruner.load_model(model_directory),
-        rotpruner.load_tokenizer(model_directory),
-        [text_file.read_text()],
-        steps=7,
-        num_sequences=4,
-        seq_len=32,
-        seed=3,
-        dtype=torch.float32,
-        rotations_directory=tmp_path / "kept",
+        *given(model_directory, text_file), steps=7, seed=3, rotations_directory=tmp_path / "kept", **AS_A_FIT
     )
     kept, learned = (rotpruner.Rotations.from_pretrained(path) for path in (tmp_path / "kept", run / "rotations"))
     for space, Q in learned.items():
         assert not torch.equal(Q, torch.eye(Q.shape[-1]).expand_as(Q))
         torch.testing.assert_close(kept[space], Q, atol=1e-6, rtol=0)
-    exported = rotpruner.load_model(run / "export").state_dict()
-    for name, weight in pruned.state_dict().items():
-        torch.testing.assert_close(weight, exported[name], atol=1e-5, rtol=0, msg=name)
+    assert_exported(pruned, run)
 
 
 def test_a_call_that_learns_on_does_what_such_a_fit_does(fit, model_directory, text_file, tmp_path):
@@ -120,17 +125,13 @@ def test_a_call_that_learns_on_does_what_such_a_fit_does(fit, model_directory, t
     assert status == 0
     told = []
     pruned = rotpruner.prune(
-        rotpruner.load_model(model_directory),
-        rotpruner.load_tokenizer(model_directory),
-        [text_file.read_text()],
+        *given(model_directory, text_file),
         steps=3,
         compensate=4,
         learn_on=rotpruner.LearnOn(steps=4, lr_factor=0.5),
-        num_sequences=4,
-        seq_len=32,
-        dtype=torch.float32,
         rotations_directory=tmp_path / "kept",
         on_step=lambda step, losses: told.append(step),
+        **AS_A_FIT,
     )
     assert told == [*range(7)]
     assert (pruned.origin.steps, pruned.origin.second_steps, pruned.origin.training_tokens) == (7, 4, 7 * 32)
@@ -139,9 +140,7 @@ def test_a_call_that_learns_on_does_what_such_a_fit_does(fit, model_directory, t
     for part, alike in (("first-fit", False), (".", True)):
         learned = rotpruner.Rotations.from_pretrained(run / part / "rotations")
         assert all(torch.allclose(kept[space], Q, atol=1e-6) for space, Q in learned.items()) == alike
-    exported = rotpruner.load_model(run / "export").state_dict()
-    for name, weight in pruned.state_dict().items():
-        torch.testing.assert_close(weight, exported[name], atol=1e-5, rtol=0, msg=name)
+    assert_exported(pruned, run)
 
 
 def test_a_notebooks_global_state_changes_nothing(tokenizer, texts):
