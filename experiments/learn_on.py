@@ -50,7 +50,7 @@ def check(config: dict[str, Any]) -> None:
     model, trainer = config["model"], config["trainer"]
     if not model["compensate"]:
         raise InputError(
-            "learn_on goes on behind the weight update, and model.compensate is 0: give it the sequences to fit on, or "
+            "learn_on goes on after the weight update, and model.compensate is 0: give it the sequences to fit on, or "
             "learn_on null"
         )
     if model["init_weights"] is not None:

@@ -83,7 +83,7 @@ def prune(
             counts; 0.0 leaves them dense.
         compensate: on how many of the sequences the kept weights are fitted, in closed form, see
             `rotpruner.compensation`; 0 leaves them as they are.
-        learn_on: how rotations go on learning behind that, under its masks; None leaves them.
+        learn_on: how rotations go on learning after that, under its masks; None leaves them.
         num_sequences, seq_len: size of the calibration set, taken from the texts by `seed`.
         dtype: of the frozen weights while learning, and of the products that give a float32 model's statistics; weights
             are pruned in the model's own dtype. None is bfloat16 where the model's device has instructions for it, else
@@ -115,7 +115,7 @@ def prune(
     if learn_on is not None:
         if not compensate or rotating is None:
             why = "nothing rotates" if rotating is None else "compensate is 0, so no update comes before it"
-            raise InputError(f"learn_on goes on behind the update of kept weights, and {why}: leave it out")
+            raise InputError(f"learn_on goes on after the update of kept weights, and {why}: leave it out")
         check_takes_weights("learn_on", surrogate, parsed)
     if rotating is not None and (steps or rotating.given is None):
         Choices(
