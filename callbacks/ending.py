@@ -14,7 +14,7 @@ from lightning import Callback, LightningModule, Trainer
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from callbacks.terminal import console, results_table, track
+from callbacks.terminal import ResultsTable, console, track
 from datamodules.evaluation import perplexities, text_windows
 from datamodules.texts import check_text
 from rotpruner.artifacts import write_json
@@ -170,5 +170,5 @@ class Ending(Callback, ABC):
             "device": device_name(self._device),
         }
         write_json(results, run / "results.json")
-        console.print(results_table(results))
+        console.print(ResultsTable(results))
         console.print(f"export: {run / 'export'}")

@@ -14,7 +14,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 from callbacks.ending import Ending
 from callbacks.rotation_checkpoint import RotationCheckpoint
-from callbacks.terminal import console, results_table
+from callbacks.terminal import ResultsTable, console
 from rotpruner.artifacts import read_json, write_text
 from rotpruner.errors import InputError
 
@@ -124,7 +124,7 @@ def show(run: Path) -> None:
     """Print the results of a finished run."""
     results = read_json(run / "results.json")
     console.print(f"{run} is finished; remove it to run again")
-    console.print(results_table(results))
+    console.print(ResultsTable(results))
 
 
 def wandb_settings(config: Any) -> list[Any]:
