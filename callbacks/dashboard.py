@@ -71,8 +71,8 @@ class Dashboard(Callback):
         callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
         if any(isinstance(later, Ending) for later in callbacks[callbacks.index(self) :]):
             raise InputError(
-                "Dashboard stands before Finish in trainer.callbacks, whose results it would not see: put it behind, "
-                "for instance by -c experiments/configs/logging/wandb.yaml as the last config"
+                "Dashboard stands before Finish in trainer.callbacks, whose results it would not see: list it after "
+                "that, for instance by -c experiments/configs/logging/wandb.yaml as the last config"
             )
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -87,7 +87,7 @@ class Dashboard(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Start the clock; on resume, the checkpoint's own step has already been logged."""
-        self._steps.go_on_from(trainer.global_step)
+        self._steps.resume_at(trainer.global_step)
         self._clock = time.perf_counter()
 
     def on_train_batch_end(

@@ -14,8 +14,8 @@ import torch
 from lightning import LightningModule, Trainer
 from transformers import AutoModelForCausalLM
 
-from callbacks.earlier_fit import EarlierFit
 from callbacks.ending import Ending, Row
+from callbacks.first_fit import FirstFit
 from callbacks.terminal import console, track
 from rotpruner.artifacts import read_json, save_model, write_json
 from rotpruner.compensation import compensate
@@ -48,15 +48,15 @@ class Finish(Ending):
     the basis that learning started from, such as that of a permutation; `no_update`, if it is asked for and
     `compensate` is set, is `rotpruner` without the weight update. Every row but the first is saved, loaded
     again by plain `transformers` and evaluated in float32; `export/README.md` is a model card with all rows.
-    Finished rows survive an interruption. A fit that goes on from another one may name it by `before`, and has its
-    rows, too, with what that has made as `not_learned_on`; steps, tokens and seconds are then those of both.
+    Finished rows survive an interruption. A second fit names the first one by `first_fit`, and has its rows, too, with
+    what that has made as `first_fit`; steps, tokens and seconds are then those of both.
 
     Args:
         texts: names or paths of test texts, none of which calibrated anything.
         seq_len: tokens per window.
         max_tokens: the first tokens of each text that are used; None takes all.
         controls: which of the control rows `pruner`, `start`, `random_rotation` and `no_update` to make.
-        before: run directory of the fit that this one goes on from, which was evaluated likewise.
+        first_fit: run directory of the fit that this one continues, which was evaluated likewise.
     """
 
     def __init__(
@@ -65,11 +65,11 @@ class Finish(Ending):
         seq_len: int = 1024,
         max_tokens: int | None = 16384,
         controls: list[Literal["pruner", "start", "random_rotation", "no_update"]] = ["pruner", "random_rotation"],  # noqa: B006
-        before: str | None = None,
+        first_fit: str | None = None,
     ) -> None:
         super().__init__(texts, seq_len, max_tokens)
         self.controls = controls
-        self._before = None if before is None else EarlierFit.read(Path(before))
+        self._first = None if first_fit is None else FirstFit.read(Path(first_fit))
         self._learned = Learned()
 
     def check(self, module: Any) -> None:
@@ -77,21 +77,21 @@ class Finish(Ending):
         super().check(module)
         if "no_update" in self.controls and not module.compensate:
             raise InputError("controls: no_update is rotpruner itself where compensate is 0: leave it out")
-        if self._before is not None:
-            self._before.check_begins(module.init_weights)
+        if self._first is not None:
+            self._first.check_begins(module.init_weights)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Compare what is evaluated with what was."""
+        """Refuse a first fit that was evaluated otherwise."""
         super().on_fit_start(trainer, pl_module)
-        if self._before is not None:
-            self._before.check_evaluated(list(self._windows), self.evaluation)
+        if self._first is not None:
+            self._first.check_evaluated(list(self._windows), self.evaluation)
 
     def described(self, trainer: Trainer) -> Row:
         """Steps and tokens of both fits, if there was one before."""
         found = super().described(trainer)
-        if self._before is not None:
+        if self._first is not None:
             found["second_steps"] = found["steps"]
-            found |= {name: found[name] + self._before.budget[name] for name in ("steps", "training_tokens")}
+            found |= {name: found[name] + self._first.budget[name] for name in ("steps", "training_tokens")}
         return found
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
@@ -141,9 +141,9 @@ class Finish(Ending):
 
         Rotations.of(learned.rotations or {}, module.rotated.base).save_pretrained(run / "rotations", replace=True)
         rows = [self._kept(run, "dense", lambda: self._dense(name))]
-        if self._before is not None:
-            rows += self._before.rows
-            seconds += self._before.seconds
+        if self._first is not None:
+            rows += self._first.rows
+            seconds += self._first.seconds
         made = {
             # The controls have the same sparsity in each block, as OWL may have shared it out.
             "pruner": (Learned(patterns=learned.patterns), module.compensate, 0.0),
@@ -175,9 +175,9 @@ class Finish(Ending):
             **module.allotment.in_words(),
             pruner=None if isinstance(module.pattern, Slice) else pruner_name(module.pruner),
             basis="learned",
-            taken_over=None if self._before is not None else module.init_weights,
+            taken_over=None if self._first is not None else module.init_weights,
             spaces=module.spaces,
-            update="compensation" if module.compensate or (self._before and self._before.updated) else None,
+            update="compensation" if module.compensate or (self._first and self._first.updated) else None,
             learned_masks=module.surrogate.learns_masks,
             num_sequences=trainer.datamodule.statistics_sequences,  # type: ignore[attr-defined]
             seed=module.seed,

@@ -78,7 +78,7 @@ class Perplexity(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """On resume, the checkpoint's own step has already been logged."""
-        self._steps.go_on_from(trainer.global_step)
+        self._steps.resume_at(trainer.global_step)
 
     @torch.no_grad()
     def on_train_batch_end(

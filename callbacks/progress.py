@@ -55,7 +55,7 @@ class StepProgress(ProgressBar):
         """Decide how often there is a line where no bar can be redrawn."""
         total = _total(trainer)
         self._lines = EverySteps(max(1, total // _LINES) if total else _ENDLESS, "StepProgress")
-        self._lines.go_on_from(trainer.global_step)
+        self._lines.resume_at(trainer.global_step)
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Draw the bar where it can be; only now, as a module's start of training may show bars of its own."""

@@ -27,7 +27,7 @@ class Repruning(Callback):
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Once a step, also when gradients of several batches accumulate; the module has chosen those of the first."""
-        # Without `go_on_from`: the turn of a checkpoint's own step comes after it.
+        # Without `resume_at`: the turn of a checkpoint's own step comes after it.
         if self._steps.is_due(trainer.global_step):
             module: Any = pl_module
             flipped = module.rotated.refresh_masks()

@@ -72,7 +72,7 @@ class RotationCheckpoint(Checkpoint):
 
         The trainer puts back the handler that it found when training is over.
         """
-        self._steps.go_on_from(trainer.global_step)
+        self._steps.resume_at(trainer.global_step)
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, self._take_note)
 

@@ -28,7 +28,7 @@ class EverySteps:
         self.every_n_steps = every_n_steps
         self._last = 0
 
-    def go_on_from(self, step: int) -> None:
+    def resume_at(self, step: int) -> None:
         """On resume: the callback has been called at this step."""
         self._last = step
 

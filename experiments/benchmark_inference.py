@@ -110,7 +110,7 @@ def _parser() -> Parser:
     parser.add_argument("--name", action="append", default=[], help="what to call a model; once for each, in order")
     parser.add_argument("--batch_size", type=at_least(1), default=1)
     parser.add_argument("--seq_len", type=at_least(1), default=512, help="tokens of a prompt")
-    parser.add_argument("--new_tokens", type=at_least(1), default=32, help="tokens to decode behind a prompt")
+    parser.add_argument("--new_tokens", type=at_least(1), default=32, help="tokens to decode after a prompt")
     parser.add_argument("--repeats", type=at_least(1), default=10, help="timed turns, after one that warms up")
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")
     parser.add_argument("--threads", type=at_least(1), help="of the CPU; torch's own choice if left out")
@@ -135,7 +135,7 @@ def measure(models: Sequence[Any], prompts: Tensor, new_tokens: int, repeats: in
     Args:
         models: causal language models in evaluation mode, on the prompts' device.
         prompts: token ids (batch, seq_len).
-        new_tokens: decoded behind every prompt.
+        new_tokens: decoded after every prompt.
         repeats: timed turns.
     """
     turns = []

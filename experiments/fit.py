@@ -33,7 +33,6 @@ from callbacks.ending import Ending
 from callbacks.rotation_checkpoint import last_checkpoint
 from callbacks.terminal import console
 from datamodules.calibration import CalibrationDataModule
-from experiments.learn_on import check_batches, first_fit, second_fit
 from experiments.report_runs import FIRST_FIT
 from experiments.run_directory import (
     DTYPES,
@@ -45,19 +44,20 @@ from experiments.run_directory import (
     wandb_settings,
     with_defaults,
 )
+from experiments.second_fit import check_batches, first_settings, second_settings
 from lightning_modules.rotation_module import RotationModule
 from rotpruner.distributed import lost_rank
 from rotpruner.errors import InputError
 from rotpruner.kept_weights import check_takes_weights
-from rotpruner.learned import LearnOn
+from rotpruner.learned import SecondFit
 
 
 class FitCLI(LightningCLI):
     """LightningCLI over one run directory, `trainer.default_root_dir`.
 
     A run directory belongs to one configuration: a finished run is shown again, an unfinished one goes on
-    from its last checkpoint, and another configuration is refused. With `learn_on` it is two fits
-    (`experiments.learn_on`): what is built here is the second one, and the first is run before it.
+    from its last checkpoint, and another configuration is refused. With `second_fit` it is two fits
+    (`experiments.second_fit`): what is built here is the second one, and the first is run before it.
     """
 
     finished = False
@@ -99,7 +99,7 @@ class FitCLI(LightningCLI):
         parser.link_arguments("seed_everything", "model.seed")
         if self.command == "fit":
             parser.add_argument(
-                "--learn_on", type=LearnOn | None, default=None, help="a second fit, after the first one's update"
+                "--second_fit", type=SecondFit | None, default=None, help="a second fit, after the first one's update"
             )
         parser.set_defaults({"trainer.default_root_dir": f"runs/{self.command}", "trainer.barebones": False})
 
@@ -123,14 +123,14 @@ class FitCLI(LightningCLI):
         self.config_record = self.recorded()
         recorded = self.run_directory / "config.yaml"
         known = yaml.safe_load(recorded.read_text(encoding="utf-8")) if recorded.is_file() else {}
-        if (learn_on := self.config_record.get("learn_on")) is not None:
-            self._first = first_fit(self.config_record, self.run_directory)
-            second = second_fit(self.config_record, self.run_directory, LearnOn(**learn_on))
+        if (given := self.config_record.get("second_fit")) is not None:
+            self._first = first_settings(self.config_record, self.run_directory)
+            second = second_settings(self.config_record, self.run_directory, SecondFit(**given))
             self.config = self.parser.parse_object(second)
         elif not known and (first := self.run_directory / FIRST_FIT / "config.yaml").is_file():
             raise InputError(
-                f"run directory '{self.run_directory}' has begun with the first of two fits ({first}), and learn_on is "
-                "null; choose another --trainer.default_root_dir, or remove it"
+                f"run directory '{self.run_directory}' has begun with the first of two fits ({first}), and second_fit "
+                "is null; choose another --trainer.default_root_dir, or remove it"
             )
         self._house_wandb()
         if not known:
@@ -195,7 +195,7 @@ class FitCLI(LightningCLI):
             first = FitCLI(settings, is_first=True)
             if not first.finished:
                 sharded = isinstance(first.trainer.strategy, ModelParallelStrategy)
-                check_takes_weights("learn_on", first.model.surrogate, first.model.pattern, sharded)
+                check_takes_weights("second_fit", first.model.surrogate, first.model.pattern, sharded)
             run_to_the_end(first)
         except InputError:
             if not existed and self.run_directory.is_dir() and not any(self.run_directory.iterdir()):

@@ -28,7 +28,7 @@ _GIB, _TERA, _GIGA = 2**30, 1e12, 1e9
 def main(arguments: list[str]) -> None:
     """Print the plan; with `--json` one object of parameters, memory, flops, time, disk and changes that would help.
 
-    What a second fit takes stands in `learn_on`, of the same form.
+    What a second fit takes stands in `second_fit`, of the same form.
     """
     parser = Parser("plan", "What a fit would take: memory by part, arithmetic, disk. Other options are those of fit.")
     parser.add_argument("--gpu", choices=[*GPUS, "cpu"], default="h100-80gb", help="where; cpu is this machine")
@@ -43,7 +43,7 @@ def main(arguments: list[str]) -> None:
         "trainable_parameters": setup.trainable,
         "hardware": {"name": options.gpu, "count": setup.ranks, "bytes": capacity, "sharded": setup.sharded},
         **_reckoned(setup, options.gpu),
-        "learn_on": setup.second and _reckoned(setup.second, options.gpu),
+        "second_fit": setup.second and _reckoned(setup.second, options.gpu),
         "disk": _terms(disk_space(setup)),
         "fits": fits,
         "changes": [] if fits else _changes(setup, model.base_dtype, options.gpu, capacity),
@@ -55,7 +55,7 @@ def main(arguments: list[str]) -> None:
 
 
 def _peak(setup: Setup) -> int:
-    """Of the fit, and of the one behind its update."""
+    """Of the fit, and of the one after its update."""
     return max(memory_plan(fit).peak for fit in (setup, setup.second) if fit is not None)
 
 
@@ -133,7 +133,7 @@ def _changes(setup: Setup, asked: DtypeName, gpu: str, capacity: int) -> list[di
     for name, hardware in GPUS.items():
         if hardware.memory >= capacity and name != gpu:
             weigh(f"--gpu {name}", replace(setup, dtype=dtype_on(asked, name)), int(hardware.memory))
-    if setup.learn_on or setup.second_teacher:  # which do not go with shards
+    if setup.second_steps or setup.second_teacher:  # which do not go with shards
         return found
     for name in [gpu, *(other for other in GPUS if GPUS[other].memory > capacity)]:
         for ranks in (2, 4, 8, 16, 32):
@@ -157,7 +157,7 @@ def _savings(setup: Setup) -> list[tuple[list[str], dict[str, Any], bool]]:
         ([*recompute, "--model.offload true"], {**recomputed, "offload": True}, waits),
         (["--data.batch_size 1"], {"batch_size": 1}, setup.batch_size > 1),
         ([f"--data.seq_len {half}"], {"seq_len": half}, half >= 512),
-        (["--learn_on null"], {"learn_on": 0}, setup.learn_on > 0),
+        (["--second_fit null"], {"second_steps": 0}, setup.second_steps > 0),
         (["--model.spaces [value_heads]"], {"spaces": ("value_heads",)}, "residual" in setup.spaces and not needed),
     ]
 
@@ -193,11 +193,11 @@ def _show(result: dict[str, Any], setup: Setup) -> None:
         dearest = largest(memory.host_phases)
         print(f"\nmain memory that it takes besides: {memory.host / _GIB:.2f} GiB, most of it when: {dearest};")
         print("less if the model, its copies and its states fit into half of what the GPU has free at the end")
-    if (second := result["learn_on"]) is not None:
+    if (second := result["second_fit"]) is not None:
         peak, host = (second["memory"][name] / _GIB for name in ("peak", "host"))
         beside = "" if hardware["name"] == "cpu" else f", {host:.2f} GiB of main memory besides"
         minutes = "" if seconds is None else f", {second['seconds_per_step'] * second['steps'] / 60:.0f} minutes"
-        print(f"\nlearning on behind the update: {second['steps']} steps, peak {peak:.2f} GiB{beside}{minutes}")
+        print(f"\nsecond fit, after the update: {second['steps']} steps, peak {peak:.2f} GiB{beside}{minutes}")
     print(f"\npeak {_peak(setup) / _GIB:.2f} GiB of {hardware['bytes'] / _GIB:.0f} GiB: {verdict}")
     for change in result["changes"]:
         print(f"  {change['peak'] / _GIB:8.2f} GiB {'fits' if change['fits'] else 'too large':10} {change['change']}")

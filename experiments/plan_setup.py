@@ -12,13 +12,13 @@ from callbacks.ending import Ending
 from callbacks.perplexity import Perplexity
 from experiments.fit import FitCLI, check_limited, plain_refusals
 from experiments.gpus import dtype_on
-from experiments.learn_on import check
 from experiments.planning.sizes import Setup
+from experiments.second_fit import check
 from lightning_modules.rotation_module import RotationModule
 from rotpruner.batches import CalibrationBatches
 from rotpruner.errors import InputError
 from rotpruner.kept_weights import check_takes_weights
-from rotpruner.learned import LearnOn
+from rotpruner.learned import SecondFit
 from rotpruner.placements import turns
 
 #: Tokens of WikiText-2's test split, about.
@@ -32,7 +32,7 @@ class PlanCLI(FitCLI):
 
     def before_instantiate_classes(self) -> None:
         """Leave the run directory alone; of two fits, the first is built."""
-        if self.config.learn_on is not None:
+        if self.config.second_fit is not None:
             check(self.recorded())
 
     def instantiate_classes(self) -> None:
@@ -59,9 +59,9 @@ def read_setup(arguments: list[str], gpu: str, count: int | None) -> tuple[Setup
     count = count or _processes(trainer)
     sharded = count > 1 and _shards(trainer.strategy)
     module.check(data.seq_len, data.statistics_sequences, sharded)
-    learn_on = cli.config.learn_on and LearnOn(**cli.config.learn_on.as_dict())
-    if learn_on is not None:
-        check_takes_weights("learn_on", module.surrogate, module.pattern, sharded)
+    second = cli.config.second_fit and SecondFit(**cli.config.second_fit.as_dict())
+    if second is not None:
+        check_takes_weights("second_fit", module.surrogate, module.pattern, sharded)
     callbacks = cli.built.trainer.callbacks or ()
     callbacks = [callbacks] if isinstance(callbacks, Callback) else callbacks
     for callback in callbacks:
@@ -92,7 +92,7 @@ def read_setup(arguments: list[str], gpu: str, count: int | None) -> tuple[Setup
         steps=_steps(trainer, data, count),
         gradient_checkpointing=module.gradient_checkpointing,
         offload=module.offload,
-        learn_on=0 if learn_on is None else learn_on.steps,
+        second_steps=0 if second is None else second.steps,
         second_teacher=module.init_weights is not None,
         optimizer_states=_states(module.optimizer_of([torch.nn.Parameter(torch.eye(4))])),
         keeps_unmasked=module.surrogate.keeps_unmasked,

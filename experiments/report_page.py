@@ -60,7 +60,7 @@ def page(runs: Sequence[Run], figures: Mapping[str, tuple[str, str]]) -> str:
 <div class="scroll">{_table(runs)}</div>
 <p class="note">dense: the model as it came; pruner: the same pruner without rotation; start: in the basis where
 learning began; pca: the slice of principal directions; random_rotation: in a basis that nobody learned; rotpruner: in
-the learned basis; no_update: the same before the weight update; not_learned_on: what the first of two fits made;
+the learned basis; no_update: the same before the weight update; first_fit: what the first of two fits made;
 recovered: after sparse recovery, pruned: before it.
 G = ln ppl − ln ppl(dense), nats per token; less is better.</p>
 <h2>Figures</h2>
@@ -94,7 +94,7 @@ def _table(runs: Sequence[Run]) -> str:
 
 
 def _breakable(text: str) -> str:
-    """Escaped; names may be broken behind an underscore where a column is narrow."""
+    """Escaped; names may be broken after an underscore where a column is narrow."""
     return escape(text).replace("_", "_<wbr>")
 
 

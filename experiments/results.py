@@ -25,7 +25,7 @@ Group = tuple[Key, list[Row]]
 Cell = Callable[[Key, list[Row]], str]
 
 #: Rows of a training that the training's budget was spent on.
-_LEARNED = ("rotpruner", "no_update", "not_learned_on", "recovered")
+_LEARNED = ("rotpruner", "no_update", "first_fit", "recovered")
 
 #: (pattern, dense model) → text → the mean gap that others are divided by.
 Divisors = dict[tuple[str, str], dict[str, float]]

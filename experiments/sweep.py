@@ -44,7 +44,7 @@ def main(arguments: list[str]) -> None:
         action="append",
         default=[],
         metavar="FILE",
-        help="config of every fit or recovery behind its arguments, such as experiments/configs/logging/wandb.yaml",
+        help="config of every fit or recovery after its arguments, such as experiments/configs/logging/wandb.yaml",
     )
     parser.add_argument("--results", type=Path, default=Path("experiments/results"), help="where results are kept")
     parser.add_argument("--runs", type=Path, default=Path("runs"), help="where fits have their run directories")
@@ -94,7 +94,7 @@ def _settings(pairs: list[str]) -> dict[str, Any]:
             settings[key] = yaml.safe_load(value)
         except yaml.YAMLError:
             raise InputError(
-                f"--set {pair}: what stands behind the = is no YAML; quote it, as in 'text=[a, b]'"
+                f"--set {pair}: what stands after the = is no YAML; quote it, as in 'text=[a, b]'"
             ) from None
     return settings
 

@@ -1,7 +1,7 @@
 """What a sweep file says: its form, and the command of every row.
 
 It is YAML: a `title`, the `command` (prune, fit or recover), its `arguments` (for the last two also `config` and
-`overlay`, lists of files before and behind them), and a `grid` of arguments whose combinations are the rows, or the
+`overlay`, lists of files before and after them), and a `grid` of arguments whose combinations are the rows, or the
 `rows` one by one, each with the arguments that it changes. `{seed}` in an argument is the row's own `seed`, and so with
 its other values; `{runs}` is the directory of run directories. With `keep: true` a table of prunes keeps its models
 there, as fits do. With `reference: true` the first row of a table of prunes is the dense model on the same texts, from

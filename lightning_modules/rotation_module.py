@@ -32,7 +32,7 @@ from rotpruner.progress import Progress, unseen
 from rotpruner.pruners import resolve_pruner
 from rotpruner.rotated_model import RotatedModel
 from rotpruner.rotation_artifact import Rotations
-from rotpruner.rotations import LearnedRotations, Start, check_going_on, check_same_bases
+from rotpruner.rotations import LearnedRotations, Start, check_continues, check_same_bases
 from rotpruner.sharding import shard
 from rotpruner.surrogates import Surrogate
 
@@ -145,7 +145,7 @@ class RotationModule(LightningModule):
             given = Rotations.from_pretrained(init_rotations)
             given.check_config(config)
             sites = residual_sites(config, placement) if "residual" in spaces else 0
-            check_going_on(given, spaces, sites)
+            check_continues(given, spaces, sites)
             if init_weights is not None and sites:
                 check_same_bases(config, len(given["residual"]), sites)
         if init_weights is not None:
@@ -248,7 +248,7 @@ class RotationModule(LightningModule):
         self.rotated.calibrate(tokens.to(self.device).split(1), self._progress(), self.cache_dense)
         if self.init_weights is not None:
             teacher = load_model(self.model_name, self.base_dtype)
-            self.rotated.go_on_from(teacher, *self.kept_weights(), keep=self.cache_dense)
+            self.rotated.take_over(teacher, *self.kept_weights(), keep=self.cache_dense)
 
     def kept_weights(self) -> tuple[Any, Rotations]:
         """The pruned model whose kept weights the model takes over, and the rotations that it was pruned in."""

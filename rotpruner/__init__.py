@@ -3,7 +3,7 @@
 from rotpruner.allotment import Allotment
 from rotpruner.api import prune, save
 from rotpruner.errors import InputError
-from rotpruner.learned import LearnOn
+from rotpruner.learned import SecondFit
 from rotpruner.learning import learn
 from rotpruner.loading import load_model, load_tokenizer
 from rotpruner.loading import load_model as load
@@ -23,11 +23,11 @@ __version__ = "0.1.0"
 __all__ = [
     "Allotment",
     "InputError",
-    "LearnOn",
     "LearnedRotations",
     "Objective",
     "RotatedModel",
     "Rotations",
+    "SecondFit",
     "SparseRecovery",
     "Surrogate",
     "learn",

@@ -21,7 +21,7 @@ from rotpruner.compensation import check_compensation
 from rotpruner.embedded import embedded_name
 from rotpruner.errors import InputError
 from rotpruner.kept_weights import check_takes_weights
-from rotpruner.learned import Learned, LearnOn
+from rotpruner.learned import Learned, SecondFit
 from rotpruner.loading import check_pattern, check_seq_len
 from rotpruner.model_card import Origin, pruner_name, write_card
 from rotpruner.objectives import Objective
@@ -54,7 +54,7 @@ def prune(
     layer_sparsity: LayerSparsity = "uniform",
     exceptions: Mapping[str, str | float] = MappingProxyType({}),
     compensate: int = 0,
-    learn_on: LearnOn | None = None,
+    second_fit: SecondFit | None = None,
     num_sequences: int = 64,
     seq_len: int = 1024,
     seed: int = 0,
@@ -83,7 +83,7 @@ def prune(
             counts; 0.0 leaves them dense.
         compensate: on how many of the sequences the kept weights are fitted, in closed form, see
             `rotpruner.compensation`; 0 leaves them as they are.
-        learn_on: how rotations go on learning after that, under its masks; None leaves them.
+        second_fit: continues to train the rotations after that, under its masks; None leaves them.
         num_sequences, seq_len: size of the calibration set, taken from the texts by `seed`.
         dtype: of the frozen weights while learning, and of the products that give a float32 model's statistics; weights
             are pruned in the model's own dtype. None is bfloat16 where the model's device has instructions for it, else
@@ -112,11 +112,11 @@ def prune(
             f"num_sequences {num_sequences}, steps {steps} and lr {lr} must be at least 1, at least 0 and above 0"
         )
     rotating = _rotating(rotate, model, spaces, parsed)
-    if learn_on is not None:
+    if second_fit is not None:
         if not compensate or rotating is None:
             why = "nothing rotates" if rotating is None else "compensate is 0, so no update comes before it"
-            raise InputError(f"learn_on goes on after the update of kept weights, and {why}: leave it out")
-        check_takes_weights("learn_on", surrogate, parsed)
+            raise InputError(f"second_fit comes after the update of kept weights, and {why}: leave it out")
+        check_takes_weights("second_fit", surrogate, parsed)
     if rotating is not None and (steps or rotating.given is None):
         Choices(
             allotment=allotment,
@@ -176,11 +176,11 @@ def prune(
     if compensate:
         pruning.compensate(pruned, compensate, found)
     second = 0
-    if rotating is not None and learn_on is not None:
+    if rotating is not None and second_fit is not None:
         del found  # its statistics are as large as those that are gathered next
-        second = learn_on.steps
+        second = second_fit.steps
         going_on = replace(rotating, given=given)
-        found = pruning.learn(going_on, second, learn_on.lr_factor * lr, kept=pruned, done=steps)
+        found = pruning.learn(going_on, second, second_fit.lr_factor * lr, kept=pruned, done=steps)
         keep(found)
         pruned = pruning.prune(found, kept=pruned, given=given)
     if rotating is not None:

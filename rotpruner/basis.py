@@ -94,13 +94,13 @@ class BasisChange(Passage):
         super().__init__()
         self.basis, self.number = basis, number
 
-    def behind(self, stream: Tensor, output: Tensor) -> Tensor:
+    def after(self, stream: Tensor, output: Tensor) -> Tensor:
         T = basis_change(self.basis.config, self.basis.rotations, self.number)
         return output if T is None else in_another_basis(stream, output, T)
 
 
 def turn_residual_ends(base: PreTrainedModel, basis: Basis) -> None:
-    """Hook a model, so that its stream enters the basis behind the embeddings and leaves it at the final norm."""
+    """Hook a model, so that its stream enters the basis after the embeddings and leaves it at the final norm."""
     family = family_of(base.config)
 
     def enter(module: nn.Module, args: Any, output: Tensor) -> Tensor:

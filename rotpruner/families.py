@@ -94,7 +94,7 @@ class Family:
             )
         groups = [key for key, _ in groupby((spec.reads, spec.norm) for spec in self.linears)]
         if apart := [key for key in groups if groups.count(key) > 1]:
-            where = "without a norm" if apart[0][1] is None else f"behind {apart[0][1]}"
+            where = "without a norm" if apart[0][1] is None else f"after {apart[0][1]}"
             raise InputError(
                 f"{table} has linears that read {apart[0][0]} {where} apart from each other: put rows "
                 "that read one tensor next to each other, and give readers of others another norm"
@@ -156,7 +156,7 @@ GEMMA3 = replace(GEMMA2, model_types=("gemma3_text",), refusals={"residual": _NO
 
 def _opt_residual(config: Any) -> str | None:
     if not config.do_layer_norm_before:
-        return "each norm stands behind a sum of the residual stream, not in front of a linear"
+        return "each norm stands after a sum of the residual stream, not in front of a linear"
     if config.word_embed_proj_dim != config.hidden_size:
         return f"embeddings of width {config.word_embed_proj_dim} are projected to {config.hidden_size}"
     if config._remove_final_layer_norm:

@@ -1,8 +1,8 @@
-"""Make the residual stream basis-free: untie the head, fold each norm into the linears behind it.
+"""Make the residual stream basis-free: untie the head, fold each norm into the linears after it.
 
 RMSNorm(x) = x / rms(x) · g commutes with rotations only where g is constant (QuaRot, arXiv:2404.00456), and
 LayerNorm(x) = (x − mean(x)) / std(x) · g + b with those that also fix the all-ones direction. So a linear
-behind a norm takes W ← W diag(g) and b_W ← b_W + W b.
+after a norm takes W ← W diag(g) and b_W ← b_W + W b.
 """
 
 from __future__ import annotations

@@ -87,7 +87,7 @@ def residual_sublayers(config: Any) -> list[Sublayer]:
 
 
 def residual_boundaries(config: Any) -> int:
-    """Places where the residual stream may be in a basis of its own: before, between and behind all sublayers."""
+    """Places where the residual stream may be in a basis of its own: before, between and after all sublayers."""
     return 1 + config.num_hidden_layers * len(residual_sublayers(config))
 
 

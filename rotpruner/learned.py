@@ -1,4 +1,4 @@
-"""What learning has found, in the form in which a plain model is pruned by it, and whether it goes on from there."""
+"""What learning has found, in the form in which a plain model is pruned by it, and how it continues after that."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from rotpruner.statistics import Moment
 
 
 @dataclass(frozen=True)
-class LearnOn:
-    """A second fit: rotations go on learning after the weight update, under its masks (`rotpruner.kept_weights`).
+class SecondFit:
+    """A second fit, which continues to train the rotations after the weight update, under its masks.
 
     Args:
         steps: of the second fit.
@@ -33,9 +33,9 @@ class LearnOn:
 
     def __post_init__(self) -> None:
         if self.steps < 1:
-            raise InputError(f"learn_on.steps {self.steps} must be at least 1; learn_on null leaves it at one fit")
+            raise InputError(f"second_fit.steps {self.steps} must be at least 1; second_fit null leaves it at one fit")
         if not 0 < self.lr_factor < math.inf:
-            raise InputError(f"learn_on.lr_factor {self.lr_factor} must be above 0")
+            raise InputError(f"second_fit.lr_factor {self.lr_factor} must be above 0")
 
 
 class Learned(NamedTuple):

@@ -35,7 +35,7 @@ _ROWS = {
     "pca": "control: the same slice in the basis of principal directions, nothing learned",
     "random_rotation": "control: the same pruner in a random basis",
     "no_update": "control: this model before the weight update",
-    "not_learned_on": "control: what the first of its two fits has made",
+    "first_fit": "control: what the first of its two fits has made",
     "rotpruner": "this model",
     "pruned": "this model",
     "recovered": "this model",
@@ -53,14 +53,14 @@ class Origin:
         basis: `none`, `pca`, `permutation`, `random` or `learned`; `recovery` if weights were trained, in whatever
             basis they were in.
         pruned: of a recovery, the checkpoint that it began with.
-        taken_over: of learning behind an update, the pruned model whose kept weights it began with.
+        taken_over: of learning after an update, the pruned model whose kept weights it began with.
         spaces: which spaces rotate.
         update: pruner whose weight update followed, if any.
         learned_masks: whether the pruner's masks were only where learning began.
         layer_sparsity: how the blocks share the pattern.
         exceptions: patterns of linears whose names match.
         calibration: name of the text, with `num_sequences` of `seq_len` tokens of it.
-        second_steps: those of the steps that were of a second fit, behind the update of the first one.
+        second_steps: those of the steps that were of a second fit, after the update of the first one.
         steps: of learning; `training_tokens` were read by all of them together.
         seed: of calibration, order and random starts.
         rows: measured models, as in `results.json`.

@@ -1,6 +1,6 @@
 """Models whose residual stream changes its basis on the way; it needs nothing but torch and transformers.
 
-A decoder sublayer computes x + f(x). Where the stream is in the basis Q before it and in R behind it, f writes in R
+A decoder sublayer computes x + f(x). Where the stream is in the basis Q before it and in R after it, f writes in R
 already and the residual connection carries T = QᵀR: x T + f(x). That is one (d, d) product a token, which no plain
 checkpoint can hold; everything else is the ordinary model. This file lies beside such checkpoints, so that
 
@@ -36,14 +36,14 @@ from transformers import (
 
 
 class Passage(nn.Module):
-    """x + f(x) becomes something else behind a sublayer f: its last linear writes that, less the x that is added to it.
+    """x + f(x) becomes something else after a sublayer f: its last linear writes that, less the x that is added to it.
 
     Hooks do it, so that any model can have it whose class knows nothing of it.
     """
 
     _stream: Tensor | None = None
 
-    def behind(self, stream: Tensor, output: Tensor) -> Tensor:
+    def after(self, stream: Tensor, output: Tensor) -> Tensor:
         """What is to be added to the stream x (…, d) instead of the output f(x) (…, d)."""
         raise NotImplementedError
 
@@ -57,7 +57,7 @@ class Passage(nn.Module):
 
     def _write(self, writer: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
         stream, self._stream = self._stream, None
-        return output if stream is None else self.behind(stream, output)
+        return output if stream is None else self.after(stream, output)
 
 
 class Shortcut(Passage):
@@ -67,7 +67,7 @@ class Shortcut(Passage):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(width, width, dtype=dtype))
 
-    def behind(self, stream: Tensor, output: Tensor) -> Tensor:
+    def after(self, stream: Tensor, output: Tensor) -> Tensor:
         """f(x) + x T − x."""
         return in_another_basis(stream, output, self.weight)
 

@@ -44,7 +44,7 @@ def prune_model(
 ) -> None:
     """Prune every decoder linear of a plain model in place, after moving it into a rotated basis if one is given.
 
-    A `Slice` removes residual directions instead: those behind the first k of a given residual rotation, or those of
+    A `Slice` removes residual directions instead: those after the first k of a given residual rotation, or those of
     least variance. Otherwise, without `moments`, blocks are pruned in order, each with statistics of what its pruned
     predecessors give it.
 

@@ -1,6 +1,6 @@
 """Where rotations stand in a model, and of which shape they are, as its config says.
 
-The residual stream has boundaries: in front of the first sublayer (attention or MLP), between two, behind the last.
+The residual stream has boundaries: in front of the first sublayer (attention or MLP), between two, after the last.
 Its matrices, of which a placement says how many there are, are shared out evenly among neighbouring boundaries.
 """
 
@@ -61,7 +61,7 @@ def site_at(boundary: int, sites: int, boundaries: int) -> int:
 
 
 def basis_changes(config: Any, sites: int) -> list[int]:
-    """The numbers of the sublayers behind which the residual stream is in another of its `sites` bases."""
+    """The numbers of the sublayers after which the residual stream is in another of its `sites` bases."""
     boundaries = residual_boundaries(config)
     return [
         number

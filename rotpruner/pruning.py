@@ -95,7 +95,7 @@ class Pruning:
         kept: PreTrainedModel | None = None,
         done: int = 0,
     ) -> Learned:
-        """Learn for so many steps; behind an update from what its model has `kept`, in the rotations that are given.
+        """Learn for so many steps; after an update from what its model has `kept`, in the rotations that are given.
 
         Steps are counted from those that are `done`.
         """
@@ -113,7 +113,7 @@ class Pruning:
         if rotating.given is None:
             rotated.start_from_statistics(rotating.start, self.progress)
         elif kept is not None:
-            rotated.go_on_from(self._frozen(), kept, rotating.given)
+            rotated.take_over(self._frozen(), kept, rotating.given)
 
         def told(step: int, losses: dict[str, float]) -> None:
             self.on_step(done + step, losses)

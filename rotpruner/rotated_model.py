@@ -36,7 +36,7 @@ from rotpruner.patterns import NM, Pattern, Slice
 from rotpruner.progress import Progress, unseen
 from rotpruner.pruners import Pruner
 from rotpruner.relaxation import Relaxation
-from rotpruner.rotations import LearnedRotations, RotationSet, Start, check_going_on, check_same_bases, check_start
+from rotpruner.rotations import LearnedRotations, RotationSet, Start, check_continues, check_same_bases, check_start
 from rotpruner.slicing import project, residual_readers, sliced_width
 from rotpruner.starts import permuted_start, principal_start
 from rotpruner.statistics import Moment, gather_moments
@@ -212,7 +212,7 @@ class RotatedModel(nn.Module):
             judged = weights, self.moments, self.pruner, self.pattern
             self.rotations.restart(permuted_start(self.base.config, *judged, rotations, self.ranks, progress))
 
-    def go_on_from(
+    def take_over(
         self,
         teacher: PreTrainedModel,
         pruned: PreTrainedModel,
@@ -231,10 +231,10 @@ class RotatedModel(nn.Module):
             keep: leave the teacher's final states in the cache, as in `calibrate`.
 
         Raises:
-            InputError: as `kept_masks`, `check_going_on`, `check_same_bases` and `take_kept_weights`.
+            InputError: as `kept_masks`, `check_continues`, `check_same_bases` and `take_kept_weights`.
         """
         masks = kept_masks(pruned, self.patterns)
-        check_going_on(rotations, list(self.rotations.started()), self.rotations.sites)
+        check_continues(rotations, list(self.rotations.started()), self.rotations.sites)
         if "residual" in rotations:
             check_same_bases(self.base.config, len(rotations["residual"]), self.rotations.sites)
         take_kept_weights(self.base, pruned, rotations)

@@ -103,7 +103,7 @@ def check_rotation(config: Any, space: str, Q: Tensor) -> None:
         )
 
 
-def check_going_on(rotations: Mapping[str, Tensor], spaces: Collection[str], sites: int) -> None:
+def check_continues(rotations: Mapping[str, Tensor], spaces: Collection[str], sites: int) -> None:
     """Raise `InputError` unless these spaces, `sites` matrices of the residual one, can be learned from there on."""
     if set(rotations) != set(spaces):
         raise InputError(
@@ -220,9 +220,9 @@ class LearnedRotations(nn.Module):
         """Start again from given rotations of the same spaces; fewer matrices of the residual stream are shared out.
 
         Raises:
-            InputError: as `check_going_on`, or what is given for a space is not a rotation of it.
+            InputError: as `check_continues`, or what is given for a space is not a rotation of it.
         """
-        check_going_on(rotations, [*self.spaces, *(() if self.order is None else ("mlp",))], self.sites)
+        check_continues(rotations, [*self.spaces, *(() if self.order is None else ("mlp",))], self.sites)
         if self.order is not None:
             check_rotation(self.config, "mlp", rotations["mlp"])
             self.order.copy_(rotations["mlp"])
@@ -260,8 +260,8 @@ def residual_at(config: Any, rotations: Sites, boundary: int) -> Tensor | None:
 
 def basis_change(config: Any, rotations: Sites, number: int) -> Tensor | None:
     """T = QᵢᵀQᵢ₊₁ (d, d), what the residual connection of a sublayer carries; None if the stream does not rotate."""
-    before, behind = residual_at(config, rotations, number), residual_at(config, rotations, number + 1)
-    return None if before is None or behind is None else before[0].mT @ behind[0]
+    before, after = residual_at(config, rotations, number), residual_at(config, rotations, number + 1)
+    return None if before is None or after is None else before[0].mT @ after[0]
 
 
 @torch.no_grad()

@@ -89,7 +89,7 @@ class _Projection(Passage):
         super().__init__()
         self._P = P
 
-    def behind(self, stream: Tensor, output: Tensor) -> Tensor:
+    def after(self, stream: Tensor, output: Tensor) -> Tensor:
         return ((stream + output).to(self._P.dtype) @ self._P.to(stream.device) - stream).to(output.dtype)
 
 

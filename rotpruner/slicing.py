@@ -2,7 +2,7 @@
 
 Shapes: d = width of the residual stream, k = directions that stay. In the rotated basis the first k stay,
 so that x ↦ x Q[:, :k] is all of it. RMSNorm of k features instead of d, of which d − k are zero, is √(k/d)
-times too small; the readers behind it take the factor √(d/k), and ε becomes ε·d/k. One rotation for the
+times too small; the readers after it take the factor √(d/k), and ε becomes ε·d/k. One rotation for the
 whole stream leaves an ordinary model of a smaller `hidden_size`.
 """
 
@@ -93,7 +93,7 @@ def principal_directions(H: Tensor) -> Tensor:
 
 
 def project(rotations: RotationSet, width: int) -> RotationSet:
-    """The same rotations, of which the residual one sends every direction behind the first `width` to zero."""
+    """The same rotations, of which the residual one sends every direction after the first `width` to zero."""
     Q = rotations["residual"]
     kept = torch.arange(Q.shape[-1], device=Q.device) < width
     return {**rotations, "residual": Q * kept}

@@ -262,7 +262,7 @@ def test_learning_goes_on_there_behind_an_update(name, offload):
             rotated = rotated_model(exact(tiny(name)), gradient_checkpointing=True, offload=offload).to(device)
             rotated.rotations.restart(given)
             rotated.calibrate(IDS.to(device).split(1))
-            rotated.go_on_from(dense, pruned, given)
+            rotated.take_over(dense, pruned, given)
             rotated.refresh_masks()
             loss = rotated.loss(IDS.to(device))["loss"]
             loss.backward()

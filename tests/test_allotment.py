@@ -153,12 +153,12 @@ def test_learning_goes_on_behind_an_update_under_exceptions():
     for exceptions in (EXCEPTIONS, {}):
         rotated = calibrated_in(rotations, dense, ids, exceptions=exceptions)
         if exceptions:
-            rotated.go_on_from(dense, pruned, rotations)
+            rotated.take_over(dense, pruned, rotations)
             rotated.refresh_masks()
             torch.testing.assert_close(rotated(ids).logits, pruned(input_ids=ids).logits)
             continue
         with pytest.raises(InputError, match=r"v_proj of the pruned model does not keep to the pattern 2:4"):
-            rotated.go_on_from(dense, pruned, rotations)
+            rotated.take_over(dense, pruned, rotations)
 
 
 def test_a_fit_and_its_controls_make_exceptions(fit):

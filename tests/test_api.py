@@ -120,7 +120,7 @@ def test_a_call_does_what_a_fit_does(fit, model_directory, text_file, tmp_path):
 
 
 def test_a_call_that_learns_on_does_what_such_a_fit_does(fit, model_directory, text_file, tmp_path):
-    changes = ["--trainer.max_steps", "3", "--model.compensate", "4", "--learn_on", "{steps: 4, lr_factor: 0.5}"]
+    changes = ["--trainer.max_steps", "3", "--model.compensate", "4", "--second_fit", "{steps: 4, lr_factor: 0.5}"]
     status, run = fit(*changes, "--trainer.callbacks.init_args.controls", "[]")
     assert status == 0
     told = []
@@ -128,7 +128,7 @@ def test_a_call_that_learns_on_does_what_such_a_fit_does(fit, model_directory, t
         *given(model_directory, text_file),
         steps=3,
         compensate=4,
-        learn_on=rotpruner.LearnOn(steps=4, lr_factor=0.5),
+        second_fit=rotpruner.SecondFit(steps=4, lr_factor=0.5),
         rotations_directory=tmp_path / "kept",
         on_step=lambda step, losses: told.append(step),
         **AS_A_FIT,

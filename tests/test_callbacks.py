@@ -231,7 +231,7 @@ def test_turns_come_once_a_step():
     asked = [0, 0, 1, 1, 2, 2, 3, 4]  # two batches a step
     assert [step for step in asked if steps.is_due(step)] == [2, 4]
     assert not steps.is_due(0), "another fit"
-    steps.go_on_from(6)
+    steps.resume_at(6)
     assert not steps.is_due(6)
     assert steps.is_due(8)
 
@@ -332,7 +332,7 @@ def test_a_log_file_is_told_what_learns_and_how_far_it_has_come(fit, capsys):
 def test_a_narrow_terminal_cuts_and_breaks_nothing(texts, online_flops):
     ppl = {f"wikitext2_raw_train_{number}MB": 1_234_567.8 + number for number in range(texts)}
     row = {"pattern": "2:4", "sparsity": 0.5, "ppl": ppl, "parameters": 162_826_560, "seconds": 12345.6}
-    names = ["dense", "random_rotation", "not_learned_on", "rotpruner"]
+    names = ["dense", "random_rotation", "first_fit", "rotpruner"]
     console = Console(width=80, record=True, file=io.StringIO())
     console.print(ResultsTable({"rows": [{"name": name, "online_flops": online_flops, **row} for name in names]}))
     said = [line.split() for line in console.export_text().splitlines()]

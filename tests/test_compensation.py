@@ -73,9 +73,9 @@ def test_every_row_is_the_least_squares_of_what_it_sees(name, placement):
         x = _inputs(seen, place.name)
         W, V0, V = (module_at(model, place.name).weight for model in (dense, seen, pruned))
         if place.spec.writes == "residual":
-            behind = block + norm if place.spec.path.endswith(("o_proj", "out_proj")) else None
-            behind = behind or place.layer + 1
-            target = x @ V0.mT + _stream(dense, behind) - _stream(seen, behind)
+            after = block + norm if place.spec.path.endswith(("o_proj", "out_proj")) else None
+            after = after or place.layer + 1
+            target = x @ V0.mT + _stream(dense, after) - _stream(seen, after)
         else:
             target = _inputs(dense, place.name) @ W.mT
         for row in range(0, len(V), 5):
@@ -96,13 +96,13 @@ def _inputs(model, path: str) -> torch.Tensor:
     return torch.cat([x.flatten(0, -2) for x in found])
 
 
-def _stream(model, behind: str | int) -> torch.Tensor:
-    """What a norm gets, or a block by its number, behind the last one the final norm."""
-    if isinstance(behind, int):
+def _stream(model, after: str | int) -> torch.Tensor:
+    """What a norm gets, or a block by its number, after the last one the final norm."""
+    if isinstance(after, int):
         family = family_of(model.config)
-        last = behind == model.config.num_hidden_layers
-        behind = family.final_norm if last else f"{family.blocks}.{behind}"
-    return _inputs(model, behind)
+        last = after == model.config.num_hidden_layers
+        after = family.final_norm if last else f"{family.blocks}.{after}"
+    return _inputs(model, after)
 
 
 @torch.no_grad()

@@ -34,21 +34,21 @@ def test_every_config_parses_and_runs_two_steps_with_tiny_overrides(config, fit,
     settings = yaml.safe_load(config.read_text())
     few = ["--model.compensate", "2"] if settings["model"].get("compensate") else []
     few += ["--data.statistics_sequences", "4"] if "statistics_sequences" in settings["data"] else []
-    few += ["--learn_on.steps", "1"] if settings.get("learn_on") else []
+    few += ["--second_fit.steps", "1"] if settings.get("second_fit") else []
     few += WITHOUT_CONTROLS if config.stem != "quickstart" else []
     status, run = fit(*few, *roomy, configs=[config])
     assert status == 0
     rows = {row["name"]: row for row in json.loads((run / "results.json").read_text())["rows"]}
-    updated = rows.get("not_learned_on", rows["rotpruner"])
+    updated = rows.get("first_fit", rows["rotpruner"])
     assert ("step_length" in updated) == ("--model.compensate" in few)
-    assert ("not_learned_on" in rows) == bool(settings.get("learn_on"))
+    assert ("first_fit" in rows) == bool(settings.get("second_fit"))
 
 
 @pytest.mark.parametrize("variant", VARIANTS, ids=lambda path: path.stem)
 def test_every_variant_goes_on_top_of_the_smollm2_config(variant, fit, roomy):
     few = ["--data.num_sequences", "4", "--data.statistics_sequences", "4"]
     few += [] if "compensate" in yaml.safe_load(variant.read_text()).get("model", {}) else ["--model.compensate", "2"]
-    few += ["--learn_on.steps", "1"] if variant.stem == "learned-on" else []
+    few += ["--second_fit.steps", "1"] if variant.stem == "second-fit" else []
     few += WITHOUT_CONTROLS
     status, run = fit(*few, *roomy, configs=[Path("experiments/configs/smollm2-135m.yaml"), variant])
     assert status == 0

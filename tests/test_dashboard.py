@@ -138,7 +138,7 @@ def test_a_run_that_an_agent_of_wandb_names_gets_no_other_name(settings, monkeyp
 def test_two_fits_of_one_command_are_two_runs_of_wandb(settings, monkeypatch):
     arguments, run = settings
     monkeypatch.setenv("WANDB_SILENT", "true")
-    assert start([*arguments, "--model.compensate", "2", "--learn_on.steps", "3"]) == 0
+    assert start([*arguments, "--model.compensate", "2", "--second_fit.steps", "3"]) == 0
     (first,), (second,) = (sorted((part / "wandb").glob("offline-run-*")) for part in (run / "first-fit", run))
     assert first.name.split("-")[-1] != second.name.split("-")[-1]
     assert [OfflineRun(part).values("trainer/global_step")[-1] for part in (first, second)] == [6, 3]

@@ -170,7 +170,7 @@ def test_a_teacher_beside_the_model_does_not_leave_its_states_under_the_models_n
     def went_on():
         rotated, _ = calibrated(ids, model=copy.deepcopy(model))
         rotated.rotations.restart(given)
-        rotated.go_on_from(copy.deepcopy(model), pruned, given, keep=True)
+        rotated.take_over(copy.deepcopy(model), pruned, given, keep=True)
         return rotated
 
     first, ran = learned(went_on(), ids, [0, 1, 2])

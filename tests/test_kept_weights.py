@@ -71,7 +71,7 @@ def test_learning_goes_on_where_the_pruned_model_is(placement):
     given = random_rotations(dense.config, spaces, 0, torch.float64, placement)
     pruned = pruned_and_updated(dense, given)
     rotated = calibrated_in(given, dense, ids, placement=placement)
-    rotated.go_on_from(copy.deepcopy(dense), pruned, given)
+    rotated.take_over(copy.deepcopy(dense), pruned, given)
     assert rotated.refresh_masks() == 0  # wanda would choose others
     torch.testing.assert_close(rotated(ids).logits, pruned(input_ids=ids).logits)
     states = dense.base_model(input_ids=ids).last_hidden_state
@@ -94,12 +94,12 @@ def test_masks_stay_in_the_basis_that_they_were_chosen_in(given, own, fits):
     pruned = pruned_and_updated(dense, drawn)
     rotated = calibrated_in(drawn, dense, ids, placement=own)
     if fits:
-        rotated.go_on_from(dense, pruned, drawn)
+        rotated.take_over(dense, pruned, drawn)
         rotated.refresh_masks()
         torch.testing.assert_close(rotated(ids).logits, pruned(input_ids=ids).logits)
     else:
         with pytest.raises(InputError, match=r"pruned in 2 bases.*set placement to 2, or to per_block"):
-            rotated.go_on_from(dense, pruned, drawn)
+            rotated.take_over(dense, pruned, drawn)
 
 
 def test_a_linear_that_is_not_to_be_pruned_gets_back_what_was_removed():
@@ -108,7 +108,7 @@ def test_a_linear_that_is_not_to_be_pruned_gets_back_what_was_removed():
     pruned = pruned_and_updated(dense, drawn)
     exceptions = {"*.v_proj": parse_pattern("0")}
     rotated = calibrated_in(drawn, dense, ids, exceptions=exceptions)
-    rotated.go_on_from(copy.deepcopy(dense), pruned, drawn)
+    rotated.take_over(copy.deepcopy(dense), pruned, drawn)
     rotated.refresh_masks()
     taken = copy.deepcopy(dense)
     take_kept_weights(taken, pruned, drawn)
@@ -162,10 +162,10 @@ def test_what_cannot_be_taken_over_is_refused(fit, model_directory, tmp_path, ca
     prune_model(pruned, resolve_pruner("magnitude"), parse_pattern("0.5"))
     rotated = rotated_model(copy.deepcopy(dense), pruner="magnitude")
     with pytest.raises(InputError, match="does not keep to the pattern 2:4"):
-        rotated.go_on_from(dense, pruned, {})
+        rotated.take_over(dense, pruned, {})
     rotated = rotated_model(copy.deepcopy(dense), pruner="magnitude", pattern="0.7")
     with pytest.raises(InputError, match=r"does not keep to the pattern 0\.7"):
-        rotated.go_on_from(dense, pruned, {})
+        rotated.take_over(dense, pruned, {})
     assert fit("--model.init_weights", str(model_directory))[0] == 2
     assert "give its init_rotations" in capsys.readouterr().err
     model = load_model(model_directory)

@@ -52,7 +52,7 @@ def test_terms_and_their_gradients_equal_their_definitions(chunk, ids, monkeypat
 
 
 def test_terms_of_16_bit_states_are_those_of_the_same_numbers_in_float64(ids):
-    """Logits are rounded by the head; nothing behind it is."""
+    """Logits are rounded by the head; nothing after it is."""
     student, teacher, head = drawn()
     narrow = [each.detach().bfloat16() for each in (student, teacher)]
     head.bfloat16()

@@ -145,11 +145,11 @@ def test_a_config_file_alone_fits_on_two_ranks_and_goes_on_after_a_kill(parallel
 @pytest.mark.parametrize(
     "own", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["ranks of a launcher", "ranks of its own"]
 )
-def test_two_ranks_learn_on_behind_the_update(own, parallel_config, test_text_file, tmp_path):
+def test_two_ranks_make_a_second_fit_after_the_update(own, parallel_config, test_text_file, tmp_path):
     """The second fit runs in the processes, and the process group, of the first."""
 
     def arguments(name: str) -> list[str]:
-        both = ["--model.compensate", "2", "--learn_on.steps", "3", "--model.base_dtype", "float64"]
+        both = ["--model.compensate", "2", "--second_fit.steps", "3", "--model.base_dtype", "float64"]
         return [*finishing(parallel_config, test_text_file, 4, tmp_path / name), *both]
 
     if own:

@@ -47,7 +47,7 @@ def test_matrices_are_shared_by_neighbouring_boundaries():
     assert residual_boundaries(config) == 5
     assert [residual_sites(config, placement) for placement in ("shared", "per_layer", "per_block", 2)] == [1, 3, 5, 2]
     assert basis_changes(config, 1) == []
-    assert basis_changes(config, 3) == [1, 3]  # each behind an MLP
+    assert basis_changes(config, 3) == [1, 3]  # each after an MLP
     assert basis_changes(config, 5) == [0, 1, 2, 3]
     for wrong in (0, 6, "per_head"):
         with pytest.raises(InputError, match="up to 5"):

@@ -293,9 +293,9 @@ def test_optimizers_and_spaces_count(plan):
 
 
 def test_a_second_fit_holds_the_dense_model_beside_its_own(plan):
-    one, both = (plan("llama3-8b", *more, "--gpu", "rtx4090-24gb") for more in ([], ["--learn_on.steps", "60"]))
-    assert one["learn_on"] is None
-    second = both["learn_on"]
+    one, both = (plan("llama3-8b", *more, "--gpu", "rtx4090-24gb") for more in ([], ["--second_fit.steps", "60"]))
+    assert one["second_fit"] is None
+    second = both["second_fit"]
     assert both["memory"] == one["memory"]
     assert second["steps"] == 60
     teacher = next(term for term in second["memory"]["resident"] if term["name"] == "teacher weights")
@@ -308,7 +308,7 @@ def test_a_second_fit_holds_the_dense_model_beside_its_own(plan):
     }
     assert disk["export, second fit"] == disk["export"]
     peaks = {change["change"]: change["peak"] for change in both["changes"]}
-    assert peaks["--learn_on null"] == one["memory"]["peak"]
+    assert peaks["--second_fit null"] == one["memory"]["peak"]
     assert not any("ModelParallel" in change for change in peaks)
 
 
@@ -329,8 +329,8 @@ def test_a_second_fit_holds_the_dense_model_beside_its_own(plan):
         (["--data.seq_len", "100000"], ["100000", "4096"]),
         (["--model.model", "/no/model"], ["/no/model"]),
         (["--model.banana", "1"], ["banana"]),
-        (["--learn_on.steps", "5", "--model.compensate", "0"], ["learn_on", "compensate is 0"]),
-        (["--learn_on.steps", "5", *SHARDS], ["learn_on", "ModelParallelStrategy", "ddp"]),
+        (["--second_fit.steps", "5", "--model.compensate", "0"], ["second_fit", "compensate is 0"]),
+        (["--second_fit.steps", "5", *SHARDS], ["second_fit", "ModelParallelStrategy", "ddp"]),
     ],
     ids=lambda value: "".join(value[:2]) if value[0].startswith("--") else "",
 )

@@ -87,7 +87,7 @@ def test_given_rotations_need_no_orders_of_features(model_directory, tmp_path):
         "32",
         "--trainer.callbacks",
         "[]",
-        "--learn_on",
+        "--second_fit",
         "null",
     ]
     model = load_model(model_directory)

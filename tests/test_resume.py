@@ -68,7 +68,7 @@ def test_killed_and_resumed_runs_end_bit_for_bit_alike(kills, config, tmp_path):
 
 
 def test_a_pruner_that_draws_its_masks_goes_on_with_those_that_it_drew(config, tmp_path):
-    """Killed behind a checkpoint of step 8, whose masks are those of step 5."""
+    """Killed after a checkpoint of step 8, whose masks are those of step 5."""
     config.write_text(config.read_text().replace("start: permutation", "start: random\n  pruner: processes.Drawing"))
     found = []
     for run, kills in (("whole", []), ("killed", [SignalAt(9, "on_before_optimizer_step")])):

@@ -79,7 +79,7 @@ def test_rotations_that_are_none_are_refused():
 @pytest.mark.parametrize(
     ("config", "space", "reason"),
     [
-        (config_of("opt, post-norm"), "residual", "stands behind a sum"),
+        (config_of("opt, post-norm"), "residual", "stands after a sum"),
         (transformers.OPTConfig(**OPT, word_embed_proj_dim=16), "residual", "width 16 are projected to 24"),
         (transformers.OPTConfig(**OPT, _remove_final_layer_norm=True), "residual", "no norm"),
         (transformers.OPTConfig(**OPT, enable_bias=False), "residual", "no bias"),

@@ -128,7 +128,7 @@ def disk_space(setup: Setup) -> list[Term]:
         Term("checkpoint", (2 * K + (1 + setup.optimizer_states) * k) * r,
              f"(2 K + {1 + setup.optimizer_states} k) r = (2 · {K:,} + {1 + setup.optimizer_states} · {k:,}) · {r}"),
     ]  # fmt: skip
-    second = [replace(term, name=f"{term.name}, second fit") for term in fit] if setup.learn_on else []
+    second = [replace(term, name=f"{term.name}, second fit") for term in fit] if setup.second_steps else []
     return [
         *fit,
         *second,

@@ -165,7 +165,7 @@ def _compensation(setup: Setup) -> list[Term]:
     P, c, d = setup.parameters, setup.checkpoint_size, setup.config.hidden_size
     N, T = setup.compensate, setup.seq_len
     M = setup.decoder_weights
-    # What each group of a block's linears gets, and the stream behind each sublayer.
+    # What each group of a block's linears gets, and the stream after each sublayer.
     inputs = {place.group: inputs for place, _, inputs in setup.linears if place.layer == 0}
     width = sum(inputs.values()) + len(residual_sublayers(setup.config)) * d
     return [

@@ -70,7 +70,7 @@ class Setup:
         test_tokens: of the longest text on which perplexity is measured at the end.
         gradient_checkpointing: whether blocks are recomputed in the backward pass.
         offload: whether the decoder linears' weights wait in main memory; with gradient checkpointing, unsharded.
-        learn_on: steps of a second fit behind the update of the kept weights, see `second`; 0 is none.
+        second_steps: of a second fit after the update of the kept weights, see `second`; 0 is none.
         second_teacher: whether the dense model is there besides a base that has taken over other weights.
         optimizer_states: tensors that the optimiser keeps for each parameter; Adam has 2.
         keeps_unmasked: whether the surrogate keeps W' besides the masked weight (SR-STE does).
@@ -99,7 +99,7 @@ class Setup:
     steps: int = 100
     gradient_checkpointing: bool = False
     offload: bool = False
-    learn_on: int = 0
+    second_steps: int = 0
     second_teacher: bool = False
     optimizer_states: int = 2
     keeps_unmasked: bool = False
@@ -114,10 +114,10 @@ class Setup:
 
     @property
     def second(self) -> Setup | None:
-        """The fit that goes on behind the update, if there is one."""
-        if not self.learn_on:
+        """The fit that goes on after the update, if there is one."""
+        if not self.second_steps:
             return None
-        changed: dict[str, Any] = {"steps": self.learn_on, "learn_on": 0, "compensate": 0, "start": "identity"}
+        changed: dict[str, Any] = {"steps": self.second_steps, "second_steps": 0, "compensate": 0, "start": "identity"}
         return replace(self, **changed, second_teacher=True)
 
     @cached_property

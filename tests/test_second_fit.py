@@ -1,4 +1,4 @@
-"""A fit of two: rotations go on learning behind the weight update, by one command."""
+"""A fit of two: rotations go on learning after the weight update, by one command."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from rotpruner.loading import load_model
 from rotpruner.patterns import parse_pattern
 
 UPDATED = ["--model.compensate", "2", "--model.optimizer.lr", "0.01"]
-BOTH = [*UPDATED, "--learn_on.steps", "3"]
+BOTH = [*UPDATED, "--second_fit.steps", "3"]
 EVERY_STEP = {"class_path": "callbacks.rotation_checkpoint.RotationCheckpoint", "init_args": {"every_n_steps": 1}}
 CHECKPOINTS = ["--trainer.callbacks+", json.dumps(EVERY_STEP)]
 SCHEDULER = '{"class_path": "torch.optim.lr_scheduler.StepLR", "init_args": {"step_size": 2}}'
@@ -63,17 +63,17 @@ def test_its_results_are_those_of_both(fit):
     assert status == 0
     first = rows_of(run / "first-fit")
     rows = rows_of(run)
-    assert list(rows) == ["dense", "pruner", "random_rotation", "not_learned_on", "rotpruner"]
+    assert list(rows) == ["dense", "pruner", "random_rotation", "first_fit", "rotpruner"]
     assert {name: rows[name] for name in ("pruner", "random_rotation")} == {
         name: first[name] for name in ("pruner", "random_rotation")
     }
-    assert rows["not_learned_on"] == {**first["rotpruner"], "name": "not_learned_on", "training_tokens": 2 * 32}
+    assert rows["first_fit"] == {**first["rotpruner"], "name": "first_fit", "training_tokens": 2 * 32}
     assert rows["rotpruner"]["seconds"] > first["rotpruner"]["seconds"]
     results = json.loads((run / "results.json").read_text())
     assert (results["budget"]["steps"], results["budget"]["training_tokens"]) == (5, 5 * 32)
     recorded = yaml.safe_load((run / "config.yaml").read_text())
     assert recorded == results["config"]
-    assert recorded["learn_on"] == {"steps": 3, "lr_factor": 0.1}
+    assert recorded["second_fit"] == {"steps": 3, "lr_factor": 0.1}
     assert (recorded["model"]["compensate"], recorded["trainer"]["max_steps"]) == (2, 2), "as they were given"
     card = (run / "export" / "README.md").read_text()
     assert "what the first of its two fits has made" in card
@@ -164,23 +164,23 @@ def test_one_run_of_wandb_does_not_hold_two_fits(fit, monkeypatch, capsys):
     monkeypatch.setenv("WANDB_RUN_ID", "a1b2")
     logger = {"class_path": "lightning.pytorch.loggers.WandbLogger", "init_args": {"offline": True}}
     status, run = fit(*BOTH, "--trainer.logger", json.dumps(logger))
-    refused(status, run, capsys, "WANDB_RUN_ID", "learn_on null")
+    refused(status, run, capsys, "WANDB_RUN_ID", "second_fit null")
 
 
 @pytest.mark.parametrize(
     ("changes", "mentions"),
     [
-        ({"--model.compensate": 0}, ["model.compensate is 0", "learn_on null"]),
-        ({"--learn_on.steps": 0}, ["learn_on.steps 0"]),
-        ({"--learn_on.lr_factor": -1}, ["learn_on.lr_factor -1"]),
-        ({"--model.surrogate.name": "gumbel"}, ["learn_on", "surrogate gumbel"]),
+        ({"--model.compensate": 0}, ["model.compensate is 0", "second_fit null"]),
+        ({"--second_fit.steps": 0}, ["second_fit.steps 0"]),
+        ({"--second_fit.lr_factor": -1}, ["second_fit.lr_factor -1"]),
+        ({"--model.surrogate.name": "gumbel"}, ["second_fit", "surrogate gumbel"]),
         ({"--trainer.fast_dev_run": "true"}, ["fast_dev_run"]),
         ({"--trainer.callbacks": "[callbacks.repruning.Repruning]"}, ["callbacks.finish.Finish"]),
-        ({"--learn_on.step": 3}, ["Option 'step' is not accepted"]),
+        ({"--second_fit.step": 3}, ["Option 'step' is not accepted"]),
         ({"--model.lr_scheduler": SCHEDULER}, ["model.lr_scheduler"]),
     ],
 )
-def test_what_cannot_be_learned_on_is_refused_before_anything_is_learned(changes, mentions, fit, tmp_path, capsys):
+def test_a_second_fit_that_cannot_be_is_refused_before_anything_is_learned(changes, mentions, fit, tmp_path, capsys):
     status, run = fit(*BOTH, *(str(item) for pair in changes.items() for item in pair))
     refused(status, run, capsys, *mentions)
 
@@ -188,7 +188,7 @@ def test_what_cannot_be_learned_on_is_refused_before_anything_is_learned(changes
 def test_rows_of_another_run_or_evaluation_do_not_stand_beside(fit, tmp_path, capsys):
     assert fit()[0] == 0
     first = (tmp_path / "run").rename(tmp_path / "first")
-    before = ["--trainer.callbacks.init_args.before", str(first)]
+    before = ["--trainer.callbacks.init_args.first_fit", str(first)]
     going_on = ["--model.init_rotations", str(first / "rotations"), "--model.init_weights", str(first / "export")]
     for more, complaint in (
         (before, "set model.init_weights to its export"),
