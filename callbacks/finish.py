@@ -18,15 +18,13 @@ from callbacks.ending import Ending, Row
 from callbacks.first_fit import FirstFit
 from callbacks.terminal import console, track
 from rotpruner.artifacts import read_json, save_model, write_json
-from rotpruner.compensation import compensate
 from rotpruner.diagnostics import write_diagnostics
 from rotpruner.errors import InputError
-from rotpruner.kept_weights import take_kept_weights
-from rotpruner.learned import Learned
+from rotpruner.kept_weights import MASKS_ONLY, take_kept_weights
 from rotpruner.loading import load_model, load_tokenizer
 from rotpruner.memory import home_of
 from rotpruner.model_card import Origin, pruner_name, write_card
-from rotpruner.oneshot import prune_model
+from rotpruner.oneshot import Learned, prune_and_compensate
 from rotpruner.patterns import Slice
 from rotpruner.rotation_artifact import Rotations
 from rotpruner.rotations import random_rotations
@@ -126,16 +124,17 @@ class Finish(Ending):
         running: dict[str, Any] = {"calibration_dtype": dtype, "device": self._device, "progress": track}
 
         def pruned(basis: Learned, updated: int, directory: Path) -> Row:
-            model, found = load_model(name), Row()
+            model, found, chooser = load_model(name), Row(), pruner
             if basis is learned and module.init_weights is not None:
                 take_kept_weights(model, *module.kept_weights())
+                chooser = MASKS_ONLY
             home = home_of(model, self._device, tokens.numel(), tokens[:updated].numel())
             model.to(home)  # type: ignore[arg-type]
             batches = tokens.to(home).split(1)
-            prune_model(model, pruner, module.allotment, batches, **basis._asdict(), **running)
-            if updated:
-                fitted, dense = batches[:updated], load_model(name, device=home)
-                found["step_length"] = compensate(model, dense, fitted, rotations=basis.rotations, **running)
+            dense = partial(load_model, name, device=home)
+            length = prune_and_compensate(model, chooser, module.allotment, batches, basis, updated, dense, **running)
+            if length is not None:
+                found["step_length"] = length
             save_model(model, tokenizer, directory, replace=True)
             return found
 

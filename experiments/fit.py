@@ -49,7 +49,7 @@ from lightning_modules.rotation_module import RotationModule
 from rotpruner.distributed import lost_rank
 from rotpruner.errors import InputError
 from rotpruner.kept_weights import check_takes_weights
-from rotpruner.learned import SecondFit
+from rotpruner.learning import SecondFit
 
 
 class FitCLI(LightningCLI):

@@ -18,7 +18,7 @@ from lightning_modules.rotation_module import RotationModule
 from rotpruner.batches import CalibrationBatches
 from rotpruner.errors import InputError
 from rotpruner.kept_weights import check_takes_weights
-from rotpruner.learned import SecondFit
+from rotpruner.learning import SecondFit
 from rotpruner.placements import turns
 
 #: Tokens of WikiText-2's test split, about.

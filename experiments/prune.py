@@ -20,14 +20,14 @@ from experiments.arguments import Parser, add_device, at_least, report
 from rotpruner.allotment import Allotment, LayerSparsity
 from rotpruner.artifacts import check_new_directory, save_model
 from rotpruner.calibration import gather_model_moments
-from rotpruner.compensation import check_compensation, compensate
+from rotpruner.compensation import check_compensation
 from rotpruner.errors import InputError
 from rotpruner.families import available_spaces
 from rotpruner.loading import check_pattern, check_seq_len, load_config, load_model, load_tokenizer, meta_model
 from rotpruner.measures import parameter_count, sparsity_of
 from rotpruner.memory import home_of
 from rotpruner.model_card import Origin, evaluation_of, pruner_name, write_card
-from rotpruner.oneshot import check_update, prune_model
+from rotpruner.oneshot import Learned, check_update, prune_and_compensate
 from rotpruner.patterns import Scope, Slice
 from rotpruner.precision import resolve_dtype
 from rotpruner.provenance import commit, device_name, public_command
@@ -136,7 +136,6 @@ def _prune(
     dtype = None
     if options.calibration_dtype is not None:
         dtype = resolve_dtype(options.calibration_dtype, options.device)
-    running: dict[str, Any] = {"calibration_dtype": dtype, "device": options.device, "progress": track}
     pattern = allotment.pattern
     width = sliced_width(model.config, pattern) if isinstance(pattern, Slice) else None
     length = parameters = None
@@ -153,10 +152,12 @@ def _prune(
             moments = gather_model_moments(dense, pruner, rotations or {}, batches, gather)
             del dense
         update = None if options.update is None else resolve_pruner(options.update)
-        prune_model(model, pruner, allotment, batches, rotations, moments, update=update, **running)
-    if options.compensate:
-        fitted = batches[: options.compensate]
-        length = compensate(model, load_there(), fitted, rotations=rotations, **running)
+        given = Learned(rotations, moments)
+        running = {"calibration_dtype": dtype, "device": options.device, "progress": track}
+        sequences = options.compensate
+        length = prune_and_compensate(
+            model, pruner, allotment, batches, given, sequences, load_there, update=update, **running
+        )
     # What calibrated it: `BlockReplay` runs 16-bit models in their own dtype.
     computed = model.dtype if dtype is None or model.dtype.itemsize < 4 else dtype
     result: dict[str, Any] = {

@@ -11,7 +11,7 @@ from experiments.report_runs import FIRST_FIT
 from experiments.run_directory import wandb_settings
 from rotpruner.artifacts import read_json
 from rotpruner.errors import InputError
-from rotpruner.learned import SecondFit
+from rotpruner.learning import SecondFit
 
 _FINISH = "callbacks.finish.Finish"
 

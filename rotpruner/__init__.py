@@ -3,8 +3,7 @@
 from rotpruner.allotment import Allotment
 from rotpruner.api import prune, save
 from rotpruner.errors import InputError
-from rotpruner.learned import SecondFit
-from rotpruner.learning import learn
+from rotpruner.learning import SecondFit, learn
 from rotpruner.loading import load_model, load_tokenizer
 from rotpruner.loading import load_model as load
 from rotpruner.objectives import Objective

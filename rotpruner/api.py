@@ -1,4 +1,4 @@
-"""The Python door: prune a model in a learned rotated space, without Lightning."""
+"""The Python interface: prune a model in a learned rotated space, without Lightning."""
 
 from __future__ import annotations
 
@@ -21,10 +21,11 @@ from rotpruner.compensation import check_compensation
 from rotpruner.embedded import embedded_name
 from rotpruner.errors import InputError
 from rotpruner.kept_weights import check_takes_weights
-from rotpruner.learned import Learned, SecondFit
+from rotpruner.learning import SecondFit
 from rotpruner.loading import check_pattern, check_seq_len
 from rotpruner.model_card import Origin, pruner_name, write_card
 from rotpruner.objectives import Objective
+from rotpruner.oneshot import Learned
 from rotpruner.patterns import Pattern, Scope, Slice
 from rotpruner.perplexity import windows
 from rotpruner.placements import Placement, check_placement
@@ -172,9 +173,7 @@ def prune(
     if rotating is not None:
         found = pruning.learn(rotating, steps, lr)
         given = keep(found)
-    pruned = pruning.prune(found)
-    if compensate:
-        pruning.compensate(pruned, compensate, found)
+    pruned = pruning.prune(found, compensate)
     second = 0
     if rotating is not None and second_fit is not None:
         del found  # its statistics are as large as those that are gathered next

@@ -20,11 +20,16 @@ from rotpruner.fusion import check_foldable, folded, reset_block_norms
 from rotpruner.layout import BlockLinear, block_linears, module_at
 from rotpruner.orthogonal import is_order, rotate_weight
 from rotpruner.patterns import Pattern, Slice
+from rotpruner.pruners.magnitude import Magnitude
 from rotpruner.rotations import check_rotation, sides
 from rotpruner.surrogates import Surrogate
 
 #: The least cosine between what is kept and the weights that it came of: SmolLM2's updates have left 0.92 and more.
 _ALIKE = 0.5
+
+#: Prunes a model that has taken over kept weights, under their masks: another pruner might fit a second time what an
+#: update has fitted already.
+MASKS_ONLY = Magnitude()
 
 
 @torch.no_grad()

@@ -1,8 +1,10 @@
-"""The loop that learns rotations without Lightning, and the batches that it takes."""
+"""The loop that learns rotations without Lightning, the batches that it takes, and how learning continues later."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -11,6 +13,28 @@ from rotpruner.batches import CalibrationBatches
 from rotpruner.errors import InputError
 from rotpruner.progress import Progress, unseen
 from rotpruner.rotated_model import RotatedModel
+
+
+@dataclass(frozen=True)
+class SecondFit:
+    """A second fit, which continues to train the rotations after the weight update, under its masks.
+
+    Args:
+        steps: of the second fit.
+        lr_factor: of its optimiser's rate, from the first fit's.
+
+    Raises:
+        InputError: they are no steps and no factor.
+    """
+
+    steps: int
+    lr_factor: float = 0.1
+
+    def __post_init__(self) -> None:
+        if self.steps < 1:
+            raise InputError(f"second_fit.steps {self.steps} must be at least 1; second_fit null leaves it at one fit")
+        if not 0 < self.lr_factor < math.inf:
+            raise InputError(f"second_fit.lr_factor {self.lr_factor} must be above 0")
 
 
 def learn(

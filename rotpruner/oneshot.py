@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
-from typing import get_args
+from typing import Any, NamedTuple, get_args
 
 import torch
 from torch import Tensor, nn
 
 from rotpruner.allotment import Allotment
 from rotpruner.calibration import linear_patterns, linears_to_watch
+from rotpruner.compensation import compensate
 from rotpruner.errors import InputError
 from rotpruner.families import family_of
 from rotpruner.fusion import fuse_block_norms
@@ -21,9 +22,31 @@ from rotpruner.progress import Progress, unseen
 from rotpruner.pruners import Pruner
 from rotpruner.pruners.base import Needs
 from rotpruner.replay import BlockReplay, moments_by_block, visiting
-from rotpruner.rotations import merge_rotations, rotated_moment
+from rotpruner.rotations import RotationSet, merge_rotations, rotated_moment
 from rotpruner.slicing import residual_pca, residual_readers, slice_residual, sliced_width
 from rotpruner.statistics import Moment, watch_inputs
+
+
+class Learned(NamedTuple):
+    """How a plain model is pruned as one has learned, by the names that `prune_model` has for it.
+
+    Attributes:
+        rotations: of its spaces.
+        moments: the statistics that they were learned with; None has them gathered from pruned predecessors.
+        masks: of all decoder linears by name, where they are learned themselves.
+        patterns: of all decoder linears by name; none for a slice.
+    """
+
+    rotations: RotationSet | None = None
+    moments: Mapping[str, Moment] | None = None
+    masks: Mapping[str, Tensor] | None = None
+    patterns: Mapping[str, Pattern] | None = None
+
+    def to(self, device: torch.device | str) -> Learned:
+        """The same with rotations and moments on a device."""
+        rotations = self.rotations and {space: Q.to(device) for space, Q in self.rotations.items()}
+        moments = self.moments and {group: moment.to(device) for group, moment in self.moments.items()}
+        return self._replace(rotations=rotations, moments=moments)
 
 
 @torch.no_grad()
@@ -112,6 +135,38 @@ def prune_model(
             _prune_block(model, members, pruner, patterns, statistics, masks, update, seen)
             if replay is not None:
                 replay.advance(layer)
+
+
+def prune_and_compensate(
+    model: nn.Module,
+    pruner: Pruner,
+    pattern: Pattern | Slice | Allotment,
+    batches: Sequence[Tensor],
+    learned: Learned,
+    sequences: int,
+    dense: Callable[[], nn.Module],
+    *,
+    update: Pruner | None = None,
+    calibration_dtype: torch.dtype | None = None,
+    device: torch.device | None = None,
+    progress: Progress = unseen,
+) -> float | None:
+    """`prune_model` as was learned, then `compensate` on the first batches, both in place.
+
+    Args:
+        model, pruner, pattern, batches, update, calibration_dtype, device, progress: as of `prune_model`.
+        learned: how the model is pruned.
+        sequences: of the batches, for the update of what is kept; 0 leaves that out.
+        dense: loads the same model unpruned, for the update; it is moved by the rotations in place.
+
+    Returns:
+        The step length of the update; None without one.
+    """
+    running: dict[str, Any] = {"calibration_dtype": calibration_dtype, "device": device, "progress": progress}
+    prune_model(model, pruner, pattern, batches, update=update, **learned._asdict(), **running)
+    if not sequences:
+        return None
+    return compensate(model, dense(), batches[:sequences], rotations=learned.rotations, **running)
 
 
 def _check_batches(batches: Sequence[Tensor], reader: str) -> None:

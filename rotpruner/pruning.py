@@ -13,12 +13,10 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from rotpruner.allotment import Allotment
-from rotpruner.compensation import compensate
-from rotpruner.kept_weights import take_kept_weights
-from rotpruner.learned import Learned
+from rotpruner.kept_weights import MASKS_ONLY, take_kept_weights
 from rotpruner.learning import learn, passes
 from rotpruner.objectives import Objective
-from rotpruner.oneshot import prune_model
+from rotpruner.oneshot import Learned, prune_and_compensate
 from rotpruner.placements import Placement
 from rotpruner.precision import cast_parameters
 from rotpruner.progress import Progress
@@ -125,23 +123,29 @@ class Pruning:
         gc.collect()  # now, before the model is copied again: the hooks of a rotated model refer to it
         return found
 
-    def prune(self, found: Learned, kept: PreTrainedModel | None = None, given: Rotations | None = None) -> Any:
-        """A copy that is pruned as was learned: the model, or what one has `kept` in `given` rotations."""
-        pruned: Any = copy.deepcopy(self.model).eval()
+    def prune(
+        self,
+        found: Learned,
+        compensated: int = 0,
+        kept: PreTrainedModel | None = None,
+        given: Rotations | None = None,
+    ) -> Any:
+        """A copy that is pruned as was learned, what it keeps fitted on so many sequences.
+
+        That of a second fit has what the first one has `kept` in `given` rotations.
+        """
+
+        def copied() -> Any:
+            return copy.deepcopy(self.model).eval()
+
+        pruned, pruner = copied(), self.pruner
         if kept is not None and given is not None:
             take_kept_weights(pruned, kept, given)
-        prune_model(pruned, self.pruner, self.allotment, self.rows.split(1), **self._running, **found._asdict())
+            pruner = MASKS_ONLY
+        running: dict[str, Any] = {"calibration_dtype": self.dtype, "progress": self.progress}
+        batches = self.rows.split(1)
+        prune_and_compensate(pruned, pruner, self.allotment, batches, found, compensated, copied, **running)
         return pruned
-
-    def compensate(self, pruned: PreTrainedModel, sequences: int, found: Learned) -> None:
-        """Fit what a pruned copy keeps on the first sequences, in place."""
-        dense: Any = copy.deepcopy(self.model).eval()
-        fitted = self.rows[:sequences].split(1)
-        compensate(pruned, dense, fitted, rotations=found.rotations, **self._running)
-
-    @property
-    def _running(self) -> dict[str, Any]:
-        return {"calibration_dtype": self.dtype, "progress": self.progress}
 
     def _frozen(self) -> Any:
         base = copy.deepcopy(self.model)

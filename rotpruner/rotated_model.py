@@ -28,10 +28,10 @@ from rotpruner.errors import InputError
 from rotpruner.fusion import fuse_block_norms
 from rotpruner.kept_weights import kept_masks, take_kept_weights
 from rotpruner.layout import block_linears, module_at
-from rotpruner.learned import Learned
 from rotpruner.loading import check_pattern
 from rotpruner.mask_choice import Masks
 from rotpruner.objectives import Objective
+from rotpruner.oneshot import Learned
 from rotpruner.patterns import NM, Pattern, Slice
 from rotpruner.progress import Progress, unseen
 from rotpruner.pruners import Pruner

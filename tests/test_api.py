@@ -119,7 +119,7 @@ def test_a_call_does_what_a_fit_does(fit, model_directory, text_file, tmp_path):
     assert_exported(pruned, run)
 
 
-def test_a_call_that_learns_on_does_what_such_a_fit_does(fit, model_directory, text_file, tmp_path):
+def test_a_call_with_a_second_fit_does_what_such_a_fit_does(fit, model_directory, text_file, tmp_path):
     changes = ["--trainer.max_steps", "3", "--model.compensate", "4", "--second_fit", "{steps: 4, lr_factor: 0.5}"]
     status, run = fit(*changes, "--trainer.callbacks.init_args.controls", "[]")
     assert status == 0
@@ -141,6 +141,17 @@ def test_a_call_that_learns_on_does_what_such_a_fit_does(fit, model_directory, t
         learned = rotpruner.Rotations.from_pretrained(run / part / "rotations")
         assert all(torch.allclose(kept[space], Q, atol=1e-6) for space, Q in learned.items()) == alike
     assert_exported(pruned, run)
+
+
+@pytest.mark.parametrize("pruner", ["wanda", "sparsegpt", "alps"])
+def test_a_second_fit_that_stands_still_changes_no_weight(pruner, tokenizer, texts):
+    """Its weights have been fitted, also those that a pruner would fit again under given masks."""
+    settings = dict(num_sequences=4, seq_len=32, dtype=torch.float32, steps=1, lr=1e-2, pruner=pruner, compensate=2)
+    expected = rotpruner.prune(tiny_llama(), tokenizer, texts, **settings)
+    still = rotpruner.SecondFit(1, lr_factor=1e-20)
+    found = rotpruner.prune(tiny_llama(), tokenizer, texts, second_fit=still, **settings)
+    for name, weight in expected.state_dict().items():
+        torch.testing.assert_close(found.state_dict()[name], weight, msg=name)
 
 
 def test_a_notebooks_global_state_changes_nothing(tokenizer, texts):
@@ -197,7 +208,7 @@ def test_objectives_surrogates_and_layer_sparsity_reach_what_learns(tokenizer, t
 
 def test_compensate_takes_the_first_sequences(tokenizer, texts, monkeypatch):
     seen = []
-    monkeypatch.setattr("rotpruner.pruning.compensate", lambda pruned, dense, fitted, **_: seen.extend(fitted))
+    monkeypatch.setattr("rotpruner.oneshot.compensate", lambda pruned, dense, fitted, **_: seen.extend(fitted))
     settings = dict(num_sequences=4, seq_len=32, rotate="none", seed=3)
     rotpruner.prune(tiny_llama(), tokenizer, texts, **settings, compensate=2)
     rows = rotpruner.api._calibration_rows(tokenizer, texts, 4, 32, 3)

@@ -128,14 +128,15 @@ def test_another_runs_rotations_are_refused():
     assert all(torch.equal(value, before[key]) for key, value in dense.state_dict().items())
 
 
-def test_a_fit_goes_on_and_ends_with_what_it_took_over(fit, tmp_path):
+@pytest.mark.parametrize("pruner", ["magnitude", "sparsegpt"])
+def test_a_fit_goes_on_and_ends_with_what_it_took_over(pruner, fit, tmp_path):
     """With rotations that stand still, its export is that which it began with."""
-    given = ["--model.pruner", "magnitude", "--model.start", "random", "--trainer.max_steps", "1"]
+    given = ["--model.pruner", pruner, "--model.start", "random", "--trainer.max_steps", "1"]
     assert fit(*given)[0] == 0
     first = (tmp_path / "run").rename(tmp_path / "first")
     export = AutoModelForCausalLM.from_pretrained(first / "export", dtype=torch.float32)
     for linear in linear_modules(export).values():
-        linear.weight.data *= 0.5  # by which magnitude would choose others
+        linear.weight.data *= 0.5  # by which pruners would choose others
     export.save_pretrained(first / "export")
     went_on = ["--model.init_rotations", str(first / "rotations"), "--model.init_weights", str(first / "export")]
     still = ["--model.optimizer", "torch.optim.SGD", "--model.optimizer.lr", "1e-20"]

@@ -38,7 +38,7 @@ def test_an_end_that_was_cut_short_goes_on_with_its_rows(fit, monkeypatch, tmp_p
             fit("--trainer.callbacks+", "callbacks.rotation_checkpoint.RotationCheckpoint")
     kept = {path.stem: json.loads(path.read_text()) for path in (tmp_path / "run" / "rows").iterdir()}
     assert set(kept) == {"dense", "pruner", "random_rotation", "rotpruner"}
-    monkeypatch.setattr("callbacks.finish.prune_model", lambda *_, **__: pytest.fail("built again"))
+    monkeypatch.setattr("callbacks.finish.prune_and_compensate", lambda *_, **__: pytest.fail("built again"))
     monkeypatch.setattr("callbacks.ending.commit", lambda: "where it goes on")
     status, run = fit("--trainer.callbacks+", "callbacks.rotation_checkpoint.RotationCheckpoint")
     assert status == 0
@@ -81,7 +81,7 @@ def test_a_control_that_cannot_be_made_does_not_cost_what_was_learned(fit, monke
             raise InputError("inputs overflow float16")
         return prune_model(model, *arguments, rotations=rotations, moments=moments, **settings)
 
-    monkeypatch.setattr("callbacks.finish.prune_model", overflows)
+    monkeypatch.setattr("rotpruner.oneshot.prune_model", overflows)
     status, run = fit()
     assert status == 0
     assert "pruner: inputs overflow float16" in capsys.readouterr().err
@@ -145,7 +145,7 @@ def test_what_is_seen_of_a_run_may_change_and_options_may_be_younger_than_it(fit
     _, run = fit()
     config = yaml.safe_load((run / "config.yaml").read_text())
     del config["model"]["offload"], config["trainer"]["accumulate_grad_batches"]
-    del config["trainer"]["callbacks"][-1]["init_args"]["before"]
+    del config["trainer"]["callbacks"][-1]["init_args"]["first_fit"]
     (run / "config.yaml").write_text(yaml.safe_dump(config))
     assert fit("--trainer.log_every_n_steps", "7", "--trainer.logger", "false")[0] == 0
     watched = ["--trainer.callbacks+", "callbacks.perplexity.Perplexity", "--trainer.callbacks.init_args.texts"]

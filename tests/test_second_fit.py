@@ -103,13 +103,13 @@ def test_it_goes_on_wherever_it_was_stopped(fit, monkeypatch, capsys):
     assert "is finished; remove it to run again" in " ".join(capsys.readouterr().err.split())
     shutil.rmtree(run)
     with monkeypatch.context() as here:
-        here.setattr("callbacks.finish.compensate", lambda *_, **__: 1 / 0)
+        here.setattr("rotpruner.oneshot.compensate", lambda *_, **__: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             fit(*BOTH, *CHECKPOINTS)
     stopped_in_the_second(fit, monkeypatch, 2)
     assert (run / "first-fit" / "results.json").is_file()
     capsys.readouterr()
-    monkeypatch.setattr("callbacks.finish.compensate", lambda *_, **__: pytest.fail("the first fit is done"))
+    monkeypatch.setattr("rotpruner.oneshot.compensate", lambda *_, **__: pytest.fail("the first fit is done"))
     assert fit(*BOTH, *CHECKPOINTS)[0] == 0
     said = " ".join(capsys.readouterr().err.split())
     assert "resuming from" in said
@@ -146,7 +146,7 @@ def test_both_fits_have_the_dtype_that_the_first_ones_device_chose(fit, tmp_path
 
 def test_a_directory_with_a_first_fit_is_not_begun_with_one_alone(fit, monkeypatch, capsys):
     with monkeypatch.context() as here:
-        here.setattr("callbacks.finish.compensate", lambda *_, **__: 1 / 0)
+        here.setattr("rotpruner.oneshot.compensate", lambda *_, **__: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             fit(*BOTH)
     assert fit(*UPDATED)[0] == 2
