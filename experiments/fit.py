@@ -38,13 +38,15 @@ from experiments.run_directory import (
     DTYPES,
     WANDB_ID,
     RunRecord,
+    check_batches,
     check_checkpoint,
     differences,
+    processes,
     show,
     wandb_settings,
     with_defaults,
 )
-from experiments.second_fit import check_batches, first_settings, second_settings
+from experiments.second_fit import first_settings, second_settings
 from lightning_modules.rotation_module import RotationModule
 from rotpruner.distributed import lost_rank
 from rotpruner.errors import InputError
@@ -139,7 +141,7 @@ class FitCLI(LightningCLI):
             if self.config_record["model"].get(name) == "auto":
                 self.config.model[name] = self.config_record["model"][name] = known["model"].get(name, "auto")
         known, finished = self._complete(known), (self.run_directory / "results.json").is_file()
-        if differing := differences(known, self.config_record, finished and not self.is_first):
+        if differing := differences(known, self.config_record):
             raise InputError(
                 f"run directory '{self.run_directory}' belongs to another configuration ({recorded}), where "
                 f"{', '.join(differing)}; choose another --trainer.default_root_dir, or remove it"
@@ -147,12 +149,19 @@ class FitCLI(LightningCLI):
         if finished:
             self.finished = True
             if not self.is_first:
+                check_batches(self.run_directory, self.config.data.batch_size * self._world_size())
                 show(self.run_directory)
             return
         self.resume_from = last_checkpoint(self.run_directory)
         if self.resume_from is not None:
             check_checkpoint(self.resume_from)
             rank_zero_only(console.print)(f"resuming from {self.resume_from}")
+
+    def _world_size(self) -> int:
+        """Of the Trainer, before there is one."""
+        trainer = self.config.trainer
+        there = 1 if trainer.accelerator == "cpu" else max(1, torch.cuda.device_count())
+        return processes(trainer) or trainer.num_nodes * there
 
     def recorded(self) -> dict[str, Any]:
         """The configuration as a run directory keeps it."""
@@ -195,7 +204,8 @@ class FitCLI(LightningCLI):
             first = FitCLI(settings, is_first=True)
             if not first.finished:
                 sharded = isinstance(first.trainer.strategy, ModelParallelStrategy)
-                check_takes_weights("second_fit", first.model.surrogate, first.model.pattern, sharded)
+                module = first.model
+                check_takes_weights("second_fit", module.surrogate, module.objective, module.pattern, sharded)
             run_to_the_end(first)
         except InputError:
             if not existed and self.run_directory.is_dir() and not any(self.run_directory.iterdir()):
@@ -218,7 +228,7 @@ class FitCLI(LightningCLI):
             kwargs["logger"] = own
         trainer: Any = super().instantiate_trainer(**kwargs)
         if self._first is not None:
-            check_batches(self.run_directory, self.config.data.batch_size * trainer.world_size)
+            check_batches(self.run_directory / FIRST_FIT, self.config.data.batch_size * trainer.world_size)
         others = [getattr(logger, "root_dir", None) for logger in trainer.loggers]
         if others and own.root_dir not in others and not trainer.fast_dev_run:
             trainer.loggers = [*trainer.loggers, own]

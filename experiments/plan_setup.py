@@ -13,6 +13,7 @@ from callbacks.perplexity import Perplexity
 from experiments.fit import FitCLI, check_limited, plain_refusals
 from experiments.gpus import dtype_on
 from experiments.planning.sizes import Setup
+from experiments.run_directory import processes
 from experiments.second_fit import check
 from lightning_modules.rotation_module import RotationModule
 from rotpruner.batches import CalibrationBatches
@@ -56,17 +57,24 @@ def read_setup(arguments: list[str], gpu: str, count: int | None) -> tuple[Setup
     cli = PlanCLI(arguments)
     trainer, data = cli.config.trainer, cli.built.data
     module: RotationModule = cli.built.model
-    count = count or _processes(trainer)
+    count = count or processes(trainer) or trainer.num_nodes
     sharded = count > 1 and _shards(trainer.strategy)
     module.check(data.seq_len, data.statistics_sequences, sharded)
     second = cli.config.second_fit and SecondFit(**cli.config.second_fit.as_dict())
     if second is not None:
-        check_takes_weights("second_fit", module.surrogate, module.pattern, sharded)
+        check_takes_weights("second_fit", module.surrogate, module.objective, module.pattern, sharded)
     callbacks = cli.built.trainer.callbacks or ()
     callbacks = [callbacks] if isinstance(callbacks, Callback) else callbacks
     for callback in callbacks:
         if isinstance(callback, (Ending, Perplexity)):
             callback.check(module)
+    if (trainer.accumulate_grad_batches or 1) > 1:
+        raise InputError(
+            f"plan counts one batch a step, and trainer.accumulate_grad_batches is {trainer.accumulate_grad_batches}: "
+            "leave it out; memory is the same, and time so many times longer"
+        )
+    if not module.objective.runs_model:
+        raise InputError("plan counts runs of the model, and this objective needs none: there is nothing to plan")
     if module.surrogate.anneals:
         raise InputError(
             f"plan knows no formulas of surrogate {module.surrogate.name}; ask for sr_ste, which takes less"
@@ -103,15 +111,6 @@ def read_setup(arguments: list[str], gpu: str, count: int | None) -> tuple[Setup
     return setup, cli.config.model
 
 
-def _processes(trainer: Any) -> int:
-    devices = trainer.devices  # a number, a list of GPUs, either as a string, `auto` or -1
-    if isinstance(devices, str) and "," in devices:
-        devices = [device for device in devices.split(",") if device.strip()]
-    if isinstance(devices, list):
-        return len(devices) * trainer.num_nodes
-    return trainer.num_nodes * (max(1, int(devices)) if str(devices).isdigit() else 1)
-
-
 def _steps(trainer: Any, data: Any, ranks: int) -> int:
     """Of the whole fit.
 
@@ -122,7 +121,7 @@ def _steps(trainer: Any, data: Any, ranks: int) -> int:
     check_limited(trainer)
     limits = [trainer.max_steps] if trainer.max_steps > 0 else []
     if trainer.max_epochs is not None and trainer.max_epochs >= 0:
-        limits.append(trainer.max_epochs * -(-batches // (trainer.accumulate_grad_batches or 1)))
+        limits.append(trainer.max_epochs * batches)
     if not limits:
         raise InputError("the fit has no last step: set trainer.max_steps or trainer.max_epochs")
     return min(limits)

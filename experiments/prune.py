@@ -278,7 +278,7 @@ def _check_slice(options: argparse.Namespace) -> None:
     """Refuse what means nothing for a slice."""
     if options.pruner is not None:
         raise InputError(f"a slice removes directions, not weights: leave --pruner {options.pruner} out")
-    for name, plain in (("update", None), ("statistics", "sequential"), ("scope", "row")):
+    for name, plain in (("update", None), ("statistics", "sequential")):
         if getattr(options, name) != plain:
             raise InputError(f"a slice removes directions, not weights: leave --{name} {getattr(options, name)} out")
     if options.placement == "per_block" and (options.output is not None or options.rotations is not None):

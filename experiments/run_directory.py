@@ -46,20 +46,40 @@ class RunRecord(Callback):
                     console.print(f"warning: no callback of this run {lost}; see experiments/configs")
 
 
+def processes(trainer: Any) -> int | None:
+    """How many a Trainer's settings ask for; None where it is to find out itself."""
+    devices = trainer.devices  # a number, a list of GPUs, either as a string, `auto` or -1
+    if isinstance(devices, str) and "," in devices:
+        devices = [device for device in devices.split(",") if device.strip()]
+    if isinstance(devices, list):
+        return len(devices) * trainer.num_nodes
+    return trainer.num_nodes * max(1, int(devices)) if str(devices).isdigit() else None
+
+
+def check_batches(run: Path, given: int) -> None:
+    """Raise `InputError` if the processes of a finished run took other batches, all together, than is now asked for."""
+    known = read_json(run / "results.json")["budget"].get("global_batch", given)
+    if known != given:
+        raise InputError(
+            f"the fit in '{run}' took {known} sequences at a time, and this one would take {given}: keep "
+            "data.batch_size times the number of processes"
+        )
+
+
 #: Callbacks that change nothing of what a run writes but its logs.
 _WATCHING = ("callbacks.dashboard.Dashboard", "callbacks.perplexity.Perplexity", "callbacks.progress.StepProgress")
 
 
-def differences(known: dict[str, Any], given: dict[str, Any], finished: bool) -> list[str]:
-    """What two configurations of a run directory, finished or not, have otherwise; nothing if they are one run's."""
-    return list(_differences(_what_is_learned(known, finished), _what_is_learned(given, finished)))
+def differences(known: dict[str, Any], given: dict[str, Any]) -> list[str]:
+    """What two configurations of a run directory have otherwise; nothing if they are one run's."""
+    return list(_differences(_what_is_learned(known), _what_is_learned(given)))
 
 
-def _what_is_learned(config: dict[str, Any], finished: bool) -> dict[str, Any]:
+def _what_is_learned(config: dict[str, Any]) -> dict[str, Any]:
     """A configuration without what says where it runs and what is seen of it.
 
-    An unfinished run may go on with other processes, and then with another `batch_size`, which counts one
-    process's rows; that the batches of all of them stay alike is checked against the checkpoint.
+    A run may go on with other processes, and then with another `batch_size`, which counts one process's rows; that the
+    batches of all of them stay alike is checked against the checkpoint, or by `check_batches`.
     """
     places = {
         "trainer": {
@@ -68,10 +88,8 @@ def _what_is_learned(config: dict[str, Any], finished: bool) -> dict[str, Any]:
         },
         # Where weights wait and what is computed twice changes no number, and helps a run whose memory was too small.
         "model": {"cache_dense", "gradient_checkpointing", "offload"},
-        "data": set(),
+        "data": {"batch_size"},
     }
-    if not finished:
-        places["data"].add("batch_size")
     trainer = config.get("trainer", {})
     if isinstance(trainer.get("callbacks"), list):
         others = [callback for callback in trainer["callbacks"] if callback["class_path"] not in _WATCHING]

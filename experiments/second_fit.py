@@ -9,7 +9,6 @@ from typing import Any
 
 from experiments.report_runs import FIRST_FIT
 from experiments.run_directory import wandb_settings
-from rotpruner.artifacts import read_json
 from rotpruner.errors import InputError
 from rotpruner.learning import SecondFit
 
@@ -73,16 +72,6 @@ def check(config: dict[str, Any]) -> None:
     if os.environ.get("WANDB_RUN_ID") and wandb_settings(config):
         raise InputError(
             "WANDB_RUN_ID names one run of wandb, and with second_fit there are two fits: give second_fit null"
-        )
-
-
-def check_batches(run: Path, given: int) -> None:
-    """Raise `InputError` if all processes of a second fit together would take other batches than those of the first."""
-    known = read_json(run / FIRST_FIT / "results.json")["budget"].get("global_batch", given)
-    if known != given:
-        raise InputError(
-            f"the first fit of '{run}' took {known} sequences at a time, and the second would take {given}: keep "
-            "data.batch_size times the number of processes"
         )
 
 

@@ -6,6 +6,7 @@ fits and `--set model=NAME` for prunes, it is a table of its own.
 
 from __future__ import annotations
 
+import hashlib
 import os
 import re
 import shlex
@@ -15,9 +16,11 @@ import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
+from functools import cache
+from itertools import pairwise
 from pathlib import Path
 from threading import Lock
-from typing import Any, TextIO
+from typing import Any, NamedTuple, TextIO
 
 import yaml
 
@@ -27,7 +30,7 @@ from experiments.report_runs import read_curves
 from experiments.sweep_file import Planned, check_overlays, model_of, on_another, read_sweep, rows, table_of
 from rotpruner.artifacts import from_json, read_json, write_json
 from rotpruner.errors import InputError
-from rotpruner.model_card import CARD, made_by
+from rotpruner.model_card import CARD
 from rotpruner.provenance import commit, public_command
 
 
@@ -68,7 +71,7 @@ def main(arguments: list[str]) -> None:
     another = settings.get("model") or settings.get("model.model")
     own = table_of(str(another)) if another else options.config and options.config.stem
     table = f"{options.file.stem}-{own}" if own else options.file.stem
-    directory, planned = options.results / table, list(rows(sweep, options.runs / table))
+    directory, planned = options.results / table, list(rows(sweep, options.runs / table, own))
     names = [name for name, _, _ in planned]
     if alike := {name for name in names if names.count(name) > 1}:
         raise InputError(
@@ -107,15 +110,15 @@ def _describe(directory: Path, title: str, columns: list[str], planned: list[Pla
     Raises:
         InputError: rows would come to stand beside those of other commands, as if they were alike.
     """
-    path, commands = directory / "sweep.json", {name: public_command(command) for name, _, command in planned}
-    ran = {stored.stem: _command_of(stored) for stored in directory.glob("*.json") if stored != path}
-    if ran.keys() >= commands.keys():
+    path, asked = directory / "sweep.json", {name: Asked.of(command) for name, _, command in planned}
+    ran = {stored.stem: _asked_of(stored) for stored in directory.glob("*.json") if stored != path}
+    if ran.keys() >= asked.keys():
         return
-    for name, command in ran.items():
-        if name not in commands or not _same(command, commands[name]):
+    for name, known in ran.items():
+        if known is not None and (name not in asked or not known.is_as(asked[name])):
             raise InputError(
-                f"'{directory}' has rows of other commands, beside which no others can stand, such as {name} "
-                f"({command}): choose another --results, or remove them"
+                f"'{directory}' has rows of other commands or of other files, beside which no others can stand, such "
+                f"as {name} ({known.command}): choose another --results, or remove them"
             )
     if ran and path.is_file():
         known = read_json(path)
@@ -123,18 +126,44 @@ def _describe(directory: Path, title: str, columns: list[str], planned: list[Pla
     write_json({"title": title, "columns": columns}, path)
 
 
-def _same(one: str | None, other: str) -> bool:
-    """Whether two commands do the same, wherever they leave it."""
-    places = re.compile(r" --(?:trainer\.default_root_dir|output) \S+")
-    return one is not None and places.sub("", one) == places.sub("", other)
+class Asked(NamedTuple):
+    """What a row was asked to do.
+
+    Attributes:
+        command: as another machine would give it, local paths by their last part.
+        files: SHA-256 of the local texts that it names, in its order; None of rows that were made before this was kept.
+    """
+
+    command: str
+    files: list[str] | None = None
+
+    @classmethod
+    def of(cls, words: list[str]) -> Asked:
+        """What a command line asks for. Config files, which say more than a row reads, are not among the texts."""
+        named = [word for option, word in pairwise(["", *words]) if option != "-c"]
+        parts = [part for word in named for part in re.split(r"[\[\],\s'\"]+", word)]
+        return cls(public_command(words), [_digest(Path(part)) for part in parts if part and Path(part).is_file()])
+
+    def is_as(self, other: Asked) -> bool:
+        """Whether the two do the same, wherever they leave it."""
+        places = re.compile(r" --(?:trainer\.default_root_dir|output) \S+")
+        alike = self.files is None or other.files is None or self.files == other.files
+        return alike and places.sub("", self.command) == places.sub("", other.command)
 
 
-def _command_of(result: Path) -> str | None:
-    """Which command has made a row's result; None if there is no result."""
+@cache
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _asked_of(result: Path) -> Asked | None:
+    """What a row's result was asked for; None if there is no result."""
     if not result.is_file():
         return None
     try:
-        return read_json(result)["command"]
+        stored = read_json(result)
+        return Asked(stored["command"], stored.get("files"))
     except (ValueError, KeyError, TypeError):
         raise InputError(f"result '{result}' is damaged; remove it to run its row again") from None
 
@@ -172,18 +201,19 @@ class _Runner:
     def _one(self, planned: Planned) -> bool:
         name, row, command = planned
         target = self._directory / f"{name}.json"
-        if (ran := _command_of(target)) is not None:
-            _say(f"{name}: {_done(ran, command, target)}")
+        asked = Asked.of(command)
+        if (ran := _asked_of(target)) is not None:
+            _say(f"{name}: {_done(ran, asked, target)}")
             return True
         _say(f"{name}: {shlex.join(command)}")
         begun_at = commit()  # the row may take hours, and the checkout move on
         try:
             kept = self._runs / name
-            if command[0] == "prune" and str(kept) in command and kept.is_dir():
-                _clear(kept, command)
+            if command[0] == "prune" and str(kept) in command:
+                _make_room(kept, asked)
             status, output = self._ended(name, command)
             if status == 0:
-                record = {"row": row, "command": public_command(command), "commit": begun_at}
+                record = {"row": row, **asked._asdict(), "commit": begun_at}
                 write_json({**record, **_found(command, output)}, target)
                 return True
             _say(f"{name} failed with status {status}")
@@ -213,26 +243,31 @@ class _Runner:
         return path.open("a", encoding="utf-8")
 
 
-def _clear(kept: Path, command: list[str]) -> None:
-    """Remove what an interrupted row of `keep` has left.
+def _make_room(kept: Path, asked: Asked) -> None:
+    """Note beside a model of `keep` what is asked for; remove what an interrupted row has left of the same.
 
     Raises:
-        InputError: it is a model that another command has made, for a table under another `--results`.
+        InputError: there is a model of something else, such as that of a table under another `--results`.
     """
-    if (kept / CARD).is_file() and not made_by(f"python -m experiments {public_command(command)}", kept):
-        raise InputError(f"'{kept}' is a model that another command has made; choose another --runs, or remove it")
-    shutil.rmtree(kept)
+    note = kept.with_name(f"{kept.name}.json")
+    if kept.is_dir():
+        known = _asked_of(note)
+        if (kept / CARD).is_file() and (known is None or not known.is_as(asked)):
+            raise InputError(f"'{kept}' is a model that another command has made; choose another --runs, or remove it")
+        shutil.rmtree(kept)
+    write_json(asked._asdict(), note)
 
 
 def _say(text: str) -> None:
     console.print(text, markup=False, highlight=False)
 
 
-def _done(ran: str, command: list[str], target: Path) -> str:
+def _done(ran: Asked, asked: Asked, target: Path) -> str:
     """That a row has a result; and that of which command, if of another than it would be now."""
-    if _same(ran, public_command(command)):
+    if ran.is_as(asked):
         return "done before"
-    return f"done before by another command, and kept ({ran}); remove {target} to run it again"
+    other = "command" if ran.command != asked.command else "text of the same name"
+    return f"done before by another {other}, and kept ({ran.command}); remove {target} to run it again"
 
 
 def _found(command: list[str], output: str) -> dict[str, Any]:

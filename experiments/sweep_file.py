@@ -86,8 +86,14 @@ def read_sweep(path: Path) -> dict[str, Any]:
     return sweep
 
 
-def rows(sweep: dict[str, Any], runs: Path) -> Iterator[Planned]:
-    """Every row; `runs` is where those of this table have their run directories."""
+def rows(sweep: dict[str, Any], runs: Path, own: str | None = None) -> Iterator[Planned]:
+    """Every row.
+
+    Args:
+        sweep: what `read_sweep` gives.
+        runs: where the rows of this table have their run directories.
+        own: what the names of the tables of another model end with, those that rows begin from, too.
+    """
     shared = sweep["arguments"]
     if sweep["reference"]:
         texts = {key: shared[key] for key in _REFERENCE if key in shared}
@@ -98,7 +104,8 @@ def rows(sweep: dict[str, Any], runs: Path) -> Iterator[Planned]:
         yield "dense", {}, ["evaluate", *_flags(texts), "--json"]
     for row in sweep["rows"]:
         name = "-".join(map(_name, row.values())) or "base"
-        arguments = {key: _filled(key, value, {"runs": runs.parent, **row}) for key, value in {**shared, **row}.items()}
+        known = {"runs": runs.parent, **row}
+        arguments = {key: _filled(key, value, known, own) for key, value in {**shared, **row}.items()}
         if sweep["keep"]:
             arguments["output"] = str(runs / name)
         if sweep["command"] in ("fit", "recover"):
@@ -112,10 +119,12 @@ def rows(sweep: dict[str, Any], runs: Path) -> Iterator[Planned]:
             yield name, row, [sweep["command"], *_flags(arguments), "--json"]
 
 
-def _filled(key: str, value: Any, known: dict[str, Any]) -> Any:
-    """An argument with values in the place of their names in braces."""
+def _filled(key: str, value: Any, known: dict[str, Any], own: str | None) -> Any:
+    """An argument with values in the place of their names in braces, its tables those of the same model."""
     if not isinstance(value, str):
         return value
+    if own:
+        value = re.sub(r"\{runs\}/[^/{}]+", rf"\g<0>-{own}", value)
     if unknown := {name for name in re.findall(r"\{([\w.]+)\}", value) if name not in known}:
         raise InputError(f"{key} {value}: no {', '.join(sorted(unknown))} in a row that has {', '.join(known)}")
     return re.sub(r"\{([\w.]+)\}", lambda name: str(known[name[1]]), value)

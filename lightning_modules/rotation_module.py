@@ -151,7 +151,7 @@ class RotationModule(LightningModule):
         if init_weights is not None:
             if init_rotations is None:
                 raise InputError("init_weights are of a model that was pruned in a basis: give its init_rotations, too")
-            check_takes_weights("init_weights", surrogate, self.pattern)
+            check_takes_weights("init_weights", surrogate, objective, self.pattern)
             check_kept_weights(config, load_config(init_weights))
         self.model_config = config
         self.orthogonal_map, self.start, self.seed = orthogonal_map, start, seed
@@ -191,7 +191,7 @@ class RotationModule(LightningModule):
                 f"ModelParallelStrategy needs torch 2.7 or newer, this is {torch.__version__}; update it, or use ddp"
             )
         if self.init_weights is not None:
-            check_takes_weights("init_weights", self.surrogate, self.pattern, sharded)
+            check_takes_weights("init_weights", self.surrogate, self.objective, self.pattern, sharded)
         if sharded and self.surrogate.learns_masks:
             raise InputError("surrogate gumbel learns masks, which ModelParallelStrategy does not share out; use ddp")
         if sharded and self.orthogonal_map == "manifold":

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from lightning_modules.devices import root_device
 from rotpruner.errors import InputError
+from rotpruner.precision import check_device
 
 
 def check_trainer(module: LightningModule) -> None:
@@ -26,8 +27,7 @@ def check_trainer(module: LightningModule) -> None:
                     "another --trainer.default_root_dir"
                 )
     device, strategy = root_device(module), module.trainer.strategy
-    if device.type == "mps":
-        raise InputError("accelerator mps has no float64, in which errors are measured: set trainer.accelerator to cpu")
+    check_device(device)
     if isinstance(strategy, (FSDPStrategy, DeepSpeedStrategy)):
         raise InputError(
             f"{type(strategy).__name__} flattens the weight matrices that rotations multiply: use ddp, or "

@@ -72,7 +72,13 @@ class Allotment:
         Raises:
             InputError: one of them is no pattern, or they do not go together.
         """
-        return cls(parse_pattern(pattern, scope), layer_sparsity, parse_exceptions(exceptions, scope))
+        allotment = cls(parse_pattern(pattern, scope), layer_sparsity, parse_exceptions(exceptions, scope))
+        counted = [allotment.pattern, *allotment.exceptions.values()]
+        if scope != "row" and not any(isinstance(pattern, Unstructured) for pattern in counted):
+            raise InputError(
+                f"scope says where a sparsity is counted, and pattern {allotment} has none: leave scope {scope} out"
+            )
+        return allotment
 
     @property
     def prunes(self) -> bool:

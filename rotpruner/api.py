@@ -29,7 +29,7 @@ from rotpruner.oneshot import Learned
 from rotpruner.patterns import Pattern, Scope, Slice
 from rotpruner.perplexity import windows
 from rotpruner.placements import Placement, check_placement
-from rotpruner.precision import fast_dtype
+from rotpruner.precision import check_device, fast_dtype
 from rotpruner.progress import Progress, unseen
 from rotpruner.pruners import Pruner, resolve_pruner
 from rotpruner.pruning import Pruning, Rotating
@@ -117,8 +117,8 @@ def prune(
         if not compensate or rotating is None:
             why = "nothing rotates" if rotating is None else "compensate is 0, so no update comes before it"
             raise InputError(f"second_fit comes after the update of kept weights, and {why}: leave it out")
-        check_takes_weights("second_fit", surrogate, parsed)
-    if rotating is not None and (steps or rotating.given is None):
+        check_takes_weights("second_fit", surrogate, objective, parsed)
+    if rotating is not None and (steps or second_fit is not None or rotating.given is None):
         Choices(
             allotment=allotment,
             pruner=resolved,
@@ -129,6 +129,7 @@ def prune(
             orthogonal_map="cayley",
             start=rotating.start if rotating.given is None else None,
         ).check(model.config)
+    check_device(model.device)
     if dtype == torch.float16:
         raise InputError("dtype float16 loses the gradients of a mean over tokens; give bfloat16 or float32")
     if rotations_directory is not None:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from rotpruner.errors import InputError
 from rotpruner.fusion import check_foldable, folded, reset_block_norms
 from rotpruner.layout import BlockLinear, block_linears, module_at
+from rotpruner.objectives import Objective
 from rotpruner.orthogonal import is_order, rotate_weight
 from rotpruner.patterns import Pattern, Slice
 from rotpruner.pruners.magnitude import Magnitude
@@ -128,8 +129,13 @@ def check_kept_weights(config: Any, pruned: Any) -> None:
             )
 
 
-def check_takes_weights(option: str, surrogate: Surrogate, pattern: Pattern | Slice, sharded: bool = False) -> None:
-    """Raise `InputError` if what a pruned model has kept cannot be gone on from, as an `option` asks for."""
+def check_takes_weights(
+    option: str, surrogate: Surrogate, objective: Objective, pattern: Pattern | Slice, sharded: bool = False
+) -> None:
+    """Raise `InputError` if learning cannot continue from what a pruned model has kept, as an `option` asks for."""
+    if surrogate.follows_saliency or objective.lost_mass:
+        which = f"surrogate {surrogate.name}" if surrogate.follows_saliency else "objective lost_mass"
+        raise InputError(f"{option} keeps the masks, and {which} is for those that change: take another one")
     if surrogate.learns_masks or isinstance(pattern, Slice):
         which = f"surrogate {surrogate.name}" if surrogate.learns_masks else f"pattern {pattern}"
         raise InputError(f"{option} keeps masks that a pruner has chosen, and {which} has none: give {option} null")

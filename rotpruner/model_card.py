@@ -115,11 +115,6 @@ def write_card(directory: str | Path, origin: Origin, base_config: Any = None, m
     write_text(text, Path(directory) / CARD)
 
 
-def made_by(command: str, directory: str | Path) -> bool:
-    """Whether the card in a directory says that this command has made the model."""
-    return _fenced(public(command)) in (Path(directory) / CARD).read_text(encoding="utf-8")
-
-
 def _fenced(command: str) -> str:
     return f"```\n{command}\n```"
 

@@ -103,7 +103,8 @@ def prune_model(
         _slice(model, pattern, batches, rotations, calibration_dtype, device, progress)
         return
     # What is gathered of each block as its pruned predecessors leave it.
-    needs = "nothing" if moments is not None else pruner.needs
+    chosen = masks is not None and not pruner.rebuilds  # nobody looks at what is there
+    needs = "nothing" if moments is not None or chosen else pruner.needs
     if update is not None:
         needs = max(needs, update.needs, key=get_args(Needs).index)
     if allotment.layer_sparsity == "owl" and patterns is None:

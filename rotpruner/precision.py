@@ -25,6 +25,12 @@ def resolve_dtype(name: DtypeName, device: torch.device) -> torch.dtype:
     return fast_dtype(device) if name == "auto" else getattr(torch, name)
 
 
+def check_device(device: torch.device) -> None:
+    """Raise `InputError` if a device lacks a dtype that is needed."""
+    if device.type == "mps":
+        raise InputError("mps has no float64, in which rotations are checked and errors measured: use the cpu")
+
+
 def at_least_float32(dtype: torch.dtype) -> torch.dtype:
     """The dtype itself, or float32 if it is narrower."""
     return torch.promote_types(dtype, torch.float32)

@@ -249,6 +249,11 @@ def check_surrogate(
                 f"surrogate gumbel learns a logit for each choice, and {pattern} has {choices:,} choices a group; "
                 "2:4 has 6, 4:8 has 70"
             )
+        if objective.lost_mass:
+            raise InputError(
+                "surrogate gumbel learns which weights stay, and lost_mass is of those that the pruner would keep; set "
+                "it to 0, or take another surrogate"
+            )
         if not objective.runs_model:
             raise InputError(
                 "surrogate gumbel learns masks from the model's outputs, and no objective looks at them; "

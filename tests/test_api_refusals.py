@@ -53,6 +53,15 @@ def test_learning_that_diverges_at_its_last_step_leaves_no_rotations_behind(toke
             dict(second_fit=rotpruner.SecondFit(2), compensate=2, surrogate=rotpruner.Surrogate("gumbel")),
             "gumbel has none",
         ),
+        (
+            dict(second_fit=rotpruner.SecondFit(2), compensate=2, surrogate=rotpruner.Surrogate("sigmoid")),
+            "keeps the masks, and surrogate sigmoid",
+        ),
+        (
+            dict(second_fit=rotpruner.SecondFit(2), compensate=2, objective=rotpruner.Objective(lost_mass=1)),
+            "keeps the masks, and objective lost_mass",
+        ),
+        (dict(scope="layer"), "pattern 2:4 has none: leave scope layer out"),
         (dict(surrogate=rotpruner.Surrogate("gumbel"), pattern=0.5), "gumbel"),
         (dict(objective=rotpruner.Objective(entropy=1), pattern="slice:0.25"), "entropy"),
     ],

@@ -14,7 +14,7 @@ from tiny_models import exact, rotated_model
 from rotpruner.calibration import gather_model_moments
 from rotpruner.errors import InputError
 from rotpruner.fusion import fuse_norms
-from rotpruner.layout import block_linears
+from rotpruner.layout import block_linears, linear_modules
 from rotpruner.learning import learn
 from rotpruner.measures import sparsity_of
 from rotpruner.objectives import Objective
@@ -257,3 +257,12 @@ def test_dense_loss_is_zero_against_itself_and_gives_weight_gradients():
     assert abs(loss.item()) < 1e-9
     loss.backward()
     assert all(parameter.grad is not None for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("pruner", ["wanda", "magnitude"])
+def test_given_masks_need_no_statistics(pruner):
+    model, like = tiny_llama(), tiny_llama()
+    masks = {name: torch.rand_like(linear.weight) < 0.5 for name, linear in linear_modules(model).items()}
+    prune_model(model, resolve_pruner(pruner), parse_pattern("0.5"), masks=masks)
+    for name, linear in linear_modules(model).items():
+        torch.testing.assert_close(linear.weight, linear_modules(like)[name].weight * masks[name], rtol=0, atol=0)

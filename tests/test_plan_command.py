@@ -326,6 +326,8 @@ def test_a_second_fit_holds_the_dense_model_beside_its_own(plan):
         (["--model.surrogate.name", "gumbel"], ["gumbel"]),
         (["--model.gradient_checkpointing", "false", "--model.offload", "true"], ["offload", "gradient_checkpointing"]),
         ([*OFFLOAD, *SHARDS], ["offload", "ModelParallelStrategy"]),
+        (["--trainer.accumulate_grad_batches", "4"], ["accumulate_grad_batches is 4", "leave it out"]),
+        (["--model.objective", "{kl: 0, cross_entropy: 0, cosine: 0, entropy: 1}"], ["this objective needs none"]),
         (["--data.seq_len", "100000"], ["100000", "4096"]),
         (["--model.model", "/no/model"], ["/no/model"]),
         (["--model.banana", "1"], ["banana"]),

@@ -27,7 +27,6 @@ ON_THE_MANIFOLD = ["--model.optimizer", "{class_path: rotpruner.optimizers.Cayle
         (["--trainer.max_epochs", "2"], 1, 6),
         (["--trainer.max_epochs", "2", "--trainer.max_steps", "100"], 1, 6),
         (["--trainer.max_epochs", "2", "--trainer.max_steps", "4"], 1, 4),
-        (["--trainer.max_epochs", "2", "--trainer.accumulate_grad_batches", "2"], 1, 4),
         (["--trainer.max_epochs", "2"], 3, 2),
     ],
 )

@@ -108,12 +108,14 @@ def test_prune_refuses_rotations_of_another_model(prune, fit, capsys, tmp_path, 
 
 
 def test_prune_refuses_what_a_slice_or_masks_would_ignore(prune, capsys, tmp_path):
-    for changes in (dict(update="sparsegpt"), dict(statistics="dense"), dict(scope="layer")):
+    for changes in (dict(update="sparsegpt"), dict(statistics="dense")):
         # `pruner` has a default in the fixture, and comes first among what a slice refuses.
         arguments = ["prune", "--model", "smollm2-135m", "--pattern", "slice:0.3", "--output", str(tmp_path / "x")]
         assert main([*arguments, *(item for key, value in changes.items() for item in (f"--{key}", value))]) == 2
         assert f"leave --{next(iter(changes))} {next(iter(changes.values()))} out" in capsys.readouterr().err
     refused(*prune(placement="per_block"), capsys, "--placement per_block", "2:4")
+    refused(*prune(scope="layer"), capsys, "pattern 2:4 has none: leave scope layer out")
+    refused(*prune(scope="layer", pattern="slice:0.3"), capsys, "pattern slice:0.3 has none: leave scope layer out")
 
 
 def test_prune_does_not_overwrite(prune, capsys, tmp_path):

@@ -141,7 +141,7 @@ def test_a_run_that_would_leave_nothing_behind_says_so(model_directory, text_fil
     assert "no callback of this run lets it be resumed" in said
 
 
-def test_what_is_seen_of_a_run_may_change_and_options_may_be_younger_than_it(fit):
+def test_what_is_seen_of_a_run_may_change_and_options_may_be_younger_than_it(fit, capsys):
     _, run = fit()
     config = yaml.safe_load((run / "config.yaml").read_text())
     del config["model"]["offload"], config["trainer"]["accumulate_grad_batches"]
@@ -153,6 +153,11 @@ def test_what_is_seen_of_a_run_may_change_and_options_may_be_younger_than_it(fit
     assert fit("--trainer.default_root_dir", "null")[0] == 2
     assert fit("--trainer.accumulate_grad_batches", "2")[0] == 2
     assert fit("--data.batch_size", "2")[0] == 2
+    assert "took 1 sequences at a time, and this one would take 2" in " ".join(capsys.readouterr().err.split())
+    two = ["--trainer.devices", "2", "--trainer.accelerator", "cpu", "--trainer.strategy", "ddp"]
+    assert fit(*two)[0] == 2
+    assert "this one would take 2" in " ".join(capsys.readouterr().err.split())
+    assert fit("--trainer.devices", "auto", "--trainer.accelerator", "cpu")[0] == 0
 
 
 def test_the_order_of_exceptions_belongs_to_a_run(fit, capsys):

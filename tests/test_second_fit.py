@@ -125,7 +125,7 @@ def test_both_fits_take_the_same_batches(step, fit, monkeypatch, capsys):
     """That they may be dealt out otherwise: test_parallel.py."""
     stopped_in_the_second(fit, monkeypatch, step, "--data.batch_size", "2")
     assert fit(*BOTH, *CHECKPOINTS, "--data.batch_size", "1")[0] == 2
-    assert "took 2 sequences at a time, and the second would take 1" in " ".join(capsys.readouterr().err.split())
+    assert "took 2 sequences at a time, and this one would take 1" in " ".join(capsys.readouterr().err.split())
     assert fit(*BOTH, *CHECKPOINTS, "--data.batch_size", "2")[0] == 0
 
 

@@ -354,6 +354,7 @@ class WholeMoment(Wanda):
         ("gumbel", "slice:0.25", "wanda", {}, "slice:0.25"),
         ("gumbel", "8:16", "wanda", {}, "12,870"),
         ("gumbel", "2:4", "wanda", dict(kl=0.0, entropy=1.0), "outputs"),
+        ("gumbel", "2:4", "wanda", dict(kl=1.0, lost_mass=1.0), "lost_mass is of those"),
     ],
 )
 def test_combinations_that_cannot_work_are_refused(name, pattern, pruner, objective, mention):

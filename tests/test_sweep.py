@@ -74,16 +74,16 @@ def test_models_of_another_table_stay(tmp_path, capsys):
     file.write_text(yaml.safe_dump(sweep))
     kept = tmp_path / "runs" / "one" / "0"
     kept.mkdir(parents=True)
-    (kept / "README.md").write_text(
-        "```\npython -m experiments prune --model 'of nobody' --text a --seed 1 --output 0 --json\n```"
-    )
-    for results in ("results", "more_results"):
+    (kept / "README.md").touch()
+    note = kept.with_name("0.json")
+    for seed, results in ((None, "results"), (1, "results"), (1, "more_results")):
+        if seed is not None:
+            command = f"prune --model 'of nobody' --text a --seed {seed} --output 0 --json"
+            note.write_text(json.dumps({"command": command, "files": []}))
         assert main(["sweep", str(file), "--results", str(tmp_path / results), "--runs", str(tmp_path / "runs")]) == 2
         assert "another command has made; choose another --runs" in " ".join(capsys.readouterr().err.split())
     assert (kept / "README.md").is_file()
-    (kept / "README.md").write_text(
-        "```\npython -m experiments prune --model 'of nobody' --text a --seed 0 --output 0 --json\n```"
-    )
+    note.write_text(note.read_text().replace("--seed 1", "--seed 0"))
     assert main(["sweep", str(file), "--results", str(tmp_path / "results"), "--runs", str(tmp_path / "runs")]) == 2
     assert not kept.exists(), "this command's own, cut short"
 
@@ -127,6 +127,22 @@ def test_rows_of_other_commands_get_no_others_beside_them(program, tmp_path, cap
     (stored / "other.json").write_text('{"command": "prune of an older table"}')
     assert sweep_one(tmp_path) == 2
     assert "such as other (prune of an older table)" in " ".join(capsys.readouterr().err.split())
+
+
+def test_another_text_of_the_same_name_makes_other_rows(program, tmp_path, capsys):
+    program.write_text(program.read_text() + "echo '{}'\n")
+    texts = [tmp_path / name / "text.txt" for name in ("first", "second", "copy")]
+    for text in texts:
+        text.parent.mkdir()
+        text.write_text("second" if text.parent.name == "second" else "first")
+    (tmp_path / "one.yaml").write_text(
+        "{title: One, command: prune, arguments: {model: m, text: [t]}, rows: [{seed: 0}, {seed: 1}]}"
+    )
+    assert sweep_one(tmp_path, "--set", f"calibration={texts[0]}") == 0
+    (tmp_path / "results" / "one" / "1.json").unlink()
+    assert sweep_one(tmp_path, "--set", f"calibration={texts[1]}") == 2
+    assert "rows of other commands or of other files" in " ".join(capsys.readouterr().err.split())
+    assert sweep_one(tmp_path, "--set", f"calibration={texts[2]}") == 0
 
 
 def test_where_a_row_leaves_its_model_makes_it_no_other(program, tmp_path):

@@ -26,6 +26,8 @@ def test_values_of_a_row_take_the_place_of_their_names(tmp_path):
     assert row == {"seed": 7}
     assert command[command.index("--model") + 1] == f"{tmp_path}/runs/a/7"
     assert command[command.index("--output") + 1] == f"{tmp_path}/runs/a/7"
+    ((_, _, command),) = rows(read_sweep(tmp_path / "a.yaml"), tmp_path / "runs" / "a-opt", "opt")
+    assert command[command.index("--model") + 1] == f"{tmp_path}/runs/a-opt/7", "the other table's of the same model"
     sweep["arguments"] = {"model": "models/müll", "calibration": "Ben's.txt", "pattern": "2:4", "text": ["ö"]}
     (tmp_path / "a.yaml").write_text(yaml.safe_dump(sweep))
     ((_, _, command),) = rows(read_sweep(tmp_path / "a.yaml"), tmp_path / "läufe" / "a")
