@@ -23,7 +23,7 @@ from rotpruner.loading import check_pattern, check_seq_len, load_config, load_mo
 from rotpruner.measures import parameter_count
 from rotpruner.objectives import Objective
 from rotpruner.patterns import parse_pattern
-from rotpruner.precision import fast_dtype
+from rotpruner.precision import dtype_name, fast_dtype
 from rotpruner.provenance import commit, device_name, public_command
 from rotpruner.pruners import resolve_pruner
 from rotpruner.rotated_model import RotatedModel
@@ -99,7 +99,7 @@ def main(arguments: list[str]) -> None:
     timed = {
         key: getattr(options, key) for key in ("model", "batch_size", "seq_len", "gradient_checkpointing", "repeats")
     }
-    result: dict[str, Any] = {**timed, "dtype": str(base.dtype).removeprefix("torch.")}
+    result: dict[str, Any] = {**timed, "dtype": dtype_name(base.dtype)}
     result |= {"device": device_name(options.device), "threads": torch.get_num_threads()}
     result |= {"seconds": total, "parts": parts}
     if not options.learning_only:

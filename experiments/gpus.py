@@ -8,7 +8,7 @@ import torch
 
 from rotpruner.precision import DtypeName, resolve_dtype
 
-_GIB, _TERA, _GIGA = 2**30, 1e12, 1e9
+GIB, TERA, GIGA = 2**30, 1e12, 1e9
 
 
 @dataclass(frozen=True)
@@ -24,13 +24,13 @@ class Hardware:
 
 
 GPUS = {
-    "v100-32gb": Hardware(32 * _GIB, 125 * _TERA, 15.7 * _TERA, 16 * _GIGA, bfloat16=False),
-    "rtx4090-24gb": Hardware(24 * _GIB, 165 * _TERA, 82.6 * _TERA, 32 * _GIGA),
-    "l40s-48gb": Hardware(48 * _GIB, 362 * _TERA, 91.6 * _TERA, 32 * _GIGA),
-    "a100-40gb": Hardware(40 * _GIB, 312 * _TERA, 19.5 * _TERA, 32 * _GIGA),
-    "a100-80gb": Hardware(80 * _GIB, 312 * _TERA, 19.5 * _TERA, 32 * _GIGA),
-    "h100-80gb": Hardware(80 * _GIB, 989 * _TERA, 67 * _TERA, 64 * _GIGA),
-    "h200-141gb": Hardware(141 * _GIB, 989 * _TERA, 67 * _TERA, 64 * _GIGA),
+    "v100-32gb": Hardware(32 * GIB, 125 * TERA, 15.7 * TERA, 16 * GIGA, bfloat16=False),
+    "rtx4090-24gb": Hardware(24 * GIB, 165 * TERA, 82.6 * TERA, 32 * GIGA),
+    "l40s-48gb": Hardware(48 * GIB, 362 * TERA, 91.6 * TERA, 32 * GIGA),
+    "a100-40gb": Hardware(40 * GIB, 312 * TERA, 19.5 * TERA, 32 * GIGA),
+    "a100-80gb": Hardware(80 * GIB, 312 * TERA, 19.5 * TERA, 32 * GIGA),
+    "h100-80gb": Hardware(80 * GIB, 989 * TERA, 67 * TERA, 64 * GIGA),
+    "h200-141gb": Hardware(141 * GIB, 989 * TERA, 67 * TERA, 64 * GIGA),
 }
 
 

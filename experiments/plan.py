@@ -13,7 +13,7 @@ import torch
 
 from experiments.arguments import Parser, at_least
 from experiments.arguments import report as print_json
-from experiments.gpus import GPUS, dtype_on
+from experiments.gpus import GIB, GIGA, GPUS, TERA, dtype_on
 from experiments.plan_setup import read_setup
 from experiments.planning.costs import disk_space, step_flops
 from experiments.planning.memory import largest, memory_plan
@@ -21,8 +21,6 @@ from experiments.planning.sizes import Setup, Term, total
 from rotpruner.precision import DtypeName
 
 _EFFICIENCY = 0.4  # of the peak rate that large models usually reach in training; an assumption
-
-_GIB, _TERA, _GIGA = 2**30, 1e12, 1e9
 
 
 def main(arguments: list[str]) -> None:
@@ -95,13 +93,13 @@ def _seconds(flops: list[Term], setup: Setup, gpu: str) -> tuple[float | None, s
     rate = rates.half if setup.s < 4 else rates.single
     turning = sum(term.amount for term in flops if term.name == "orthogonal map")
     rest = total(flops) - turning
-    parts = [f"{work / _TERA:.2f} / {peak / _TERA:g}" for work, peak in ((rest, rate), (turning, rates.single))]
+    parts = [f"{work / TERA:.2f} / {peak / TERA:g}" for work, peak in ((rest, rate), (turning, rates.single))]
     seconds, formula = (rest / rate + turning / rates.single) / _EFFICIENCY, f"({' + '.join(parts)}) / {_EFFICIENCY}"
     if setup.fetches:
         # Forward and in the recomputation. A copy waits for the work before it, as they share a stream.
         copied = 2 * setup.decoder_weights * setup.s
         seconds += copied / rates.link
-        formula += f" + {copied / _GIGA:.2f} / {rates.link / _GIGA:g}"
+        formula += f" + {copied / GIGA:.2f} / {rates.link / GIGA:g}"
     return seconds, formula
 
 
@@ -171,13 +169,13 @@ def _show(result: dict[str, Any], setup: Setup) -> None:
     print(*setup.legend(), sep="\n")
     _table(f"resident, on each of {where}", memory.resident)
     _table(f"largest phase: {worst}", memory.phases[worst])
-    others = [f"{name} {total(terms) / _GIB:.2f} GiB" for name, terms in memory.phases.items() if name != worst]
+    others = [f"{name} {total(terms) / GIB:.2f} GiB" for name, terms in memory.phases.items() if name != worst]
     print("other phases:", ", ".join(others))
     if memory.kept_by_host:
         _table("kept by the host", memory.kept_by_host)
     for name, terms in memory.host_phases.items():
         _table(f"on the host: {name}", terms)
-    _table("operations of a step", [Term(**term) for term in result["flops"]], _TERA, "TFLOP")
+    _table("operations of a step", [Term(**term) for term in result["flops"]], TERA, "TFLOP")
     _table("disk", [Term(**term) for term in result["disk"]])
     if (seconds := result["seconds_per_step"]) is not None:
         print(f"\ntime: {result['seconds_formula']} = {seconds:.2f} s a step: TFLOP by peak TFLOP/s,")
@@ -188,22 +186,22 @@ def _show(result: dict[str, Any], setup: Setup) -> None:
               "minutes, without calibration, mask refreshes and the end of the run")  # fmt: skip
     verdict = "fits" if result["fits"] else "DOES NOT FIT; what would change that:"
     if hardware["name"] == "cpu":
-        print(f"\npeak of learning: {memory.learning / _GIB:.2f} GiB, above what imports take")
+        print(f"\npeak of learning: {memory.learning / GIB:.2f} GiB, above what imports take")
     else:
         dearest = largest(memory.host_phases)
-        print(f"\nmain memory that it takes besides: {memory.host / _GIB:.2f} GiB, most of it when: {dearest};")
+        print(f"\nmain memory besides: {memory.host / GIB:.2f} GiB at its peak, {dearest};")
         print("less if the model, its copies and its states fit into half of what the GPU has free at the end")
     if (second := result["second_fit"]) is not None:
-        peak, host = (second["memory"][name] / _GIB for name in ("peak", "host"))
+        peak, host = (second["memory"][name] / GIB for name in ("peak", "host"))
         beside = "" if hardware["name"] == "cpu" else f", {host:.2f} GiB of main memory besides"
         minutes = "" if seconds is None else f", {second['seconds_per_step'] * second['steps'] / 60:.0f} minutes"
         print(f"\nsecond fit, after the update: {second['steps']} steps, peak {peak:.2f} GiB{beside}{minutes}")
-    print(f"\npeak {_peak(setup) / _GIB:.2f} GiB of {hardware['bytes'] / _GIB:.0f} GiB: {verdict}")
+    print(f"\npeak {_peak(setup) / GIB:.2f} GiB of {hardware['bytes'] / GIB:.0f} GiB: {verdict}")
     for change in result["changes"]:
-        print(f"  {change['peak'] / _GIB:8.2f} GiB {'fits' if change['fits'] else 'too large':10} {change['change']}")
+        print(f"  {change['peak'] / GIB:8.2f} GiB {'fits' if change['fits'] else 'too large':10} {change['change']}")
 
 
-def _table(title: str, terms: list[Term], unit: float = _GIB, name: str = "GiB") -> None:
+def _table(title: str, terms: list[Term], unit: float = GIB, name: str = "GiB") -> None:
     print(f"\n{title}: {total(terms) / unit:.2f} {name}")
     for term in terms:
         print(f"  {term.amount / unit:9.3f}  {term.name:32} {term.formula}")

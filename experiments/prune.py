@@ -29,7 +29,7 @@ from rotpruner.memory import home_of
 from rotpruner.model_card import Origin, evaluation_of, pruner_name, write_card
 from rotpruner.oneshot import Learned, check_update, prune_and_compensate
 from rotpruner.patterns import Scope, Slice
-from rotpruner.precision import resolve_dtype
+from rotpruner.precision import dtype_name, resolve_dtype
 from rotpruner.provenance import commit, device_name, public_command
 from rotpruner.pruners import PRUNERS, resolve_pruner
 from rotpruner.replay import moments_by_block
@@ -164,7 +164,7 @@ def _prune(
         "pattern": str(allotment),
         "sparsity": sparsity_of(model),
         "seconds": round(time.perf_counter() - started, 1),
-        "dtype": str(computed).removeprefix("torch."),
+        "dtype": dtype_name(computed),
         "device": device_name(options.device),
         "parameters": parameters or parameter_count(model),
     }
@@ -219,13 +219,15 @@ def _parser() -> Parser:
     parser.add_argument("--seq_len", type=at_least(2), default=1024, help="tokens per sequence")
     parser.add_argument("--seed", type=at_least(0), default=0, help="of the calibration and of random rotations")
     parser.add_argument("--rotations", help="learned rotations, a directory or hub name, or 'random'")
-    parser.add_argument("--update", help="pruner whose weight update follows under the mask of --pruner, as sparsegpt")
+    parser.add_argument(
+        "--update", help="pruner, such as sparsegpt, that then updates the kept weights under --pruner's mask"
+    )
     parser.add_argument(
         "--compensate",
         type=at_least(0),
         default=0,
         metavar="SEQUENCES",
-        help="refit the kept weights to the dense model's residual stream, in closed form, on this many sequences",
+        help="then fit the kept weights to the dense model, in closed form, on this many sequences",
     )
     parser.add_argument(
         "--placement",
@@ -255,7 +257,7 @@ def _parser() -> Parser:
         "--statistics",
         choices=("sequential", "dense"),
         default="sequential",
-        help="of what pruned predecessors give each block, or of the dense model, as rotations are learned",
+        help="from the pruned blocks before each one, or from the dense model, as rotations are learned",
     )
     parser.add_argument(
         "--calibration_dtype",

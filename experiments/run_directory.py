@@ -17,6 +17,7 @@ from callbacks.rotation_checkpoint import RotationCheckpoint
 from callbacks.terminal import ResultsTable, console
 from rotpruner.artifacts import read_json, write_text
 from rotpruner.errors import InputError
+from rotpruner.precision import dtype_name
 
 #: Settings of which `auto` asks the device. The record of a run holds the answer, so that it goes on in one dtype.
 DTYPES = ("base_dtype", "compute_dtype")
@@ -35,7 +36,7 @@ class RunRecord(Callback):
         """Whole or not at all: the file decides whether a later start is the same run."""
         for name in DTYPES:
             if self.config["model"].get(name) == "auto":
-                self.config["model"][name] = str(getattr(pl_module, name)).removeprefix("torch.")
+                self.config["model"][name] = dtype_name(getattr(pl_module, name))
         if trainer.is_global_zero:
             run = Path(trainer.default_root_dir)
             if self.wandb_id is not None:

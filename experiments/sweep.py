@@ -55,7 +55,7 @@ def main(arguments: list[str]) -> None:
         "--jobs",
         type=at_least(1),
         default=1,
-        help="rows at a time, all on the same device; what each says goes into files beside its runs then",
+        help="rows at a time, all on the same device; more than one log to files beside their run directories",
     )
     options = parser.parse_args(arguments)
     options.results, options.runs = options.results.expanduser(), options.runs.expanduser()

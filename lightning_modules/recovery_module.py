@@ -34,7 +34,7 @@ class RecoveryModule(LightningModule):
     Args:
         model: the pruned model, a directory or hub name.
         teacher: the dense model that it came from.
-        objective: what is minimised; its cosine must be 0.
+        objective: what is minimised, of `kl` and `cross_entropy`.
         compute_dtype: of the pruned model's products, and of the teacher; `auto` is bfloat16 where the device has
             instructions for it, else float32.
         gradient_checkpointing: recompute each block in the backward pass; slower, much smaller.

@@ -286,11 +286,11 @@ class RotationModule(LightningModule):
         return logged(self, self.rotated.loss(batch["input_ids"], batch["index"]))
 
     def on_train_end(self) -> None:
-        """What only learning needs, its end has memory to use for."""
+        """Free what only learning needs: the end of the run needs the memory."""
         self.leave()
 
     def leave(self) -> None:
-        """Let go of what only learning needs; a run that has only its end before it never starts to train."""
+        """Let go of what only learning needs; also of a run that resumes after its last step."""
         self.rotated.leave()
 
     @property
@@ -332,4 +332,4 @@ class RotationModule(LightningModule):
         kept = {key: checkpoint[key] for key in ("mask_rotations", "rng_state")}
         # Those of earlier versions have one random state.
         self._restored = {"mask_rng_state": checkpoint.get("mask_rng_state", checkpoint["rng_state"]), **kept}
-        torch.set_rng_state(checkpoint["rng_state"])  # a run that has only its end before it never starts to train
+        torch.set_rng_state(checkpoint["rng_state"])  # after the last step, `on_train_start` does not come

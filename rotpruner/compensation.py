@@ -37,6 +37,9 @@ from rotpruner.teacher import head_at
 #: fitted, and the pruned model is more sensitive to the step length than four sequences can tell.
 _HELD_OUT = 1 / 3
 
+#: λ = damping · mean(diag H) holds a row's weights near those that it has.
+_DAMPING = 0.01
+
 #: Steps of conjugate gradients at most.
 _REFINEMENTS = 30
 
@@ -48,7 +51,6 @@ def compensate(
     batches: Sequence[Tensor],
     *,
     rotations: RotationSet | None = None,
-    damping: float = 0.01,
     calibration_dtype: torch.dtype | None = None,
     device: torch.device | None = None,
     progress: Progress = unseen,
@@ -60,7 +62,6 @@ def compensate(
         dense: the same model before.
         batches: two or more of calibration token ids, each (sequences, seq_len); the last third finds the step length.
         rotations: that `pruned` has been moved by; `dense` is moved likewise, in place. None: both have the same basis.
-        damping: λ = damping · mean(diag H) holds a row's weights near those that it has.
         calibration_dtype: of the matrix products of the two models, as in `BlockReplay`; None is their own.
         device: where blocks are run and updated, one of each model at a time; None leaves them where they are.
         progress: wraps the iteration over blocks.
@@ -79,7 +80,7 @@ def compensate(
     fitted, held_out = batches[:-tried], batches[-tried:]
     linears = {place.name: module_at(pruned, place.name) for place in block_linears(pruned.config)}
     before = {name: linear.weight.clone() for name, linear in linears.items()}
-    _fit(pruned, dense, fitted, damping, calibration_dtype, device, progress)
+    _fit(pruned, dense, fitted, _DAMPING, calibration_dtype, device, progress)
     updates = {name: linear.weight - before[name] for name, linear in linears.items()}
 
     distance = _distance_to(dense, held_out, calibration_dtype, device)
@@ -230,7 +231,7 @@ def _fit_group(
     H = cross = torch.zeros((), device=V.device)
     tokens = 0
     for (x, s), found in batches:
-        # Over there first: they travel in their own dtype, which may be half as wide.
+        # Moved before they are cast: their own dtype may be half as wide.
         x_pruned = found[0].to(V.device).flatten(0, -2).to(V)
         H = H + x_pruned.mT @ x_pruned
         wanted = s.to(V.device) - found[-1].to(V.device) if group.writes else x.to(V.device)

@@ -19,6 +19,9 @@ from torch.distributed.tensor import DTensor
 
 T = TypeVar("T")
 
+#: How long the first rank may work while the others wait.
+_PATIENCE = timedelta(days=7)
+
 
 class Ranks:
     """The processes of a group; this process alone without one.
@@ -66,8 +69,8 @@ class Ranks:
         return tensor
 
     @contextmanager
-    def waiting(self, limit: timedelta = timedelta(days=7)) -> Iterator[None]:
-        """At the end of the `with` block wait for the slowest rank, up to `limit`.
+    def waiting(self) -> Iterator[None]:
+        """At the end of the `with` block wait for the slowest rank, up to a week.
 
         Collectives give up after half an hour (gloo) or ten minutes (NCCL); this one is for work that the first
         rank does while the others have none. A rank that fails or dies ends the waiting of the others.
@@ -80,7 +83,7 @@ class Ranks:
             return
         assert self.group is not None
         ranks = dist.get_process_group_ranks(self.group)
-        patient = dist.new_group(ranks, backend="gloo", timeout=limit)
+        patient = dist.new_group(ranks, backend="gloo", timeout=_PATIENCE)
         failed = torch.zeros(1)
         try:
             yield

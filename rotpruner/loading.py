@@ -116,10 +116,10 @@ def load_model(
 def _check_complete(name: str, model: PreTrainedModel, found: dict[str, Any]) -> None:
     """Raise `InputError` if a checkpoint lacks weights, which would be drawn at random, or its linears have more."""
     if missing := sorted(found["missing_keys"]):
-        raise InputError(f"'{name}' lacks {', '.join(missing[:3])}: it is no whole {type(model).__name__}")
+        raise InputError(f"'{name}' lacks {', '.join(missing[:3])}: no complete {type(model).__name__}")
     linears = linear_modules(model)
     if left_out := sorted(key for key in found["unexpected_keys"] if key.rpartition(".")[0] in linears):
-        raise InputError(f"'{name}' has {', '.join(left_out[:3])}, of which its config knows nothing; mend config.json")
+        raise InputError(f"'{name}' has {', '.join(left_out[:3])}, which its config does not declare; mend config.json")
 
 
 def meta_model(config: Any) -> PreTrainedModel:

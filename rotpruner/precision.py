@@ -25,6 +25,11 @@ def resolve_dtype(name: DtypeName, device: torch.device) -> torch.dtype:
     return fast_dtype(device) if name == "auto" else getattr(torch, name)
 
 
+def dtype_name(dtype: torch.dtype) -> str:
+    """`bfloat16`, as configs and results have it."""
+    return str(dtype).removeprefix("torch.")
+
+
 def check_device(device: torch.device) -> None:
     """Raise `InputError` if a device lacks a dtype that is needed."""
     if device.type == "mps":

@@ -145,8 +145,8 @@ class BlockReplay:
 
         Args:
             layer: number of the block.
-            modules: in the order in which data flows through them; what follows the last one is not run,
-            with_output: unless the block's output is wanted too, as the last item.
+            modules: in the order in which data flows through them; what follows the last one is not run.
+            with_output: run the whole block, and add its output as the last item.
         """
         found: list[Tensor] = []
 

@@ -10,6 +10,7 @@ from torch import nn
 from rotpruner.errors import InputError
 from rotpruner.layout import linear_modules
 from rotpruner.patterns import NM
+from rotpruner.precision import dtype_name
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -43,7 +44,7 @@ def semi_structured(model: Model) -> Model:
         raise InputError("no decoder linear is 2:4, which the semi-structured form needs: prune to 2:4")
     for dtype in {linear.weight.dtype for linear in linears} - {torch.float16, torch.bfloat16}:
         # One of torch's two backends takes float32, as 1 of 2, and drops weights without a word.
-        name = str(dtype).removeprefix("torch.")
+        name = dtype_name(dtype)
         raise InputError(f"weights in {name} have no 2:4 form: load the model in bfloat16 or float16")
     try:
         forms = [torch.sparse.to_sparse_semi_structured(linear.weight.detach()) for linear in linears]

@@ -12,7 +12,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import combinations
-from typing import Any, Literal, get_args
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -132,11 +132,30 @@ def likeliest_mask(logits: Tensor, pattern: NM) -> Tensor:
     return nm_choices(pattern).bool().to(logits.device)[logits.argmax(-1)].flatten(-2)
 
 
-#: The surrogates that need nothing but weight, mask and decay.
-SURROGATES: dict[str, Callable[[Tensor, Tensor, float], Tensor]] = {
-    "constant": constant,
-    "straight_through": straight_through,
-    "sr_ste": sr_ste,
+class Kind(NamedTuple):
+    """A surrogate's function and what it needs.
+
+    Attributes:
+        masked: (weight, mask, decay) → W' ⊙ M with its gradient; None of one that needs more, which `Relaxation` gives.
+        anneals: it has a temperature.
+        learns_masks: the pruner's masks are only where it begins.
+        follows_saliency: it reads the saliency, in the rotations of every step.
+        keeps_unmasked: its gradient reads the weights that the mask removes.
+    """
+
+    masked: Callable[[Tensor, Tensor, float], Tensor] | None = None
+    anneals: bool = False
+    learns_masks: bool = False
+    follows_saliency: bool = False
+    keeps_unmasked: bool = False
+
+
+SURROGATES: dict[SurrogateName, Kind] = {
+    "constant": Kind(constant),
+    "straight_through": Kind(straight_through),
+    "sr_ste": Kind(sr_ste, keeps_unmasked=True),
+    "sigmoid": Kind(anneals=True, follows_saliency=True),
+    "gumbel": Kind(anneals=True, learns_masks=True),
 }
 
 
@@ -160,9 +179,8 @@ class Surrogate:
     strength: float = 3.0
 
     def __post_init__(self) -> None:
-        names = get_args(SurrogateName)
-        if self.name not in names:
-            raise InputError(f"unknown surrogate '{self.name}'; choose one of {', '.join(names)}")
+        if self.name not in SURROGATES:
+            raise InputError(f"unknown surrogate '{self.name}'; choose one of {', '.join(SURROGATES)}")
         for field in ("decay", "strength"):
             if not 0 <= getattr(self, field) < math.inf:
                 raise InputError(f"surrogate {field} {getattr(self, field):g} is not a finite number >= 0")
@@ -176,23 +194,23 @@ class Surrogate:
 
     @property
     def anneals(self) -> bool:
-        """Whether it has a temperature."""
-        return self.name in ("sigmoid", "gumbel")
+        """See `Kind`."""
+        return SURROGATES[self.name].anneals
 
     @property
     def learns_masks(self) -> bool:
-        """Whether the pruner's masks are only where it begins."""
-        return self.name == "gumbel"
+        """See `Kind`."""
+        return SURROGATES[self.name].learns_masks
 
     @property
     def follows_saliency(self) -> bool:
-        """Whether it reads the saliency, in the rotations of every step."""
-        return self.name == "sigmoid"
+        """See `Kind`."""
+        return SURROGATES[self.name].follows_saliency
 
     @property
     def keeps_unmasked(self) -> bool:
-        """Whether its gradient reads the weights that the mask removes."""
-        return self.name == "sr_ste"
+        """See `Kind`."""
+        return SURROGATES[self.name].keeps_unmasked
 
     def temperature_at(self, step: int, steps: int) -> float:
         """The temperature of one of a run's steps, counted from 0."""
@@ -200,16 +218,17 @@ class Surrogate:
         return self.temperature * (self.final_temperature / self.temperature) ** progress
 
     def __call__(self, weight: Tensor, mask: Tensor) -> Tensor:
-        """W' ⊙ M with the gradient of one of `SURROGATES`; both (O, I).
+        """W' ⊙ M with the surrogate's gradient; both (O, I).
 
         Raises:
             InputError: it needs more than these two.
         """
-        if self.name not in SURROGATES:
+        masked = SURROGATES[self.name].masked
+        if masked is None:
             raise InputError(
                 f"surrogate {self.name} needs more than weight and mask: call rotpruner.surrogates.{self.name}"
             )
-        return SURROGATES[self.name](weight, mask, self.decay)
+        return masked(weight, mask, self.decay)
 
 
 def check_surrogate(
@@ -225,37 +244,37 @@ def check_surrogate(
     if surrogate.follows_saliency:
         if pruner.rebuilds:
             raise InputError(
-                f"surrogate sigmoid follows the saliency that chooses the masks, and {type(pruner).__name__} chooses "
-                "them while it updates the weights; use wanda, ria or magnitude"
+                f"surrogate {surrogate.name} follows the saliency that chooses the masks, and {type(pruner).__name__} "
+                "chooses them while it updates the weights; use wanda, ria or magnitude"
             )
         if pruner.needs == "full":
             raise InputError(
-                f"surrogate sigmoid rotates only the diagonal of the statistics at every step, and "
+                f"surrogate {surrogate.name} rotates only the diagonal of the statistics at every step, and "
                 f"{type(pruner).__name__} reads all of them; use wanda, ria or magnitude"
             )
     if surrogate.learns_masks:
         if exceptions:
             raise InputError(
-                f"surrogate gumbel learns masks of one pattern: leave out the exceptions {', '.join(exceptions)}, or "
-                "take another surrogate"
+                f"surrogate {surrogate.name} learns masks of one pattern: leave out the exceptions "
+                f"{', '.join(exceptions)}, or take another surrogate"
             )
         if not isinstance(pattern, NM):
             raise InputError(
-                f"surrogate gumbel learns which N of M weights stay, and pattern {pattern} is not N:M; "
+                f"surrogate {surrogate.name} learns which N of M weights stay, and pattern {pattern} is not N:M; "
                 "give one such as 2:4, or another surrogate"
             )
         if (choices := math.comb(pattern.m, pattern.n)) > _MOST_CHOICES:
             raise InputError(
-                f"surrogate gumbel learns a logit for each choice, and {pattern} has {choices:,} choices a group; "
-                "2:4 has 6, 4:8 has 70"
+                f"surrogate {surrogate.name} learns a logit for each choice, and {pattern} has {choices:,} choices a "
+                "group; 2:4 has 6, 4:8 has 70"
             )
         if objective.lost_mass:
             raise InputError(
-                "surrogate gumbel learns which weights stay, and lost_mass is of those that the pruner would keep; set "
-                "it to 0, or take another surrogate"
+                f"surrogate {surrogate.name} learns which weights stay, and lost_mass is of those that the pruner "
+                "would keep; set it to 0, or take another surrogate"
             )
         if not objective.runs_model:
             raise InputError(
-                "surrogate gumbel learns masks from the model's outputs, and no objective looks at them; "
+                f"surrogate {surrogate.name} learns masks from the model's outputs, and no objective looks at them; "
                 "give kl, cross_entropy or cosine a weight"
             )

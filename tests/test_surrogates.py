@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from itertools import combinations, pairwise
+from typing import get_args
 
 import pytest
 import torch
@@ -22,7 +23,9 @@ from rotpruner.pruners import resolve_pruner
 from rotpruner.pruners.wanda import Wanda
 from rotpruner.rotated_model import RotatedModel
 from rotpruner.surrogates import (
+    SURROGATES,
     Surrogate,
+    SurrogateName,
     check_surrogate,
     gumbel,
     likeliest_mask,
@@ -367,3 +370,7 @@ def test_combinations_that_cannot_work_are_refused(name, pattern, pruner, object
 def test_surrogates_that_need_more_than_weight_and_mask_say_so(name):
     with pytest.raises(InputError, match=f"call rotpruner.surrogates.{name}"):
         Surrogate(name)(torch.ones(4, 8), torch.ones(4, 8, dtype=torch.bool))
+
+
+def test_every_surrogate_that_the_command_line_names_is_there():
+    assert set(get_args(SurrogateName)) == set(SURROGATES)

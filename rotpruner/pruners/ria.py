@@ -19,8 +19,6 @@ class RIA(Pruner):
         exponent: a, the weight of the activations.
     """
 
-    needs = "diagonal"
-
     def __init__(self, exponent: float = 0.5) -> None:
         self.exponent = exponent
 

@@ -12,8 +12,6 @@ from rotpruner.statistics import Moment
 class Wanda(Pruner):
     """Saliency |W_ij| · ‖x_j‖₂, with the root mean square in place of the norm: one factor for all, same masks."""
 
-    needs = "diagonal"
-
     def saliency(self, weight: Tensor, moment: Moment | None) -> Tensor:
         assert moment is not None
         # A dead input has a gradient of 0, not of infinity.
