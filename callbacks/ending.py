@@ -10,16 +10,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lightning import Callback, LightningModule, Trainer
-from torch import Tensor
+from lightning import LightningModule, Trainer
 from transformers import PreTrainedModel
 
+from callbacks.on_texts import OnTexts
 from callbacks.terminal import ResultsTable, console, track
-from datamodules.evaluation import perplexities, text_windows
-from datamodules.texts import check_text
+from datamodules.evaluation import perplexities
 from rotpruner.artifacts import write_json
 from rotpruner.errors import InputError
-from rotpruner.loading import check_seq_len, load_config, load_tokenizer
 from rotpruner.measures import parameter_count, sparsity_of
 from rotpruner.model_card import evaluation_of
 from rotpruner.provenance import commit, device_name
@@ -38,7 +36,7 @@ def global_batch(trainer: Trainer) -> int:
     return trainer.datamodule.batch_size * trainer.world_size  # type: ignore[attr-defined]
 
 
-class Ending(Callback, ABC):
+class Ending(OnTexts, ABC):
     """After the last step, and only then, something is exported and evaluated.
 
     Args:
@@ -50,12 +48,9 @@ class Ending(Callback, ABC):
     def __init__(self, texts: list[str], seq_len: int, max_tokens: int | None) -> None:
         if not texts:
             raise InputError(f"texts of {type(self).__name__} is empty; name at least one test text")
-        for text in texts:
-            check_text(text)
-        self.texts, self.seq_len, self.max_tokens = texts, seq_len, max_tokens
+        super().__init__(texts, seq_len, max_tokens)
         #: What to record as the run's configuration; the command line fills it in.
         self.config: Mapping[str, Any] = {}
-        self._windows: dict[str, Tensor] = {}
         self._training_seconds = 0.0
         self._started = 0.0
         self._device = torch.device("cpu")
@@ -73,20 +68,11 @@ class Ending(Callback, ABC):
     def _elapsed(self) -> float:
         return self._training_seconds + (time.perf_counter() - self._started if self._started else 0.0)
 
-    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Check it before the model's weights are loaded."""
-        self.check(pl_module)
-
-    def check(self, module: Any) -> None:
-        """Raise `InputError` if it cannot be the ending of a run of this module."""
-        check_seq_len(load_config(module.model_name), self.seq_len)
-
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Read the test texts before anything long begins; on every rank, so that all of them stop at a bad one."""
+        """Read the texts, and begin to count seconds."""
+        super().on_fit_start(trainer, pl_module)
         self._started = time.perf_counter()
         self._commit = self._commit or commit()  # the checkout may move on while this runs
-        tokenizer = load_tokenizer(pl_module.model_name)  # type: ignore[arg-type]
-        self._windows = text_windows(self.texts, tokenizer, self.seq_len, self.max_tokens)
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Only after training has run to its end; an interrupted one is resumed, not finished.

@@ -5,14 +5,12 @@ from __future__ import annotations
 from typing import Any, cast
 
 import torch
-from lightning import Callback, LightningModule, Trainer
+from lightning import LightningModule, Trainer
 from torch import Tensor
 from torchmetrics import Metric
 
+from callbacks.on_texts import OnTexts
 from callbacks.steps import EverySteps, log_at
-from datamodules.evaluation import text_windows
-from datamodules.texts import check_text
-from rotpruner.loading import check_seq_len, load_config, load_tokenizer
 from rotpruner.perplexity import of_mean, summed_nll
 
 
@@ -39,7 +37,7 @@ class WindowPerplexity(Metric):
         return torch.tensor(of_mean(float(self.total / self.count)), dtype=torch.float64)
 
 
-class Perplexity(Callback):
+class Perplexity(OnTexts):
     """Log `ppl/<text>` of the pruned model with the masks of the moment, every `every_n_steps` steps.
 
     ```yaml
@@ -57,24 +55,8 @@ class Perplexity(Callback):
     """
 
     def __init__(self, texts: list[str], every_n_steps: int = 50, seq_len: int = 1024, max_tokens: int = 8192) -> None:
-        for text in texts:
-            check_text(text)
-        self.texts, self._steps = texts, EverySteps(every_n_steps, "Perplexity")
-        self.seq_len, self.max_tokens = seq_len, max_tokens
-        self._windows: dict[str, Tensor] = {}
-
-    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Check it before the model's weights are loaded."""
-        self.check(pl_module)
-
-    def check(self, module: Any) -> None:
-        """Raise `InputError` if the windows are too long for the model."""
-        check_seq_len(load_config(module.model_name), self.seq_len)
-
-    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Tokenise the texts before anything long begins."""
-        tokenizer = load_tokenizer(pl_module.model_name)  # type: ignore[arg-type]
-        self._windows = text_windows(self.texts, tokenizer, self.seq_len, self.max_tokens)
+        super().__init__(texts, seq_len, max_tokens)
+        self._steps = EverySteps(every_n_steps, "Perplexity")
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """On resume, the checkpoint's own step has already been logged."""

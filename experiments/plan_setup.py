@@ -9,7 +9,7 @@ from jsonargparse import Namespace
 from lightning import Callback
 
 from callbacks.ending import Ending
-from callbacks.perplexity import Perplexity
+from callbacks.on_texts import OnTexts
 from experiments.fit import FitCLI, check_limited, plain_refusals
 from experiments.gpus import dtype_on
 from experiments.planning.sizes import Setup
@@ -66,7 +66,7 @@ def read_setup(arguments: list[str], gpu: str, count: int | None) -> tuple[Setup
     callbacks = cli.built.trainer.callbacks or ()
     callbacks = [callbacks] if isinstance(callbacks, Callback) else callbacks
     for callback in callbacks:
-        if isinstance(callback, (Ending, Perplexity)):
+        if isinstance(callback, OnTexts):
             callback.check(module)
     if (trainer.accumulate_grad_batches or 1) > 1:
         raise InputError(
