@@ -170,20 +170,9 @@ def prune(
             given.save_pretrained(rotations_directory, replace=True)
         return given
 
-    found = Learned()
+    pruned, found = pruning.run(rotating, steps, lr, compensate, second_fit, keep)
     if rotating is not None:
-        found = pruning.learn(rotating, steps, lr)
-        given = keep(found)
-    pruned = pruning.prune(found, compensate)
-    second = 0
-    if rotating is not None and second_fit is not None:
-        del found  # its statistics are as large as those that are gathered next
-        second = second_fit.steps
-        going_on = replace(rotating, given=given)
-        found = pruning.learn(going_on, second, second_fit.lr_factor * lr, kept=pruned, done=steps)
-        keep(found)
-        pruned = pruning.prune(found, kept=pruned, given=given)
-    if rotating is not None:
+        second = 0 if second_fit is None else second_fit.steps
         total = steps + second
         learned = rotating.described(total) | {"learned_masks": surrogate.learns_masks and found.masks is not None}
         read = total * seq_len if objective.runs_model else 0

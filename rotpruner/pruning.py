@@ -1,11 +1,11 @@
-"""The work of `rotpruner.prune`, once its arguments are checked: learn, prune, fit what is kept, learn on."""
+"""The work of `rotpruner.prune`, once its arguments are checked: learn, prune, fit what is kept, a second fit."""
 
 from __future__ import annotations
 
 import copy
 import gc
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from rotpruner.allotment import Allotment
 from rotpruner.kept_weights import MASKS_ONLY, take_kept_weights
-from rotpruner.learning import learn, passes
+from rotpruner.learning import SecondFit, learn, passes
 from rotpruner.objectives import Objective
 from rotpruner.oneshot import Learned, prune_and_compensate
 from rotpruner.placements import Placement
@@ -84,6 +84,29 @@ class Pruning:
     seed: int
     on_step: Callable[[int, dict[str, float]], None]
     progress: Progress
+
+    def run(
+        self,
+        rotating: Rotating | None,
+        steps: int,
+        lr: float,
+        compensated: int,
+        second_fit: SecondFit | None,
+        keep: Callable[[Learned], Rotations],
+    ) -> tuple[Any, Learned]:
+        """The pruned copy, and what was last learned, which `keep` gets as soon as it is there."""
+        found = Learned()
+        if rotating is not None:
+            found = self.learn(rotating, steps, lr)
+            given = keep(found)
+        pruned = self.prune(found, compensated)
+        if rotating is not None and second_fit is not None:
+            del found  # its statistics are as large as those that are gathered next
+            continued, rate = replace(rotating, given=given), second_fit.lr_factor * lr
+            found = self.learn(continued, second_fit.steps, rate, kept=pruned, done=steps)
+            keep(found)
+            pruned = self.prune(found, kept=pruned, given=given)
+        return pruned, found
 
     def learn(
         self,
