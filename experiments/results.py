@@ -148,8 +148,16 @@ def _columns(names: list[str], groups: list[Group]) -> list[tuple[str, Cell]]:
 
         return cell
 
-    def each(part: str) -> Cell:
-        return lambda key, rows: " ".join(filter(None, dict.fromkeys(row.get(part, "") for row in rows)))
+    def each(part: str, between: str = " ") -> Cell:
+        return lambda key, rows: between.join(filter(None, dict.fromkeys(row.get(part, "") for row in rows)))
+
+    def seconds(key: Key, rows: list[Row]) -> str:
+        """Pooled where they were computed alike."""
+        apart: dict[str, list[float]] = {}
+        for row in rows:
+            if "seconds" in row:
+                apart.setdefault(row.get("computed", ""), []).append(row["seconds"])
+        return ", ".join(_pool(spent, "{:.0f}") for spent in apart.values())
 
     return [
         *((name.rpartition(".")[2], key_at(place)) for place, name in enumerate(names)),
@@ -161,8 +169,8 @@ def _columns(names: list[str], groups: list[Group]) -> list[tuple[str, Cell]]:
         ("trainable", first("trainable_parameters", "{:,.0f}")),
         ("parameters", first("parameters", "{:.1f} M", 1e6)),
         ("online FLOPs", first("online_flops", "{:.0f} M", 1e6)),
-        ("seconds", lambda key, rows: _pool([row["seconds"] for row in rows if "seconds" in row], "{:.0f}")),
-        ("computed in", each("computed")),
+        ("seconds", seconds),
+        ("computed in", each("computed", ", ")),
         ("seeds", lambda key, rows: str(len(rows)) if "commit" in rows[0] else ""),
         ("commit", each("commit")),
     ]

@@ -67,6 +67,8 @@ def prune(
 ) -> PreTrainedModel:
     """A pruned copy of a model, in a basis learned for it; `rotpruner.save` makes it an ordinary checkpoint.
 
+    It does what the command `fit` does; what the command `prune` does, without learning, is `rotpruner.prune_model`.
+
     Args:
         model: causal language model of a known family; not changed.
         tokenizer: its own.
@@ -74,7 +76,7 @@ def prune(
         pattern, scope, pruner: what to prune and how.
         rotate: `shared` learns one rotation for the whole residual stream, so that all of it merges away; `per_layer`,
             `per_block` or a number of matrices leave products of theirs to be run with the model; `none` prunes the
-            model as it is. Rotations of this model are where learning goes on; with no steps, they stay.
+            model as it is. Rotations of this model are where learning begins; with no steps, they stay.
         spaces: which spaces rotate (of a slice, the residual stream alone), unless `rotate` says so; empty is `none`.
             With `mlp`, whose features N:M patterns can order, the others start from permutations too.
         steps, lr: of learning, one sequence a step.

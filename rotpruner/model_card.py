@@ -250,7 +250,7 @@ def _facts(origin: Origin, hub_name: str, license: Mapping[str, str]) -> list[tu
         facts.append(("sparsity of the blocks", origin.layer_sparsity))
     if origin.taken_over:
         known = f"`{origin.taken_over}`, whose kept weights it began with; its own card says how they were made"
-        facts.append(("learned on from", known))
+        facts.append(("learning continued from", known))
     if origin.pruned:
         facts.append(("pruned model", f"`{origin.pruned}`, whose own card says how it was pruned"))
     else:

@@ -149,7 +149,7 @@ def test_a_fit_goes_on_and_ends_with_what_it_took_over(pruner, fit, tmp_path):
     rows = {row["name"]: row for row in json.loads((run / "results.json").read_text())["rows"]}
     before = {row["name"]: row for row in json.loads((first / "results.json").read_text())["rows"]}
     assert rows["rotpruner"]["ppl"] != before["rotpruner"]["ppl"]
-    assert "| learned on from | `export`, whose kept weights" in (run / "export" / "README.md").read_text()
+    assert "| learning continued from | `export`, whose kept weights" in (run / "export" / "README.md").read_text()
     assert rows["pruner"]["ppl"] == before["pruner"]["ppl"], "the control is of the untouched model"
 
 
