@@ -132,6 +132,7 @@ def test_a_recovery_is_watched_like_a_fit(recover, test_text_file, tmp_path, mon
     dashboard = tmp_path / "dashboard.yaml"
     text = Path("experiments/configs/logging/wandb.yaml").read_text().replace("every_n_steps: 25", "every_n_steps: 2")
     dashboard.write_text(text.replace("offline: true", f"offline: true, save_dir: {tmp_path}"))
+    wandb.finish()  # of an earlier test, whose run Lightning's logger would go on with
     status, run = recover("run", watch, dashboard)
     wandb.finish()
     assert status == 0
@@ -140,7 +141,7 @@ def test_a_recovery_is_watched_like_a_fit(recover, test_text_file, tmp_path, mon
     recovered = load_model(run / "export")
     ids = token_ids(str(test_text_file), load_tokenizer(str(run / "export")))
     assert watched[-1][1] == pytest.approx(perplexity(recovered, ids, seq_len=32, max_tokens=128), rel=1e-5)
-    (directory,) = (tmp_path / "wandb").glob("offline-run-*")
+    (directory,) = tmp_path.rglob("offline-run-*")
     assert len(OfflineRun(directory).values("results/recovered/other_words")) == 1
 
 
