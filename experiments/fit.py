@@ -149,19 +149,14 @@ class FitCLI(LightningCLI):
         if finished:
             self.finished = True
             if not self.is_first:
-                check_batches(self.run_directory, self.config.data.batch_size * self._world_size())
+                if (count := processes(self.config.trainer)) is not None:
+                    check_batches(self.run_directory, self.config.data.batch_size * count)
                 show(self.run_directory)
             return
         self.resume_from = last_checkpoint(self.run_directory)
         if self.resume_from is not None:
             check_checkpoint(self.resume_from)
             rank_zero_only(console.print)(f"resuming from {self.resume_from}")
-
-    def _world_size(self) -> int:
-        """Of the Trainer, before there is one."""
-        trainer = self.config.trainer
-        there = 1 if trainer.accelerator == "cpu" else max(1, torch.cuda.device_count())
-        return processes(trainer) or trainer.num_nodes * there
 
     def recorded(self) -> dict[str, Any]:
         """The configuration as a run directory keeps it."""

@@ -81,7 +81,7 @@ HEADER = """# Results
 
 Written by `python -m experiments results` from the files of a directory of results. Those of sweeps hold their command,
 their commit and what the command printed. Commands are as they were at that commit: configs and options may have
-changed since, so check it out before you repeat a row; `-dirty` says that it had changes of its own. Behind each title
+changed since, so check it out before you repeat a row; `-dirty` says that it had changes of its own. After each title
 stands its directory, named after its sweep file. Perplexity over windows that do not overlap, in float32;
 G = ln(ppl) − ln(ppl of the dense model) on the same tokens; a share is G divided by the mean G of the rows that the
 command compares with (`--against`), of the same pattern on the same tokens. Rows compare only on the same tokens. Rows
@@ -148,8 +148,12 @@ def _columns(names: list[str], groups: list[Group]) -> list[tuple[str, Cell]]:
 
         return cell
 
-    def each(part: str, between: str = " ") -> Cell:
-        return lambda key, rows: between.join(filter(None, dict.fromkeys(row.get(part, "") for row in rows)))
+    def each(part: str) -> Cell:
+        return lambda key, rows: " ".join(filter(None, dict.fromkeys(row.get(part, "") for row in rows)))
+
+    def computed(key: Key, rows: list[Row]) -> str:
+        found = list(dict.fromkeys(row.get("computed", "") for row in rows))
+        return found[0] if len(found) == 1 else ", ".join(where or "?" for where in found)
 
     def seconds(key: Key, rows: list[Row]) -> str:
         """Pooled where they were computed alike."""
@@ -170,7 +174,7 @@ def _columns(names: list[str], groups: list[Group]) -> list[tuple[str, Cell]]:
         ("parameters", first("parameters", "{:.1f} M", 1e6)),
         ("online FLOPs", first("online_flops", "{:.0f} M", 1e6)),
         ("seconds", seconds),
-        ("computed in", each("computed", ", ")),
+        ("computed in", computed),
         ("seeds", lambda key, rows: str(len(rows)) if "commit" in rows[0] else ""),
         ("commit", each("commit")),
     ]

@@ -59,11 +59,11 @@ def processes(trainer: Any) -> int | None:
 
 def check_batches(run: Path, given: int) -> None:
     """Raise `InputError` if the processes of a finished run took other batches, all together, than is now asked for."""
-    known = read_json(run / "results.json")["budget"].get("global_batch", given)
+    known = read_json(run / "results.json").get("budget", {}).get("global_batch", given)
     if known != given:
         raise InputError(
-            f"the fit in '{run}' took {known} sequences at a time, and this one would take {given}: keep "
-            "data.batch_size times the number of processes"
+            f"the finished fit in '{run}' took {known} sequences at a time, and this one would take {given}: keep "
+            "data.batch_size times the number of processes, or choose another --trainer.default_root_dir"
         )
 
 

@@ -27,7 +27,15 @@ import yaml
 from callbacks.terminal import console
 from experiments.arguments import Parser, at_least
 from experiments.report_runs import read_curves
-from experiments.sweep_file import Planned, check_overlays, model_of, on_another, read_sweep, rows, table_of
+from experiments.sweep_file import (
+    Planned,
+    check_overlays,
+    model_of,
+    on_another,
+    read_sweep,
+    rows,
+    table_of,
+)
 from rotpruner.artifacts import from_json, read_json, write_json
 from rotpruner.errors import InputError
 from rotpruner.model_card import CARD
@@ -41,7 +49,12 @@ def main(arguments: list[str]) -> None:
     parser.add_argument(
         "--set", action="append", default=[], metavar="KEY=VALUE", help="argument of every row, as YAML"
     )
-    parser.add_argument("--config", type=Path, help="instead of a fit's first file: the same table on another model")
+    parser.add_argument(
+        "--config",
+        type=Path,
+        help="instead of a fit's first file: the same table on another model, which is named after it; tables that its "
+        "rows begin from are those of the same name",
+    )
     parser.add_argument(
         "--overlay",
         action="append",
@@ -55,7 +68,7 @@ def main(arguments: list[str]) -> None:
         "--jobs",
         type=at_least(1),
         default=1,
-        help="rows at a time, all on the same device; more than one log to files beside their run directories",
+        help="rows at a time, all on the same device; if several, each logs to a file beside its run directory",
     )
     options = parser.parse_args(arguments)
     options.results, options.runs = options.results.expanduser(), options.runs.expanduser()
@@ -131,7 +144,8 @@ class Asked(NamedTuple):
 
     Attributes:
         command: as another machine would give it, local paths by their last part.
-        files: SHA-256 of the local texts that it names, in its order; None of rows that were made before this was kept.
+        files: SHA-256 of the local texts that it names, in its order, those in directories left out; None of rows
+            that were made before this was kept.
     """
 
     command: str
@@ -141,8 +155,9 @@ class Asked(NamedTuple):
     def of(cls, words: list[str]) -> Asked:
         """What a command line asks for. Config files, which say more than a row reads, are not among the texts."""
         named = [word for option, word in pairwise(["", *words]) if option != "-c"]
-        parts = [part for word in named for part in re.split(r"[\[\],\s'\"]+", word)]
-        return cls(public_command(words), [_digest(Path(part)) for part in parts if part and Path(part).is_file()])
+        parts = [part for word in named for part in dict.fromkeys([word, *re.split(r"[\[\],]", word)])]
+        files = [Path(part.strip(" '\"")).expanduser() for part in parts]
+        return cls(public_command(words), [_digest(file) for file in files if file.is_file()])
 
     def is_as(self, other: Asked) -> bool:
         """Whether the two do the same, wherever they leave it."""
@@ -253,7 +268,10 @@ def _make_room(kept: Path, asked: Asked) -> None:
     if kept.is_dir():
         known = _asked_of(note)
         if (kept / CARD).is_file() and (known is None or not known.is_as(asked)):
-            raise InputError(f"'{kept}' is a model that another command has made; choose another --runs, or remove it")
+            raise InputError(
+                f"'{kept}' is a model that another command has made, or an older sweep; choose another --runs, or "
+                "remove it"
+            )
         shutil.rmtree(kept)
     write_json(asked._asdict(), note)
 
@@ -266,7 +284,7 @@ def _done(ran: Asked, asked: Asked, target: Path) -> str:
     """That a row has a result; and that of which command, if of another than it would be now."""
     if ran.is_as(asked):
         return "done before"
-    other = "command" if ran.command != asked.command else "text of the same name"
+    other = "text of the same name" if ran._replace(files=None).is_as(asked) else "command"
     return f"done before by another {other}, and kept ({ran.command}); remove {target} to run it again"
 
 

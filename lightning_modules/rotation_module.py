@@ -72,7 +72,8 @@ class RotationModule(LightningModule):
             puts the features of every space in an order of which N:M keeps more.
         init_rotations: saved rotations to start from instead, a directory or hub name.
         init_weights: the model that was pruned in them, updated or recovered perhaps: its kept weights take the place
-            of the model's own, which stays the teacher, a second copy of the weights. Its masks stay.
+            of the model's own, which stays the teacher, a second copy of the weights. Its masks stay, so
+            surrogates and objectives that are for masks that change do not go with it.
         surrogate: how the gradient passes the mask; `gumbel` learns the mask too.
         objective: what is minimised.
         base_dtype: of the frozen weights and the activations; rotations are float32 (float64 with float64). `auto` is

@@ -73,8 +73,8 @@ class Allotment:
             InputError: one of them is no pattern, or they do not go together.
         """
         allotment = cls(parse_pattern(pattern, scope), layer_sparsity, parse_exceptions(exceptions, scope))
-        counted = [allotment.pattern, *allotment.exceptions.values()]
-        if scope != "row" and not any(isinstance(pattern, Unstructured) for pattern in counted):
+        given = [allotment.pattern, *(other for other in allotment.exceptions.values() if other.sparsity)]
+        if scope != "row" and not any(isinstance(pattern, Unstructured) for pattern in given):
             raise InputError(
                 f"scope says where a sparsity is counted, and pattern {allotment} has none: leave scope {scope} out"
             )

@@ -1,8 +1,8 @@
 """Going on after an update: a dense model takes over the weights that a pruned one has kept.
 
 An update of kept weights (`rotpruner.compensation`) makes up for the weights that are gone, and rotations that were
-learned before it are no longer the best ones. To learn them on, the model gets a weight that is, in the basis in which
-it was pruned, what the pruned model keeps, and its own where that has zeros. Under the same mask it is the pruned
+learned before it are no longer the best ones. To train them further, the model gets a weight that is, in the basis in
+which it was pruned, what the pruned model keeps, and its own where that has zeros. Under the same mask it is the pruned
 model; under others it lends what is its own.
 """
 

@@ -141,7 +141,7 @@ def test_a_recovery_is_watched_like_a_fit(recover, test_text_file, tmp_path, mon
     recovered = load_model(run / "export")
     ids = token_ids(str(test_text_file), load_tokenizer(str(run / "export")))
     assert watched[-1][1] == pytest.approx(perplexity(recovered, ids, seq_len=32, max_tokens=128), rel=1e-5)
-    (directory,) = tmp_path.rglob("offline-run-*")
+    (directory,) = (tmp_path / "wandb").glob("offline-run-*")
     assert len(OfflineRun(directory).values("results/recovered/other_words")) == 1
 
 

@@ -59,7 +59,7 @@ def test_seeds_are_pooled_to_their_mean_and_sample_deviation():
     assert "| 12.00 ± 2.83 | 0.168 ± 0.238 | 1.0 M | 0 M | 3 ± 0 | 2 | abcdef0 |" in text
     seeds[1][1].update({"device": "cuda:0 (A GPU)", "dtype": "bfloat16"})
     text = table({"title": "T", "columns": ["seed"]}, [dense, *seeds])
-    assert "| 3, 3 | bfloat16 A GPU | 2 |" in text.replace("(A GPU)", "A GPU"), "of machines apart"
+    assert "| 3, 3 | ?, bfloat16 A GPU | 2 |" in text.replace("(A GPU)", "A GPU"), "of machines apart"
     seeds[1][1]["result"]["ppl"]["text"] = math.inf
     assert "| inf | inf | 1.0 M | 0 M | 3, 3 |" in table({"title": "T", "columns": ["seed"]}, [dense, *seeds])
 
